@@ -1,0 +1,280 @@
+"""The configuration of a run: one TOML file, a preset below it, overrides above it.
+
+Every section is validated before any work starts; an unknown key is refused with the nearest
+valid one. Sizes are (height, width) in pixels.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lgcnet_fast.errors import ConfigError
+
+PRESETS = ("paper", "lite", "smoke")
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Pixels = Annotated[int, Field(ge=1, le=16384)]
+Size = tuple[Pixels, Pixels]
+ScaleRange = tuple[Positive, Positive]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """`name`: synthetic, cityscapes, camvid, camvid_original or folder."""
+
+    name: Literal["synthetic", "cityscapes", "camvid", "camvid_original", "folder"] = "synthetic"
+    root: Path | None = None
+    train_splits: tuple[str, ...] = ("train",)
+    val_split: str = "val"
+    cache: Literal["auto", "disk", "ram", "gpu"] = "auto"
+    cache_dir: Path | None = None
+    synthetic_images: Count = 400
+    """Training images of the synthetic set; a quarter as many again for val."""
+    synthetic_size: Size = (256, 512)
+    synthetic_seed: int = 0
+
+    @model_validator(mode="after")
+    def _root_where_needed(self) -> DataConfig:
+        if self.name != "synthetic" and self.root is None:
+            raise ValueError(f"data.root is needed for data.name = {self.name!r}")
+        return self
+
+
+class LatencyConfig(Section):
+    """`table`: the JSON file of `lgcnet lut build`, or roofline_titanxp, which needs no GPU."""
+
+    table: str = "roofline_titanxp"
+    size: Size = (769, 1537)
+
+
+class Augmentation(Section):
+    crop: Size = (769, 769)
+    scale: ScaleRange = (0.5, 2.0)
+    flip: bool = True
+    colour: NonNegative = 0.0
+    """Strength of brightness, contrast and saturation jitter; 0 is off."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Augmentation:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale {self.scale} must be (low, high)")
+        return self
+
+
+class SearchConfig(Section):
+    """Section 5 of the paper; the defaults are its recipe."""
+
+    strategy: Literal["gradient", "random"] = "gradient"
+    """`random` draws one genotype a seed uniformly instead of searching (baseline a)."""
+    min_fps: Positive | None = None
+    """With `random`: reject genotypes whose predicted FPS is not above this (baseline b)."""
+    epochs: Count = 150
+    batch_size: Count = 16
+    accumulate: Count = 1
+    augmentation: Augmentation = Augmentation()
+    weight_lr: Positive = 0.025
+    weight_lr_min: NonNegative = 0.001
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 1e-3
+    weight_clip: Positive = 5.0
+    arch_lr: Positive = 1e-3
+    arch_betas: tuple[Fraction, Fraction] = (0.5, 0.999)
+    arch_weight_decay: NonNegative = 1e-4
+    arch_clip: Positive = 10.0
+    temperature_start: Positive = 1.0
+    temperature_end: Positive = 0.03
+    latency_loss: Literal["linear_ms", "log_total", "log_cell", "log_edge"] = "linear_ms"
+    beta: NonNegative = 0.005
+    latency_target_ms: Positive | None = None
+    """Replaces beta: the argmax genotype's predicted latency, constant part included."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> SearchConfig:
+        if self.temperature_end > self.temperature_start:
+            raise ValueError("temperature_end must not exceed temperature_start")
+        if self.min_fps is not None and self.strategy != "random":
+            raise ValueError('min_fps needs strategy = "random"')
+        return self
+
+
+class PretrainConfig(Section):
+    """Image classification before finetuning; the defaults are the DARTS ImageNet recipe."""
+
+    enabled: bool = True
+    data: Path | None = None
+    """Folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: synthetic classes."""
+    epochs: Count = 250
+    batch_size: Count = 128
+    image_size: Pixels = 224
+    lr: Positive = 0.1
+    schedule: Literal["exponential", "cosine"] = "exponential"
+    lr_decay: Fraction = 0.97
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 3e-5
+    label_smoothing: Fraction = 0.1
+    clip: Positive = 5.0
+    synthetic_images: Count = 2000
+
+
+class FinetuneConfig(Section):
+    """Section 6; the defaults are the paper's Cityscapes recipe."""
+
+    epochs: Count = 200
+    coarse_epochs: Annotated[int, Field(ge=0)] = 0
+    """Cityscapes only: epochs on the coarse labels before the fine ones."""
+    batch_size: Count = 8
+    accumulate: Count = 1
+    augmentation: Augmentation = Augmentation(crop=(769, 1537))
+    lr: Positive = 0.01
+    power: Positive = 0.9
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 5e-4
+    loss: Literal["ohem", "cross_entropy"] = "ohem"
+    ohem_threshold: Fraction = 0.7
+    ohem_keep: Fraction = 1 / 16
+    """The hardest share of the batch's pixels that always counts."""
+    class_weights: Literal["none", "inverse_log"] = "none"
+    """inverse_log: 1 / ln(1.02 + share of the class), as ENet."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    sync_bn: bool = False
+    validate_every: Count = 10
+
+
+class EvaluateConfig(Section):
+    size: Size | None = (769, 1537)
+    """Network input; none: the image's own size."""
+    protocols: tuple[Literal["full", "bisenet_speed"], ...] = ("full", "bisenet_speed")
+    batch_size: Count = 1
+
+
+class RunConfig(Section):
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """One run each; more than one adds a summary over the seeds."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on GPUs that have it, else fp32."""
+    data: DataConfig = DataConfig()
+    space: dict[str, Any] = {"name": "lgcnet"}
+    """`name` of the search space (or `package.module:Class`) and that space's options."""
+    latency: LatencyConfig = LatencyConfig()
+    search: SearchConfig = SearchConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def load_config(
+    path: Path | None = None, preset: str = "paper", overrides: tuple[str, ...] = ()
+) -> RunConfig:
+    """Preset, then the file at `path`, then `section.key=value` overrides (values as in TOML).
+
+    Relative paths in the file are resolved against the file's folder. Raises `ConfigError`.
+    """
+    merged = _read_toml(_preset_text(preset), f"preset {preset}")
+    if path is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot read the configuration: {error}") from None
+        given = _read_toml(text, str(path))
+        _resolve_paths(given, path.parent)
+        _merge(merged, given)
+    for override in overrides:
+        _merge(merged, _parse_override(override))
+    return validate_config(merged, str(path) if path else f"preset {preset}")
+
+
+def validate_config(values: dict[str, Any], source: str) -> RunConfig:
+    """Raises `ConfigError` naming every key at fault, with the nearest valid key."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {explain(error, RunConfig)}") from None
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """One line for each fault of a pydantic validation: the key, what is wrong, the nearest key."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        where = prefix + ".".join(str(part) for part in fault["loc"]) or prefix.rstrip(".")
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(
+                str(fault["loc"][-1]), _keys_beside(model, fault["loc"]), n=1, cutoff=0.4
+            )
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            lines.append(f"unknown key {where!r}{hint}")
+        else:
+            given = "" if isinstance(fault["input"], dict) else f" (given {fault['input']!r})"
+            lines.append(f"{where or 'value'}: {fault['msg'].removeprefix('Value error, ')}{given}")
+    return "\n  ".join(lines)
+
+
+def _keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _preset_text(name: str) -> str:
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)
+        raise ConfigError(f"unknown preset {name!r}; did you mean {near[0]!r}?")
+    return resources.files("lgcnet_fast").joinpath("presets", f"{name}.toml").read_text()
+
+
+def _read_toml(text: str, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: not valid TOML: {error}") from None
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, separator, value = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    nested: Any = parsed
+    for part in reversed(parts):
+        nested = {part: nested}
+    return nested
+
+
+def _merge(base: dict[str, Any], above: dict[str, Any]) -> None:
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+    for section, key in (("data", "root"), ("data", "cache_dir"), ("pretrain", "data")):
+        part = values.get(section)
+        if isinstance(part, dict) and isinstance(part.get(key), str):
+            part[key] = str(folder / Path(part[key]).expanduser())
+    latency = values.get("latency")
+    if isinstance(latency, dict) and str(latency.get("table", "")).endswith(".json"):
+        latency["table"] = str(folder / Path(latency["table"]).expanduser())

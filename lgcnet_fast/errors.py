@@ -1,0 +1,29 @@
+"""Errors that a user can mend. The command line prints their message and exits with status 2."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. The message names the file, key, shape or value and the remedy."""
+
+
+class ConfigError(UserError):
+    """A configuration file, override or combination of options that cannot work."""
+
+
+class GenotypeError(UserError):
+    """A genotype that is malformed or that no known search space can build."""
+
+
+class DataError(UserError):
+    """A missing, unreadable or inconsistent image, mask, list file or folder."""
+
+
+class TableError(UserError):
+    """A latency lookup table that is malformed or lacks a needed entry."""
+
+
+class RunError(UserError):
+    """A run folder or checkpoint that is missing, damaged or belongs to another configuration."""
+
+
+class DeviceError(UserError):
+    """A device that is absent or that the installed torch cannot run on."""
