@@ -7,24 +7,48 @@ valid one. Sizes are (height, width) in pixels.
 from __future__ import annotations
 
 import difflib
-import tomllib
+import os
+import re
+import sys
 from importlib import resources
 from pathlib import Path
+from reprlib import repr as _short
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from lgcnet_fast.errors import ConfigError
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 PRESETS = ("paper", "lite", "smoke")
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Pixels = Annotated[int, Field(ge=1, le=16384)]
+# Strict: `epochs = true` and `flip = "no"` are mistakes, not numbers and booleans.
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+NonNegative = Annotated[float, Field(strict=True, ge=0)]
+Switch = Annotated[bool, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1, le=10**9)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0, le=10**9)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Pixels = Annotated[int, Field(strict=True, ge=1, le=16384)]
 Size = tuple[Pixels, Pixels]
-ScaleRange = tuple[Positive, Positive]
+Scale = Annotated[float, Field(strict=True, ge=0.05, le=20)]
+ScaleRange = tuple[Scale, Scale]
+Protocol = Literal["full", "bisenet_speed"]
 
 
 class Section(BaseModel):
@@ -43,7 +67,7 @@ class DataConfig(Section):
     synthetic_images: Count = 400
     """Training images of the synthetic set; a quarter as many again for val."""
     synthetic_size: Size = (256, 512)
-    synthetic_seed: int = 0
+    synthetic_seed: Seed = 0
 
     @model_validator(mode="after")
     def _root_where_needed(self) -> DataConfig:
@@ -62,7 +86,7 @@ class LatencyConfig(Section):
 class Augmentation(Section):
     crop: Size = (769, 769)
     scale: ScaleRange = (0.5, 2.0)
-    flip: bool = True
+    flip: Switch = True
     colour: NonNegative = 0.0
     """Strength of brightness, contrast and saturation jitter; 0 is off."""
 
@@ -90,7 +114,7 @@ class SearchConfig(Section):
     weight_decay: NonNegative = 1e-3
     weight_clip: Positive = 5.0
     arch_lr: Positive = 1e-3
-    arch_betas: tuple[Fraction, Fraction] = (0.5, 0.999)
+    arch_betas: tuple[Decay, Decay] = (0.5, 0.999)
     arch_weight_decay: NonNegative = 1e-4
     arch_clip: Positive = 10.0
     temperature_start: Positive = 1.0
@@ -112,7 +136,7 @@ class SearchConfig(Section):
 class PretrainConfig(Section):
     """Image classification before finetuning; the defaults are the DARTS ImageNet recipe."""
 
-    enabled: bool = True
+    enabled: Switch = True
     data: Path | None = None
     """Folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: synthetic classes."""
     epochs: Count = 250
@@ -121,7 +145,7 @@ class PretrainConfig(Section):
     lr: Positive = 0.1
     schedule: Literal["exponential", "cosine"] = "exponential"
     lr_decay: Fraction = 0.97
-    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    warmup_epochs: CountOrZero = 0
     momentum: Fraction = 0.9
     weight_decay: NonNegative = 3e-5
     label_smoothing: Fraction = 0.1
@@ -133,7 +157,7 @@ class FinetuneConfig(Section):
     """Section 6; the defaults are the paper's Cityscapes recipe."""
 
     epochs: Count = 200
-    coarse_epochs: Annotated[int, Field(ge=0)] = 0
+    coarse_epochs: CountOrZero = 0
     """Cityscapes only: epochs on the coarse labels before the fine ones."""
     batch_size: Count = 8
     accumulate: Count = 1
@@ -149,21 +173,33 @@ class FinetuneConfig(Section):
     class_weights: Literal["none", "inverse_log"] = "none"
     """inverse_log: 1 / ln(1.02 + share of the class), as ENet."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    sync_bn: bool = False
+    sync_bn: Switch = False
     validate_every: Count = 10
 
 
+def _own_size(size: object) -> object:
+    return None if size == "image" else size
+
+
 class EvaluateConfig(Section):
-    size: Size | None = (769, 1537)
-    """Network input; none: the image's own size."""
-    protocols: tuple[Literal["full", "bisenet_speed"], ...] = ("full", "bisenet_speed")
+    size: Annotated[Size | None, BeforeValidator(_own_size)] = (769, 1537)
+    """Network input; None (in TOML: "image") is the image's own size."""
+    protocols: Annotated[tuple[Protocol, ...], Field(min_length=1)] = ("full", "bisenet_speed")
     batch_size: Count = 1
 
 
+def _known_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device, re.ASCII):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return device
+
+
 class RunConfig(Section):
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """One run each; more than one adds a summary over the seeds."""
-    device: str = "auto"
+    genotype: str | None = None
+    """Train this genotype (a shipped name or a JSON file) instead of searching for one."""
+    device: Annotated[str, AfterValidator(_known_device)] = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on GPUs that have it, else fp32."""
@@ -176,26 +212,32 @@ class RunConfig(Section):
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    @model_validator(mode="after")
+    def _one_folder_a_seed(self) -> RunConfig:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)} must differ from each other")
+        return self
+
 
 def load_config(
     path: Path | None = None, preset: str = "paper", overrides: tuple[str, ...] = ()
 ) -> RunConfig:
     """Preset, then the file at `path`, then `section.key=value` overrides (values as in TOML).
 
-    Relative paths in the file are resolved against the file's folder. Raises `ConfigError`.
+    Relative paths in the file are meant from the file's folder, all others from the working
+    folder; the result holds absolute paths, so that a run continues from anywhere. Raises
+    `ConfigError`.
     """
-    merged = _read_toml(_preset_text(preset), f"preset {preset}")
+    here = Path.cwd()
+    source = f"preset {preset}"
+    merged = _resolve_paths(_read_toml(_preset_text(preset), source), here)
     if path is not None:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot read the configuration: {error}") from None
-        given = _read_toml(text, str(path))
-        _resolve_paths(given, path.parent)
-        _merge(merged, given)
+        source = str(path)
+        given = _read_toml(_file_text(path), source)
+        merged = _merge(merged, _resolve_paths(given, path.parent))
     for override in overrides:
-        _merge(merged, _parse_override(override))
-    return validate_config(merged, str(path) if path else f"preset {preset}")
+        merged = _merge(merged, _resolve_paths(_parse_override(override), here))
+    return validate_config(merged, f"{source} with overrides" if overrides else source)
 
 
 def validate_config(values: dict[str, Any], source: str) -> RunConfig:
@@ -208,19 +250,24 @@ def validate_config(values: dict[str, Any], source: str) -> RunConfig:
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """One line for each fault of a pydantic validation: the key, what is wrong, the nearest key."""
-    lines = []
-    for fault in error.errors(include_url=False):
-        where = prefix + ".".join(str(part) for part in fault["loc"]) or prefix.rstrip(".")
-        if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(
-                str(fault["loc"][-1]), _keys_beside(model, fault["loc"]), n=1, cutoff=0.4
-            )
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            lines.append(f"unknown key {where!r}{hint}")
-        else:
-            given = "" if isinstance(fault["input"], dict) else f" (given {fault['input']!r})"
-            lines.append(f"{where or 'value'}: {fault['msg'].removeprefix('Value error, ')}{given}")
-    return "\n  ".join(lines)
+    return "\n  ".join(_fault_line(fault, model, prefix) for fault in error.errors())
+
+
+def _fault_line(fault: ErrorDetails, model: type[BaseModel], prefix: str) -> str:
+    where = (prefix + ".".join(str(part) for part in fault["loc"])).rstrip(".")
+    if fault["type"] == "extra_forbidden":
+        near = _nearest(str(fault["loc"][-1]), _keys_beside(model, fault["loc"]))
+        return f"unknown key {where!r}{near}"
+    reason = fault["msg"].removeprefix("Value error, ")
+    line = f"{where}: {reason}" if where else reason
+    return line if isinstance(fault["input"], dict) else f"{line} (given {_short(fault['input'])})"
+
+
+def _nearest(name: str, valid: list[str]) -> str:
+    near = difflib.get_close_matches(name, valid, n=1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; valid here: {', '.join(valid)}" if valid else ""
 
 
 def _keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
@@ -235,46 +282,74 @@ def _keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> lis
 
 def _preset_text(name: str) -> str:
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)
-        raise ConfigError(f"unknown preset {name!r}; did you mean {near[0]!r}?")
-    return resources.files("lgcnet_fast").joinpath("presets", f"{name}.toml").read_text()
+        raise ConfigError(f"unknown preset {name!r}{_nearest(name, list(PRESETS))}")
+    preset = resources.files("lgcnet_fast").joinpath("presets").joinpath(f"{name}.toml")
+    return preset.read_text(encoding="utf-8")
+
+
+def _file_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error}") from None
 
 
 def _read_toml(text: str, source: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    # Besides TOMLDecodeError: ValueError for numbers of thousands of digits, RecursionError for
+    # thousands of brackets.
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not valid TOML: {error}") from None
 
 
 def _parse_override(override: str) -> dict[str, Any]:
     key, separator, value = override.partition("=")
-    parts = key.strip().split(".")
+    parts = [part.strip() for part in key.split(".")]
     if not separator or not all(parts):
         raise ConfigError(f"override {override!r}: write it as section.key=value")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
-    nested: Any = parsed
+    nested: Any = _override_value(value.strip())
     for part in reversed(parts):
         nested = {part: nested}
     return nested
 
 
-def _merge(base: dict[str, Any], above: dict[str, Any]) -> None:
+def _override_value(text: str) -> Any:
+    """As in TOML; what is not TOML is a string, so that strings need no quotes."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def _merge(base: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
     for key, value in above.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            _merge(base[key], value)
-        else:
-            base[key] = value
+        below = base.get(key)
+        nested = isinstance(value, dict) and isinstance(below, dict)
+        merged[key] = _merge(below, value) if nested else value
+    return merged
 
 
-def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+def _resolve_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Makes the paths of one layer absolute, relative ones being meant from `folder`."""
+    resolved = dict(values)
     for section, key in (("data", "root"), ("data", "cache_dir"), ("pretrain", "data")):
         part = values.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
-            part[key] = str(folder / Path(part[key]).expanduser())
+            resolved[section] = resolved[section] | {key: _absolute(part[key], folder)}
     latency = values.get("latency")
     if isinstance(latency, dict) and str(latency.get("table", "")).endswith(".json"):
-        latency["table"] = str(folder / Path(latency["table"]).expanduser())
+        resolved["latency"] = latency | {"table": _absolute(latency["table"], folder)}
+    if str(values.get("genotype", "")).endswith(".json"):
+        resolved["genotype"] = _absolute(values["genotype"], folder)
+    return resolved
+
+
+def _absolute(path: str, folder: Path) -> str:
+    try:
+        expanded = Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"path {path!r}: {error}") from None
+    return os.path.abspath(folder / expanded)
