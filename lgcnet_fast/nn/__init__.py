@@ -1,0 +1,1 @@
+"""Modules: candidate operations, cells, graph-guided module, fusion cell, stem and heads."""

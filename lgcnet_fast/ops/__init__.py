@@ -1,0 +1,16 @@
+"""Operations as pure functions: the contract and the plain-PyTorch reference of each."""
+
+from lgcnet_fast.ops.concat_upsample import concat_upsample, upsample
+from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
+from lgcnet_fast.ops.mixed_sum import mixed_sum
+from lgcnet_fast.ops.upsample_loss import upsample_argmax, upsample_cross_entropy, upsample_ohem
+
+__all__ = [
+    "concat_upsample",
+    "mixed_sum",
+    "relu_depthwise_separable",
+    "upsample",
+    "upsample_argmax",
+    "upsample_cross_entropy",
+    "upsample_ohem",
+]

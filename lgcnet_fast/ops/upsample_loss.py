@@ -1,0 +1,87 @@
+"""The last step of a segmenter: upsampling to the labels' size with the loss or the argmax.
+
+Logits are (N, classes, h, w) at the network's output stride and labels (N, H, W) of any integer
+dtype. Upsampling is bilinear with aligned corners; losses are computed in float32 (float64 for
+float64 logits), also under autocast. A batch without a valid pixel gives loss 0 and gradient 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lgcnet_fast.ops.concat_upsample import upsample
+
+
+def upsample_cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None = None, ignore_index: int = 255
+) -> Tensor:
+    """Scalar cross entropy, the (class-weighted) mean over the valid pixels.
+
+    weight: (classes,) float or none.
+    """
+    target = target.long()
+    full = _full_size(logits, target)
+    total = F.cross_entropy(full, target, weight, ignore_index=ignore_index, reduction="sum")
+    return total / _mass(target != ignore_index, target, weight, full.dtype)
+
+
+def upsample_ohem(
+    logits: Tensor,
+    target: Tensor,
+    threshold: float = 0.7,
+    keep: float = 1 / 16,
+    weight: Tensor | None = None,
+    ignore_index: int = 255,
+) -> Tensor:
+    """Scalar cross entropy over the hard pixels only (online bootstrapping, Wu et al. 2016).
+
+    Hard are the valid pixels whose softmax probability of the true class is below `threshold`,
+    and in any case the hardest ceil(keep * valid) of the batch, ties included. The mean is
+    weighted as in `upsample_cross_entropy`; weights do not affect which pixels are hard.
+    """
+    target = target.long()
+    full = _full_size(logits, target)
+    valid = target != ignore_index
+    loss = F.cross_entropy(full, target, ignore_index=ignore_index, reduction="none")
+    with torch.no_grad():
+        hard = valid & ((loss.neg().exp() < threshold) | (loss >= _hardest(loss, valid, keep)))
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)[target.where(valid, 0)]
+    return loss.where(hard, 0).sum() / _mass(hard, target, weight, full.dtype)
+
+
+def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Labels (N, *size): uint8 for up to 256 classes, else int64."""
+    labels = upsample(logits, size).argmax(dim=1)
+    return labels.to(torch.uint8) if logits.shape[1] <= 256 else labels
+
+
+def _full_size(logits: Tensor, target: Tensor) -> Tensor:
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    height, width = target.shape[-2:]
+    return upsample(precise, (height, width))
+
+
+def _mass(pixels: Tensor, target: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Number, or summed class weight, of the marked pixels: what a mean divides by, never 0."""
+    if weight is None:
+        return pixels.sum().clamp(min=1).to(dtype)
+    weights = weight.to(dtype)[target.where(pixels, 0)].where(pixels, 0)
+    return weights.sum().clamp(min=torch.finfo(dtype).tiny)
+
+
+def _hardest(loss: Tensor, valid: Tensor, keep: float) -> Tensor:
+    """Loss of the last of the ceil(keep * valid) hardest pixels, without waiting for the device.
+
+    The count depends on the labels; `topk` takes the count for a batch without ignored pixels,
+    which is never smaller, and the wanted rank is picked on the device.
+    """
+    most = max(1, math.ceil(keep * loss.numel()))
+    ranked = loss.where(valid, -1).flatten().topk(min(most, loss.numel())).values
+    wanted = (valid.sum().double() * keep).ceil().long()
+    last = ranked[(wanted - 1).clamp(min=0, max=len(ranked) - 1)]
+    return last.where(wanted > 0, torch.inf)
