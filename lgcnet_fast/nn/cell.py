@@ -1,0 +1,128 @@
+"""Cells: two input nodes, two intermediate nodes, five edges (LGCNet equations 2 and 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lgcnet_fast.nn.mixed import MixedOp
+from lgcnet_fast.nn.operations import CELL_OPS, cell_operation
+from lgcnet_fast.nn.primitives import FactorizedReduce, ReLUConvBN
+from lgcnet_fast.ops import mixed_sum
+
+CELL_NODES = ("i1", "i2", "x1", "x2")
+"""i1 is the output of cell k - 2, i2 that of cell k - 1; the cell's output is concat(x1, x2)."""
+
+CELL_EDGES = (("i1", "x1"), ("i2", "x1"), ("i1", "x2"), ("i2", "x2"), ("x1", "x2"))
+"""(source, target) of each edge, in the order of genotypes and architecture rows."""
+
+EDGES_PER_CELL = len(CELL_EDGES)
+
+_SOURCES = tuple(CELL_NODES.index(source) for source, _ in CELL_EDGES)
+_EDGES_INTO = tuple(
+    tuple(edge for edge, (_, target) in enumerate(CELL_EDGES) if target == node)
+    for node in ("x1", "x2")
+)
+
+
+def edge_stride(edge: int, reduction: bool) -> int:
+    """2 for the edges of a reduction cell that leave an input node, else 1."""
+    return 2 if reduction and CELL_EDGES[edge][0] in ("i1", "i2") else 1
+
+
+class Cell(nn.Module):
+    """Preprocessing of both inputs to `channels`; subclasses add the edges.
+
+    `reduce_first` halves s0, which is larger than s1 when the previous cell was a reduction.
+    """
+
+    def __init__(
+        self, c_in0: int, c_in1: int, channels: int, reduce_first: bool, affine: bool
+    ) -> None:
+        super().__init__()
+        first = FactorizedReduce if reduce_first else ReLUConvBN
+        self.preprocess0 = first(c_in0, channels, affine=affine)
+        self.preprocess1 = ReLUConvBN(c_in1, channels, affine=affine)
+
+
+class SearchCell(Cell):
+    """A cell of the supernet: every edge is a mixed operation, batch norm has no affine part."""
+
+    def __init__(
+        self, c_in0: int, c_in1: int, channels: int, reduction: bool, reduce_first: bool
+    ) -> None:
+        super().__init__(c_in0, c_in1, channels, reduce_first, affine=False)
+        self.edges = nn.ModuleList(
+            _mixed_edge(channels, edge_stride(edge, reduction)) for edge in range(EDGES_PER_CELL)
+        )
+
+    def forward(self, s0: Tensor, s1: Tensor, z: Tensor) -> Tensor:
+        """s0: output of cell k - 2, s1: of cell k - 1; z: (5, 8). Returns (N, 2C, H', W')."""
+        rows = z.unbind()
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        for edges in _EDGES_INTO:
+            outputs, weights = zip(
+                *(
+                    term
+                    for edge in edges
+                    for term in self.edges[edge].terms(rows[edge], states[_SOURCES[edge]])
+                ),
+                strict=True,
+            )
+            states.append(mixed_sum(outputs, weights))
+        return torch.cat(states[2:], dim=1)
+
+
+class DerivedCell(Cell):
+    """A cell of a derived network: one operation an edge; `none` costs nothing."""
+
+    def __init__(
+        self,
+        c_in0: int,
+        c_in1: int,
+        channels: int,
+        reduction: bool,
+        reduce_first: bool,
+        operations: Sequence[str],
+    ) -> None:
+        super().__init__(c_in0, c_in1, channels, reduce_first, affine=True)
+        self.stride = 2 if reduction else 1
+        self.edges = nn.ModuleDict()
+        for edge, name in enumerate(operations):
+            operation = cell_operation(name, channels, edge_stride(edge, reduction))
+            if operation is not None:
+                self.edges[str(edge)] = operation
+
+    def forward(self, s0: Tensor, s1: Tensor) -> Tensor:
+        """s0: output of cell k - 2, s1: of cell k - 1. Returns (N, 2C, H', W')."""
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        for edges in _EDGES_INTO:
+            terms = [
+                self.edges[str(edge)](states[_SOURCES[edge]])
+                for edge in edges
+                if str(edge) in self.edges
+            ]
+            states.append(_sum(terms) if terms else self._zeros(states[1]))
+        return torch.cat(states[2:], dim=1)
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        """A node that no operation reaches."""
+        return torch.zeros_like(like[:, :, :: self.stride, :: self.stride])
+
+
+def _mixed_edge(channels: int, stride: int) -> MixedOp:
+    return MixedOp(
+        {
+            name: cell_operation(name, channels, stride, affine=False, pool_norm=True)
+            for name in CELL_OPS
+        }
+    )
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
