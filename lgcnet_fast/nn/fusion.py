@@ -1,0 +1,93 @@
+"""The fusion cell: interprets a fusion graph, in the supernet and in derived networks alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from lgcnet_fast.nn.fusion_graphs import FusionEdge, FusionGraph
+from lgcnet_fast.nn.mixed import MixedOp
+from lgcnet_fast.nn.operations import FUSION_OPS, UP_OPS, fusion_operation, up_operation
+from lgcnet_fast.nn.primitives import ReLUConvBN
+from lgcnet_fast.ops import concat_upsample, upsample
+
+FUSION_WIDTH = 48
+"""Channels of every value inside the fusion cell and of its output."""
+
+
+class FusionCell(nn.Module):
+    """Reduces each branch's map to 48 channels, runs the graph, sums its final maps.
+
+    `make_edge` builds the module of a searchable edge from the edge and its input channels.
+    """
+
+    def __init__(
+        self,
+        graph: FusionGraph,
+        channels: Sequence[int],
+        make_edge: Callable[[FusionEdge, int], nn.Module],
+        affine: bool,
+    ) -> None:
+        super().__init__()
+        self.graph = graph
+        self.reduce = nn.ModuleList(
+            ReLUConvBN(c_in, FUSION_WIDTH, affine=affine) for c_in in channels
+        )
+        self.edges = nn.ModuleDict()
+        for edge in graph.edges:
+            c_in = FUSION_WIDTH * len(edge.sources)
+            self.edges[edge.name] = (
+                ReLUConvBN(c_in, FUSION_WIDTH, affine=affine)
+                if edge.kind == "join"
+                else make_edge(edge, c_in)
+            )
+
+    def forward(self, features: Sequence[Tensor], z: Mapping[str, Tensor] | None = None) -> Tensor:
+        """features: one map a branch, finest first; z: edge name -> (options,), supernet only.
+
+        Returns (N, 48, H, W) at the size of the finest branch.
+        """
+        sizes = [tuple(feature.shape[-2:]) for feature in features]
+        values = {
+            name: reduce(feature)
+            for name, reduce, feature in zip(self.graph.inputs, self.reduce, features, strict=True)
+        }
+        for edge in self.graph.edges:
+            size = sizes[edge.level]
+            sources = [values[source] for source in edge.sources]
+            inputs = (sources[0], size) if edge.kind == "up" else (concat_upsample(sources, size),)
+            module = self.edges[edge.name]
+            searched = z is not None and edge.kind != "join"
+            values[edge.name] = module(z[edge.name], *inputs) if searched else module(*inputs)
+        total = upsample(values[self.graph.output[0]], sizes[0])
+        for name in self.graph.output[1:]:
+            total = total + upsample(values[name], sizes[0])
+        return total
+
+
+def search_fusion_cell(graph: FusionGraph, channels: Sequence[int]) -> FusionCell:
+    """Fusion cell of the supernet: every searchable edge is a mixed operation."""
+
+    def mixed_edge(edge: FusionEdge, c_in: int) -> MixedOp:
+        if edge.kind == "up":
+            return MixedOp({name: up_operation(name, c_in, affine=False) for name in UP_OPS})
+        return MixedOp(
+            {name: fusion_operation(name, c_in, FUSION_WIDTH, affine=False) for name in FUSION_OPS}
+        )
+
+    return FusionCell(graph, channels, mixed_edge, affine=False)
+
+
+def derived_fusion_cell(
+    graph: FusionGraph, channels: Sequence[int], operations: Mapping[str, str]
+) -> FusionCell:
+    """Fusion cell of a derived network; operations: edge name -> operation."""
+
+    def chosen_edge(edge: FusionEdge, c_in: int) -> nn.Module:
+        name = operations[edge.name]
+        if edge.kind == "up":
+            return up_operation(name, c_in)
+        return fusion_operation(name, c_in, FUSION_WIDTH)
+
+    return FusionCell(graph, channels, chosen_edge, affine=True)
