@@ -1,0 +1,209 @@
+"""A canvas on which shapes are painted as surfaces; colours and labels follow at the end.
+
+Shapes only write the index of their surface. `render` then shades every pixel once, which is
+what makes a scene of a hundred textured shapes cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter
+
+from lgcnet_fast.data.painting.camera import Camera, Point
+from lgcnet_fast.data.painting.textures import (
+    Frame,
+    Pattern,
+    Texture,
+    evaluate,
+    frame_coordinates,
+    noise_tile,
+)
+
+Colour = tuple[float, float, float]
+"""Red, green and blue, 0..255."""
+
+
+class Street(IntEnum):
+    """Train ids of Cityscapes."""
+
+    ROAD = 0
+    SIDEWALK = 1
+    BUILDING = 2
+    WALL = 3
+    FENCE = 4
+    POLE = 5
+    TRAFFIC_LIGHT = 6
+    TRAFFIC_SIGN = 7
+    VEGETATION = 8
+    TERRAIN = 9
+    SKY = 10
+    PERSON = 11
+    RIDER = 12
+    CAR = 13
+    TRUCK = 14
+    BUS = 15
+    TRAIN = 16
+    MOTORCYCLE = 17
+    BICYCLE = 18
+    VOID = 255
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How far colour and texture mislead. 0 everywhere makes an easy set."""
+
+    colour_swap: float = 0.35
+    """Share of surfaces whose colour comes from the palette shared by all classes."""
+    texture_swap: float = 0.25
+    """Share of textured surfaces that wear another class's pattern."""
+    noise: float = 14.0
+    """Largest amplitude of the sensor noise, grey levels."""
+    blur: float = 0.9
+    """Largest blur radius in an image 256 pixels high, pixels."""
+    cast: float = 0.2
+    """Largest relative colour cast of a channel."""
+    light: float = 0.45
+    """Largest relative change of the exposure."""
+
+
+@dataclass(frozen=True)
+class _Surface:
+    label: int
+    colour: Colour
+    texture: Texture
+    frame: Frame
+    scale: float
+    """Metres a unit of the frame's coordinates."""
+    phase: tuple[float, float]
+
+
+class Canvas:
+    """Painters draw on it in order of decreasing depth; `rng` decides everything random."""
+
+    def __init__(self, camera: Camera, rng: np.random.Generator, difficulty: Difficulty) -> None:
+        self.camera = camera
+        self.rng = rng
+        self.difficulty = difficulty
+        size = (camera.width, camera.height)
+        self._index = Image.new("I", size, 0)
+        self._light = Image.new("L", size, 255)
+        self._index_draw = ImageDraw.Draw(self._index)
+        self._light_draw = ImageDraw.Draw(self._light)
+        self._surfaces: list[_Surface] = []
+
+    # -- random choices -----------------------------------------------------------------------
+
+    def uniform(self, low: float, high: float) -> float:
+        return low + (high - low) * float(self.rng.random())
+
+    def chance(self, probability: float) -> bool:
+        return float(self.rng.random()) < probability
+
+    def side(self) -> int:
+        """-1 (left) or 1 (right)."""
+        return -1 if self.chance(0.5) else 1
+
+    # -- painting -------------------------------------------------------------------------------
+
+    def surface(
+        self,
+        label: Street,
+        colour: Colour,
+        texture: Texture | None = None,
+        frame: Frame = Frame.FRONT,
+        scale: float = 1.0,
+    ) -> int:
+        """Registers a surface and returns its index.
+
+        `scale`: metres a pixel (FRONT) or the distance of the plane in metres (SIDE).
+        """
+        worn = texture or Texture()
+        if worn.contrast > 0 and self.chance(self.difficulty.texture_swap):
+            worn = replace(worn, pattern=Pattern(int(self.rng.integers(1, len(Pattern)))))
+        phase = (self.uniform(0, 16), self.uniform(0, 16))
+        self._surfaces.append(_Surface(int(label), colour, worn, frame, scale, phase))
+        return len(self._surfaces) - 1
+
+    def polygon(self, points: Sequence[Point], surface: int, light: float = 1.0) -> None:
+        self._index_draw.polygon(points, fill=surface)
+        self._light_draw.polygon(points, fill=round(255 * light))
+
+    def rectangle(self, corner: Point, opposite: Point, surface: int, light: float = 1.0) -> None:
+        box = _ordered(corner, opposite)
+        self._index_draw.rectangle(box, fill=surface)
+        self._light_draw.rectangle(box, fill=round(255 * light))
+
+    def ellipse(self, corner: Point, opposite: Point, surface: int, light: float = 1.0) -> None:
+        box = _ordered(corner, opposite)
+        self._index_draw.ellipse(box, fill=surface)
+        self._light_draw.ellipse(box, fill=round(255 * light))
+
+    def line(self, points: Sequence[Point], surface: int, width: float) -> None:
+        pixels = max(1, round(width))
+        self._index_draw.line(points, fill=surface, width=pixels)
+        self._light_draw.line(points, fill=255, width=pixels)
+
+    def shadow(self, points: Sequence[Point], light: float) -> None:
+        """Darkens what was painted so far; changes no label."""
+        self._light_draw.polygon(points, fill=round(255 * light))
+
+    # -- result -----------------------------------------------------------------------------------
+
+    def render(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """The image, uint8 (h, w, 3) RGB, and the train ids, uint8 (h, w)."""
+        index = np.asarray(self._index)
+        labels = np.array([surface.label for surface in self._surfaces], dtype=np.uint8)
+        colours = np.array([surface.colour for surface in self._surfaces], dtype=np.float32)
+        light = np.asarray(self._light, dtype=np.float32) / 255
+        radiance = colours[index] * (light * (1 + self._texture(index)))[..., None]
+        return self._expose(radiance), labels[index]
+
+    def _texture(self, index: NDArray[np.int32]) -> NDArray[np.float32]:
+        coordinates = frame_coordinates(self.camera)
+        frames = np.array([surface.frame for surface in self._surfaces], dtype=np.intp)[index]
+        rows, columns = np.indices(index.shape, sparse=True)
+        first = coordinates.first[frames, rows, columns]
+        second = coordinates.second[frames, rows, columns]
+        axes = np.array([_axes(surface) for surface in self._surfaces], dtype=np.float32)
+        a, b, u0, c, d, v0, contrast, frequency = (column[index] for column in axes.T)
+        patterns = np.array([s.texture.pattern for s in self._surfaces], dtype=np.uint8)[index]
+        value = evaluate(
+            patterns, a * first + b * second + u0, c * first + d * second + v0, noise_tile(self.rng)
+        )
+        # Beyond half a period a pixel the pattern would alias: fade it out before.
+        cycles = frequency * coordinates.footprint[frames, rows, columns]
+        return value * contrast * np.clip(2 - 4 * cycles, 0, 1)
+
+    def _expose(self, radiance: NDArray[np.float32]) -> NDArray[np.uint8]:
+        d = self.difficulty
+        height, width = radiance.shape[:2]
+        gain = 1 + self.uniform(-d.light, d.light)
+        cast = [gain * (1 + self.uniform(-d.cast, d.cast)) for _ in range(3)]
+        slope = self.uniform(-d.light, d.light)
+        ramp = 1 + slope * (np.arange(width, dtype=np.float32) / width - np.float32(0.5))
+        radiance *= ramp[None, :, None] * np.array(cast, dtype=np.float32)
+        image = Image.fromarray(np.clip(radiance, 0, 255).astype(np.uint8))
+        blurred = image.filter(ImageFilter.BoxBlur(self.uniform(0, d.blur) * height / 256))
+        amplitude = self.uniform(0.2, 1) * d.noise / 128
+        grain = self.rng.integers(0, 256, (height, width, 1), dtype=np.uint8).astype(np.float32)
+        noisy = np.asarray(blurred, dtype=np.float32) + (grain - 128) * np.float32(amplitude)
+        return np.clip(noisy, 0, 255).astype(np.uint8)
+
+
+def _ordered(corner: Point, opposite: Point) -> tuple[Point, Point]:
+    left, right = sorted((corner[0], opposite[0]))
+    top, bottom = sorted((corner[1], opposite[1]))
+    return (left, top), (right, bottom)
+
+
+def _axes(surface: _Surface) -> tuple[float, ...]:
+    """(a, b, u0, c, d, v0, contrast, frequency): u = a p + b q + u0, v = c p + d q + v0."""
+    (along, across), (x, y) = surface.texture.period, surface.texture.tilt
+    u, v = surface.scale / along, surface.scale / across
+    u0, v0 = surface.phase
+    return x * u, y * u, u0, -y * v, x * v, v0, surface.texture.contrast, max(u, v)

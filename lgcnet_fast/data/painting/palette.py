@@ -1,0 +1,53 @@
+"""Colour families. Classes share them, so that colour alone names no class."""
+
+from __future__ import annotations
+
+from lgcnet_fast.data.painting.canvas import Canvas, Colour
+
+DARK: Colour = (32, 32, 36)
+GLASS: Colour = (62, 74, 88)
+RUBBER: Colour = (38, 36, 36)
+
+
+def stone(canvas: Canvas) -> Colour:
+    """Asphalt, concrete, plaster, brick."""
+    grey = canvas.uniform(70, 170)
+    warm = canvas.uniform(-6, 26)
+    return _perhaps_shared(canvas, (grey + warm, grey, grey - warm))
+
+
+def leaf(canvas: Canvas) -> Colour:
+    """Green to autumn brown."""
+    green = canvas.uniform(70, 150)
+    red = green * canvas.uniform(0.5, 1.15)
+    return _perhaps_shared(canvas, (red, green, green * canvas.uniform(0.35, 0.65)))
+
+
+def lacquer(canvas: Canvas) -> Colour:
+    """Paint and cloth: anything."""
+    grey = canvas.uniform(50, 190)
+    return (
+        grey + canvas.uniform(-45, 60),
+        grey + canvas.uniform(-45, 45),
+        grey + canvas.uniform(-45, 60),
+    )
+
+
+def air(canvas: Canvas) -> Colour:
+    """Blue, white, grey and dusk skies."""
+    grey = canvas.uniform(130, 215)
+    blue = canvas.uniform(-25, 45)
+    return (grey - blue, grey - 0.2 * blue, grey + 0.6 * blue)
+
+
+def skin(canvas: Canvas) -> Colour:
+    grey = canvas.uniform(70, 190)
+    return (grey + 25, grey, grey - 18)
+
+
+def darker(colour: Colour, factor: float) -> Colour:
+    return (colour[0] * factor, colour[1] * factor, colour[2] * factor)
+
+
+def _perhaps_shared(canvas: Canvas, own: Colour) -> Colour:
+    return lacquer(canvas) if canvas.chance(canvas.difficulty.colour_swap) else own
