@@ -1,0 +1,1 @@
+"""Data sets, checks, the packed cache, augmentation and loaders."""
