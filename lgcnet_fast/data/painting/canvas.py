@@ -68,7 +68,7 @@ class Difficulty:
     cast: float = 0.2
     """Largest relative colour cast of a channel."""
     light: float = 0.45
-    """Largest relative change of the exposure."""
+    """Largest relative loss of exposure, twice the largest gain."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,8 @@ class Canvas:
 
     def _expose(self, radiance: NDArray[np.float32]) -> NDArray[np.uint8]:
         d = self.difficulty
-        height, width = radiance.shape[:2]
-        gain = 1 + self.uniform(-d.light, d.light)
+        height, width = self.camera.height, self.camera.width
+        gain = 1 + self.uniform(-d.light, d.light / 2)
         cast = [gain * (1 + self.uniform(-d.cast, d.cast)) for _ in range(3)]
         slope = self.uniform(-d.light, d.light)
         ramp = 1 + slope * (np.arange(width, dtype=np.float32) / width - np.float32(0.5))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from lgcnet_fast.data.painting.camera import EYE, Camera
@@ -75,7 +75,7 @@ def frame_coordinates(camera: Camera) -> Coordinates:
     return Coordinates(*(_stack(parts, shape) for parts in (first, second, footprint)))
 
 
-def _stack(parts: tuple[Floats, ...], shape: tuple[int, int]) -> Floats:
+def _stack(parts: tuple[ArrayLike, ...], shape: tuple[int, int]) -> Floats:
     return np.stack([np.broadcast_to(part, shape) for part in parts]).astype(np.float32)
 
 
