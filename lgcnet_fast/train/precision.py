@@ -1,0 +1,40 @@
+"""Mixed precision: autocast for the forward pass, a loss scaler where fp16 needs one."""
+
+from __future__ import annotations
+
+import torch
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16; `auto` is bf16 on GPUs that compute in it, else fp32."""
+    if precision != "auto":
+        return precision
+    # Compute capability 8.0 is the first with bf16 units; older GPUs only emulate it.
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if capable else "fp32"
+
+
+class Precision:
+    """How a training step computes: `autocast()` around the forward pass, `scaler` after it."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.device = device
+        self.dtype = _AUTOCAST.get(name)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> torch.autocast:
+        dtype = self.dtype or torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.dtype is not None)
+
+    def step(self, *optimisers: tuple[torch.optim.Optimizer, float | None]) -> None:
+        """After `backward`: unscales, clips the norm of each optimiser's gradients, steps."""
+        for optimiser, clip in optimisers:
+            self.scaler.unscale_(optimiser)
+            if clip is not None:
+                parameters = [p for group in optimiser.param_groups for p in group["params"]]
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
+        for optimiser, _ in optimisers:
+            self.scaler.step(optimiser)
+        self.scaler.update()

@@ -1,0 +1,89 @@
+"""Live progress of a stage: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class StageProgress:
+    """Counts the steps of one stage; `show` adds the newest values behind rate and ETA."""
+
+    def __init__(self, stage: str, steps: int, done: int = 0, enabled: bool = True) -> None:
+        self.stage, self.steps, self.done = stage, steps, done
+        self._console = Console(quiet=not enabled, highlight=False)
+        self._started, self._first = time.monotonic(), done
+        self._next_line = self._started
+        self._bar: Progress | None = None
+        if enabled and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}  ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[values]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(stage, total=steps, completed=done, rate="", values="")
+
+    def __enter__(self) -> StageProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, done: int, epoch: str, **values: float | None) -> None:
+        """`done` steps are behind us; None values are left out."""
+        self.done = done
+        rate = (done - self._first) / max(time.monotonic() - self._started, 1e-9)
+        text = "  ".join(f"{name} {_short(value)}" for name, value in _present(values))
+        if self._bar is not None:
+            rate_text = f"{rate:.2f} steps/s"
+            text = f"epoch {epoch}  {text}"
+            self._bar.update(self._task, completed=done, rate=rate_text, values=text)
+        elif time.monotonic() >= self._next_line or done == self.steps:
+            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+            eta = _duration((self.steps - done) / rate) if rate else "?"
+            self._console.print(
+                f"{self.stage}: epoch {epoch}, step {done}/{self.steps}, {rate:.2f} steps/s, "
+                f"ETA {eta}, {text}",
+                soft_wrap=True,
+            )
+
+    def say(self, message: str) -> None:
+        """A line that stays above the bar."""
+        self._console.print(f"{self.stage}: {message}", soft_wrap=True, markup=False)
+
+
+def _present(values: dict[str, float | None]) -> list[tuple[str, float]]:
+    return [(name, value) for name, value in values.items() if value is not None]
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
