@@ -1,0 +1,140 @@
+"""Latency losses, schedules, controller and precision on their own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lgcnet_fast.space.base import LatencyTerms
+from lgcnet_fast.train.controller import LatencyController, argmax_latency
+from lgcnet_fast.train.losses import REFERENCE_MS, latency_loss, strength
+from lgcnet_fast.train.precision import Precision, resolve_precision
+from lgcnet_fast.train.schedules import cosine, exponential, poly, temperature, warmup
+from tests.train.toy import CONSTANT, MILLISECONDS, ToyLatency
+
+FORMS = ("linear_ms", "log_total", "log_cell", "log_edge")
+
+
+def _terms(edges: torch.Tensor) -> LatencyTerms:
+    return LatencyTerms(2.0, edges.view(2, -1).sum(1), edges)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_form_matches_its_definition_and_its_gradient(form):
+    edges = torch.tensor([0.5, 1.5, 0.25, 0.75], dtype=torch.float64, requires_grad=True)
+
+    def loss(edges):
+        return latency_loss(_terms(edges), form, 2.0)
+
+    def log_us(ms):
+        return math.log(1 + 1000 * ms)
+
+    expected = {
+        "linear_ms": 6.0,
+        "log_total": log_us(10.0),
+        "log_cell": log_us(4.0) + log_us(2.0),
+        "log_edge": log_us(1.0) + log_us(3.0) + log_us(0.5) + log_us(1.5),
+    }
+    assert loss(edges).item() == pytest.approx(expected[form])
+    assert torch.autograd.gradcheck(loss, edges)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_strength_is_the_change_per_e_fold(form):
+    edges = torch.full((4,), REFERENCE_MS / 4, dtype=torch.float64)
+
+    def at(factor):
+        return latency_loss(
+            LatencyTerms(0.0, (factor * edges).view(2, 2).sum(1), factor * edges), form, 1.0
+        )
+
+    step = 1e-4
+    slope = (at(math.exp(step)) - at(math.exp(-step))) / (2 * step)
+    assert strength(_terms(edges), form) == pytest.approx(slope.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_free_network_has_finite_loss_and_gradient(form):
+    edges = torch.zeros(4, requires_grad=True)
+    loss = latency_loss(LatencyTerms(0.0, edges.view(2, 2).sum(1), edges), form, 1.0)
+    loss.backward()
+    assert loss.item() == 0
+    assert edges.grad.isfinite().all()
+
+
+def test_schedules_at_their_ends():
+    assert temperature(0, 150, 1.0, 0.03) == 1.0
+    assert temperature(149, 150, 1.0, 0.03) == pytest.approx(0.03)
+    assert temperature(0, 1, 1.0, 0.03) == 1.0
+    assert cosine(0, 10, 0.025, 0.001) == pytest.approx(0.025)
+    assert cosine(10, 10, 0.025, 0.001) == pytest.approx(0.001)
+    assert poly(0, 10, 0.01, 0.9) == 0.01
+    assert poly(10, 10, 0.01, 0.9) == 0
+    assert exponential(2, 0.1, 0.97) == pytest.approx(0.1 * 0.97**2)
+    assert [warmup(epoch, 4) for epoch in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert warmup(0, 0) == 1
+
+
+@pytest.mark.parametrize("target", [4.0, 9.0, 16.0])
+def test_controller_leads_the_argmax_to_the_target(target):
+    """Logits that a task pulls towards the dear option settle near the target."""
+    torch.manual_seed(0)
+    logits = nn.Parameter(0.01 * torch.randn(6, len(MILLISECONDS)))
+    # Rows differ in what the dear option is worth to them.
+    worth = torch.outer(torch.linspace(0.05, 0.5, 6), torch.tensor(MILLISECONDS))
+    optimiser = torch.optim.Adam([logits], lr=0.02)
+    model, steps = ToyLatency(), 1500
+    controller = LatencyController(target, steps, torch.device("cpu"))
+    for _ in range(steps):
+        optimiser.zero_grad()
+        multiplier = controller.multiplier(argmax_latency({"rows": logits}, model))
+        soft = {"rows": logits.softmax(-1)}
+        loss = multiplier * model(soft).total / REFERENCE_MS - (soft["rows"] * worth).sum()
+        loss.backward()
+        optimiser.step()
+    dearest_step = max(MILLISECONDS)
+    assert argmax_latency({"rows": logits}, model).item() == pytest.approx(target, abs=dearest_step)
+
+
+def test_argmax_latency_counts_the_constant_part():
+    logits = torch.tensor([[0.0, 1, 0, 0]] * 3 + [[0.0, 0, 0, 1]] * 3)
+    assert argmax_latency({"rows": logits}, ToyLatency()).item() == CONSTANT + 3 * 0.5 + 3 * 3
+
+
+def test_controller_state_travels():
+    first = LatencyController(5.0, 10, torch.device("cpu"))
+    first.multiplier(torch.tensor(10.0))
+    second = LatencyController(5.0, 10, torch.device("cpu"))
+    second.load_state_dict(first.state_dict())
+    now = torch.tensor(7.0)
+    assert torch.equal(first.multiplier(now), second.multiplier(now))
+
+
+def test_precision_resolves_to_what_the_cpu_has():
+    cpu = torch.device("cpu")
+    assert resolve_precision("auto", cpu) == "fp32"
+    assert resolve_precision("bf16", cpu) == "bf16"
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_step_clips_and_survives_an_overflow(name):
+    precision = Precision(name, torch.device("cpu"))
+    model = nn.Linear(4, 4)
+    optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def step(factor):
+        optimiser.zero_grad()
+        with precision.autocast():
+            output = model(torch.ones(2, 4))
+        precision.scaler.scale((output.float() * factor).sum()).backward()
+        before = model.weight.detach().clone()
+        precision.step((optimiser, 0.5))
+        return (model.weight.detach() - before).norm().item()
+
+    assert 0 < step(0.2) <= 0.5 + 1e-3
+    if name == "fp16":
+        assert step(1e38) == 0  # scaled gradients overflow: skipped, and the scale shrinks
+        assert precision.scaler.get_scale() < 65536
