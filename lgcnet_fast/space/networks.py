@@ -1,0 +1,147 @@
+"""Supernet, derived network and pretraining classifier over one backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from lgcnet_fast.nn.cell import EDGES_PER_CELL, Cell, DerivedCell, SearchCell
+from lgcnet_fast.nn.fusion import (
+    FUSION_WIDTH,
+    FusionCell,
+    derived_fusion_cell,
+    search_fusion_cell,
+)
+from lgcnet_fast.nn.fusion_graphs import FusionGraph
+from lgcnet_fast.nn.heads import ASPP, ASPP_WIDTH, PPM, PPM_WIDTH, Classifier
+from lgcnet_fast.nn.stem import Stem
+from lgcnet_fast.space.base import Arch, Segmenter
+from lgcnet_fast.space.layout import CellLayout, MacroLayout
+from lgcnet_fast.space.lgcnet_genotype import LGCNetGenotype
+
+
+class Backbone(nn.Module):
+    """Stem and cells; returns the outputs of the tapped cells, finest first."""
+
+    def __init__(self, layout: MacroLayout, make_cell: Callable[[int, CellLayout], Cell]) -> None:
+        super().__init__()
+        self.taps = layout.taps
+        self.stem = Stem(layout.stem.widths, layout.stem.strides)
+        self.cells = nn.ModuleList(make_cell(k, cell) for k, cell in enumerate(layout.cells))
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> list[Tensor]:
+        """x: (N, 3, H, W); z: (cells * 5, 8) for search cells, none for derived cells."""
+        s0, s1 = self.stem(x)
+        choices: Sequence[tuple[Tensor, ...]] = [()] * len(self.cells)
+        if z is not None:
+            choices = [(rows,) for rows in z.split(EDGES_PER_CELL)]
+        features = []
+        for k, (cell, choice) in enumerate(zip(self.cells, choices, strict=True)):
+            s0, s1 = s1, cell(s0, s1, *choice)
+            if k in self.taps:
+                features.append(s1)
+        return features
+
+
+class Network(Segmenter):
+    """Backbone, head and classifier."""
+
+    def __init__(
+        self, layout: MacroLayout, head: str, backbone: Backbone, neck: nn.Module, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.output_stride = layout.output_stride
+        self.backbone = backbone
+        self.neck = neck
+        self.classifier = Classifier(neck_channels(layout, head), num_classes)
+
+    def _logits(self, features: list[Tensor], z: Mapping[str, Tensor] | None = None) -> Tensor:
+        if isinstance(self.neck, FusionCell):
+            return self.classifier(self.neck(features, z))
+        return self.classifier(self.neck(features[-1]))
+
+
+class Supernet(Network):
+    """All candidates of every edge, weighted by Z."""
+
+    def __init__(
+        self, layout: MacroLayout, head: str, graph: FusionGraph | None, num_classes: int
+    ) -> None:
+        channels = layout.tap_channels
+        if graph is None:
+            neck = fixed_neck(head, channels[-1], affine=False)
+        else:
+            neck = search_fusion_cell(graph, channels)
+        super().__init__(layout, head, Backbone(layout, _search_cell), neck, num_classes)
+        self.fusion_edges = () if graph is None else (*graph.op_edges, *graph.up_edges)
+
+    def forward(self, x: Tensor, z: Arch) -> Tensor:
+        """x: (N, 3, H, W); z: group -> (rows, options). Returns the logits at output stride."""
+        features = self.backbone(x, z["cells"])
+        if not self.fusion_edges:
+            return self._logits(features)
+        rows = (*z["fusion"].unbind(), *z["up"].unbind())
+        names = (edge.name for edge in self.fusion_edges)
+        return self._logits(features, dict(zip(names, rows, strict=True)))
+
+
+class DerivedNetwork(Network):
+    """One operation an edge, as a genotype says."""
+
+    def __init__(self, genotype: LGCNetGenotype, num_classes: int) -> None:
+        layout, fusion = genotype.layout, genotype.fusion
+        channels = layout.tap_channels
+        if fusion is None:
+            neck = fixed_neck(genotype.head, channels[-1])
+        else:
+            neck = derived_fusion_cell(fusion.graph, channels, fusion.ops)
+        super().__init__(layout, genotype.head, derived_backbone(genotype), neck, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> logits (N, classes, H / output_stride, W / output_stride), rounded up."""
+        return self._logits(self.backbone(x))
+
+
+class PretrainingClassifier(nn.Module):
+    """Derived backbone, global average pooling of its last cell, linear layer: (N, classes)."""
+
+    def __init__(self, genotype: LGCNetGenotype, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = derived_backbone(genotype)
+        self.linear = nn.Linear(genotype.layout.tap_channels[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = self.backbone(x)[-1]
+        return self.linear(last.mean(dim=(2, 3)))
+
+
+def fixed_neck(head: str, c_in: int, affine: bool = True) -> nn.Module:
+    """A head without architecture parameters."""
+    if head == "aspp":
+        return ASPP(c_in, affine)
+    return PPM(c_in, affine) if head == "ppm" else nn.Identity()
+
+
+def neck_channels(layout: MacroLayout, head: str) -> int:
+    """Channels in front of the classifier."""
+    widths = {"dcfc": FUSION_WIDTH, "mscell": FUSION_WIDTH, "aspp": ASPP_WIDTH, "ppm": PPM_WIDTH}
+    return widths.get(head, layout.tap_channels[-1])
+
+
+def derived_backbone(genotype: LGCNetGenotype) -> Backbone:
+    def make_cell(k: int, cell: CellLayout) -> DerivedCell:
+        return DerivedCell(
+            cell.c_in0,
+            cell.c_in1,
+            cell.channels,
+            cell.reduction,
+            cell.reduce_first,
+            genotype.cells[k],
+        )
+
+    return Backbone(genotype.layout, make_cell)
+
+
+def _search_cell(k: int, cell: CellLayout) -> SearchCell:
+    return SearchCell(cell.c_in0, cell.c_in1, cell.channels, cell.reduction, cell.reduce_first)
