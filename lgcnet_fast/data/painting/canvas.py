@@ -166,7 +166,8 @@ class Canvas:
     def _texture(self, index: NDArray[np.int32]) -> NDArray[np.float32]:
         coordinates = frame_coordinates(self.camera)
         frames = np.array([surface.frame for surface in self._surfaces], dtype=np.intp)[index]
-        rows, columns = np.indices(index.shape, sparse=True)
+        rows = np.arange(self.camera.height)[:, None]
+        columns = np.arange(self.camera.width)[None, :]
         first = coordinates.first[frames, rows, columns]
         second = coordinates.second[frames, rows, columns]
         axes = np.array([_axes(surface) for surface in self._surfaces], dtype=np.float32)
