@@ -11,11 +11,10 @@ import torch
 from lgcnet_fast.errors import DataError
 
 Storage = Literal["disk", "ram", "gpu"]
+Wanted = Literal["auto", "disk", "ram", "gpu"]
 
 
-def choose_storage(
-    wanted: Literal["auto", "disk", "ram", "gpu"], size: int, device: torch.device
-) -> Storage:
+def choose_storage(wanted: Wanted, size: int, device: torch.device) -> Storage:
     """Where `size` bytes go. `auto`: GPU below a quarter of its free memory, RAM below half.
 
     Raises `DataError` when the GPU is asked for on a CPU run.
