@@ -124,7 +124,7 @@ def _other_stack(capability: Capability) -> str:
 
 
 def _why_no_cuda(torch_cuda: str | None, listing: stack.Listing) -> str:
-    """Why torch sees no GPU, with the remedy; empty where there is none to see or all are hidden."""
+    """Why torch sees no GPU, with the remedy; empty where there is none or all are hidden."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return ""
     if not listing.gpus:

@@ -7,6 +7,7 @@ from lgcnet_fast import doctor, stack
 from lgcnet_fast.doctor import check_device, diagnose, is_supported
 from lgcnet_fast.errors import DeviceError
 
+NO_GPU = stack.Listing(())
 HOPPER = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 
 
@@ -15,7 +16,7 @@ def machine(monkeypatch):
     """Pretends GPUs of the given capabilities, or none, and what nvidia-smi lists."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
-    def pretend(capabilities=(), architectures=HOPPER, listing=stack.Listing(()), cuda="13.0"):
+    def pretend(capabilities=(), architectures=HOPPER, listing=NO_GPU, cuda="13.0"):
         count = len(capabilities)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
