@@ -172,6 +172,6 @@ def _read_whole(index: PackIndex, mapped: Tensor, device: torch.device) -> Tenso
     def copy(item: int) -> bool:
         part = slice(offsets[item], offsets[item + 1])
         data[part].copy_(mapped[part])
-        return zlib.crc32(mapped[part].numpy()) == index.items[item].checksum
+        return zlib.crc32(mapped[part].numpy().data) == index.items[item].checksum
 
     return data if all(ordered_map(copy, len(index.items))) else None

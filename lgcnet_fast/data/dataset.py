@@ -155,11 +155,16 @@ def unknown_split(source: Path | str, split: str, known: tuple[str, ...]) -> Dat
 def image_and_label(dataset: SegmentationDataset, index: int) -> tuple[Image, Image]:
     """Both, after checking that their sizes agree. Raises `DataError`."""
     image, label = dataset.image(index), dataset.label(index)
+    check_sizes(dataset, index, image, label)
+    return image, label
+
+
+def check_sizes(dataset: SegmentationDataset, index: int, image: Image, label: Image) -> None:
+    """Raises `DataError` where a label is not of its image's size."""
     if image.shape[:2] != label.shape:
         where = dataset.label_path(index) or dataset.stem(index)
         fault = f"label is {_size(label)} but its image is {_size(image)} (height x width)"
         raise FileFault(where, fault, "export the label at the image's size")
-    return image, label
 
 
 def _size(pixels: Image) -> str:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -74,19 +75,19 @@ class FolderDescription(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> FolderDescription:
-        keys: list[int | Colour] = [*self.ignore]
-        if self.encoding == "ids":
-            keys += [value for ids in self.class_ids() for value in ids]
-        else:
-            keys += [entry.colour for entry in self.classes]
-        wanted = int if self.encoding == "ids" else tuple
-        if not all(isinstance(key, wanted) for key in keys):
-            raise ValueError(f'ignore must list {self.encoding} as encoding = "{self.encoding}"')
-        for what, values in (("class name", [c.name for c in self.classes]), ("id", keys)):
-            value, count = Counter(values).most_common(1)[0]
-            if count > 1:
-                raise ValueError(f"{what} {value!r} is given {count} times")
+        masks_of_ids = self.encoding == "ids"
+        if not all(isinstance(value, int if masks_of_ids else tuple) for value in self.ignore):
+            raise ValueError(f'ignore must list {self.encoding}, as encoding = "{self.encoding}"')
+        if not masks_of_ids and any(entry.ids for entry in self.classes):
+            raise ValueError('ids of classes need encoding = "ids"')
+        _check_distinct("class name", [entry.name for entry in self.classes])
+        _check_distinct("mask value", [*self.ignore, *self._mask_values()])
         return self
+
+    def _mask_values(self) -> list[int | Colour]:
+        if self.encoding == "colours":
+            return [entry.colour for entry in self.classes]
+        return [value for ids in self.class_ids() for value in ids]
 
     def class_ids(self) -> list[tuple[int, ...]]:
         return [c.ids if c.ids is not None else (i,) for i, c in enumerate(self.classes)]
@@ -99,11 +100,13 @@ class FolderDescription(Section):
         )
 
     def label_reader(self) -> IdLabels | ColourLabels:
-        ignored = dict.fromkeys(self.ignore, IGNORE)
         if self.encoding == "colours":
-            return ColourLabels({**ignored, **{c.colour: i for i, c in enumerate(self.classes)}})
-        given = {raw: i for i, ids in enumerate(self.class_ids()) for raw in ids}
-        return IdLabels({**ignored, **given})
+            colours = {entry.colour: i for i, entry in enumerate(self.classes)}
+            colours.update((value, IGNORE) for value in self.ignore if isinstance(value, tuple))
+            return ColourLabels(colours)
+        ids = {value: i for i, values in enumerate(self.class_ids()) for value in values}
+        ids.update((value, IGNORE) for value in self.ignore if isinstance(value, int))
+        return IdLabels(ids)
 
 
 def open_folder(root: Path, split: str) -> FileDataset:
@@ -134,6 +137,12 @@ def read_description(source: Path) -> FolderDescription:
         raise FileFault(source, f"not valid TOML: {error}", remedy) from None
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise FileFault(source, f"cannot be read ({type(error).__name__})", remedy) from None
+
+
+def _check_distinct(what: str, values: Sequence[object]) -> None:
+    for value, count in Counter(values).items():
+        if count > 1:
+            raise ValueError(f"{what} {value!r} is given {count} times")
 
 
 def _find_pairs(root: Path, split: FolderSplit) -> tuple[Pair, ...]:

@@ -74,7 +74,7 @@ class TrainLoader:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        pin = must_pin(self.caches, self.device)
+        pin = must_pin([cache.device for cache in self.caches], self.device)
         for staged, factors in ahead(self._stage_all(self.epoch, pin), pin):
             images, labels = render(staged.to(self.device))
             if factors is not None:
@@ -120,7 +120,7 @@ class EvalLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        pin = must_pin([self.cache], self.device)
+        pin = must_pin([self.cache.device], self.device)
         for images, labels, indices in ahead(self._stack_all(pin), pin):
             images = images.to(self.device, non_blocking=True)
             labels = labels.to(self.device, non_blocking=True)
@@ -167,9 +167,9 @@ def ahead(items: Iterable[T], pin: bool) -> Iterable[T]:
     return prefetch(items) if pin else items
 
 
-def must_pin(sources: Sequence[PackedCache], device: torch.device) -> bool:
+def must_pin(sources: Iterable[torch.device], device: torch.device) -> bool:
     """Whether pixels travel from host memory to a GPU."""
-    return device.type == "cuda" and any(source.device.type == "cpu" for source in sources)
+    return device.type == "cuda" and any(source.type == "cpu" for source in sources)
 
 
 def _generator(*numbers: int) -> torch.Generator:

@@ -110,7 +110,7 @@ class PackFiles:
             )
             self._write_index(index)
         except OSError as error:
-            free = f"{_free_bytes(self.folder) / 2**30:.1f} GiB free"
+            free = f"{free_bytes(self.folder) / 2**30:.1f} GiB free"
             raise DataError(
                 f"{self.folder}: the cache cannot be written ({error.strerror}, {free}); "
                 "set data.cache_dir to a folder with room"
@@ -127,9 +127,10 @@ class PackFiles:
                     parts = [np.ascontiguousarray(p) for p in (image, label) if p is not None]
                     checksum = 0
                     for part in parts:
-                        file.write(part)
-                        checksum = zlib.crc32(part, checksum)
-                    items.append(Item(stem, *image.shape[:2], checksum))
+                        file.write(part.data)
+                        checksum = zlib.crc32(part.data, checksum)
+                    height, width = image.shape[:2]
+                    items.append(Item(stem, height, width, checksum))
             os.replace(partial, self.data)
         finally:
             partial.unlink(missing_ok=True)
@@ -154,7 +155,8 @@ def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
 
 
-def _free_bytes(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
+    """Room on the disk that holds, or will hold, the folder."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from lgcnet_fast.data.class_folder import ClassificationDataset
 from lgcnet_fast.data.painting import furniture, people, scenery, vehicles
 from lgcnet_fast.data.painting.camera import EYE, Camera
 from lgcnet_fast.data.painting.canvas import Canvas, Street
@@ -52,7 +53,7 @@ _OBJECTS: dict[str, tuple[Painter, float]] = {
 """Painter of each class and the height in metres that the picture should hold."""
 
 
-class SyntheticClasses:
+class SyntheticClasses(ClassificationDataset):
     """`count` square pictures of `size` pixels; picture i depends on (seed, split, i, size) only.
 
     Classes take turns, so that every class has its share of any prefix. Raises `DataError`.
