@@ -52,22 +52,22 @@ class StageProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def show(self, done: int, epoch: str, **values: float | None) -> None:
-        """`done` steps are behind us; None values are left out."""
+    def show(self, done: int, epoch: str = "", **values: float | None) -> None:
+        """`done` steps are behind us, in `epoch` such as 3/150; None values are left out."""
         self.done = done
         rate = (done - self._first) / max(time.monotonic() - self._started, 1e-9)
-        text = "  ".join(f"{name} {_short(value)}" for name, value in _present(values))
+        shown = [f"epoch {epoch}"] if epoch else []
+        shown += [f"{name} {value:.4g}" for name, value in values.items() if value is not None]
+        text = "  ".join(shown)
         if self._bar is not None:
-            rate_text = f"{rate:.2f} steps/s"
-            text = f"epoch {epoch}  {text}"
-            self._bar.update(self._task, completed=done, rate=rate_text, values=text)
+            self._bar.update(self._task, completed=done, rate=f"{rate:.2f} steps/s", values=text)
         elif time.monotonic() >= self._next_line or done == self.steps:
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
             eta = _duration((self.steps - done) / rate) if rate else "?"
             self._console.print(
-                f"{self.stage}: epoch {epoch}, step {done}/{self.steps}, {rate:.2f} steps/s, "
-                f"ETA {eta}, {text}",
+                f"{self.stage}: {done}/{self.steps}  {rate:.2f} steps/s  ETA {eta}  {text}",
                 soft_wrap=True,
+                markup=False,
             )
 
     def say(self, message: str) -> None:
@@ -75,12 +75,20 @@ class StageProgress:
         self._console.print(f"{self.stage}: {message}", soft_wrap=True, markup=False)
 
 
-def _present(values: dict[str, float | None]) -> list[tuple[str, float]]:
-    return [(name, value) for name, value in values.items() if value is not None]
+class CountProgress:
+    """Called with (done, of all) while files are packed; silent if nothing needs packing."""
 
+    def __init__(self, title: str, enabled: bool = True) -> None:
+        self._title, self._enabled = title, enabled
+        self._progress: StageProgress | None = None
 
-def _short(value: float) -> str:
-    return f"{value:.4g}"
+    def __call__(self, done: int, total: int) -> None:
+        if self._progress is None:
+            self._progress = StageProgress(self._title, total, enabled=self._enabled)
+            self._progress.__enter__()
+        self._progress.show(done)
+        if done == total:
+            self._progress.__exit__(None, None, None)
 
 
 def _duration(seconds: float) -> str:

@@ -28,7 +28,7 @@ CONSTANT = 1.0
 
 
 class ToyGenotype(Genotype):
-    space: Literal["toy"] = "toy"
+    space: Literal["toy_rows"] = "toy_rows"
     ops: tuple[str, ...]
 
 
@@ -105,7 +105,7 @@ class ToyLatency(LatencyModel):
 
 
 class ToySpace(SearchSpace):
-    name = "toy"
+    name = "toy_rows"
 
     class Options(SpaceOptions):
         width: int = 4

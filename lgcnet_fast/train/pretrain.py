@@ -1,0 +1,127 @@
+"""Image classification before finetuning (LGCNet section 6): what the backbone starts from."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lgcnet_fast.config import PretrainConfig
+from lgcnet_fast.data.class_loader import ClassLoader
+from lgcnet_fast.train.checkpoint import load_checkpoint, save_checkpoint
+from lgcnet_fast.train.distributed import parallel
+from lgcnet_fast.train.finite import require_finite, require_finite_parameters
+from lgcnet_fast.train.metrics import MetricsLog
+from lgcnet_fast.train.precision import Precision
+from lgcnet_fast.train.progress import StageProgress
+from lgcnet_fast.train.run import Run
+from lgcnet_fast.train.schedules import cosine, exponential, warmup
+from lgcnet_fast.train.sources import class_loaders
+from lgcnet_fast.train.weights import save_weights
+
+STAGE = "pretrain"
+LOG_EVERY = 20
+"""Optimiser steps between two log lines: fetching a loss waits for the device."""
+WHEN_NOT_FINITE = "lower pretrain.lr, or use precision = bf16 or fp32"
+
+
+def learning_rate(config: PretrainConfig, epoch: int) -> float:
+    """Constant within an epoch: exponential or cosine, after a linear warm-up."""
+    if config.schedule == "cosine":
+        after = max(epoch - config.warmup_epochs, 0)
+        lr = cosine(after, max(config.epochs - config.warmup_epochs, 1), config.lr)
+    else:
+        lr = exponential(epoch, config.lr, config.lr_decay)
+    return lr * warmup(epoch, config.warmup_epochs)
+
+
+def pretrain(run: Run) -> dict[str, Any]:
+    """Runs or continues the stage; writes the weights of the backbone.
+
+    Returns top-1 accuracy on val, or why the stage was skipped.
+    """
+    config, ranks, device = run.config.pretrain, run.ranks, run.device
+    if not config.enabled:
+        return run.finish(STAGE, {"skipped": "pretrain.enabled is false"})
+    torch.manual_seed(run.seed)
+    loader, validation, num_classes = class_loaders(run)
+    network = run.space.build_classifier(run.genotype(), num_classes)
+    network = network.to(device, memory_format=torch.channels_last)
+    wrapped = parallel(network, ranks, device, sync_bn=False)
+    precision = Precision(run.precision, device)
+    optimiser = torch.optim.SGD(
+        network.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=device.type == "cuda",
+    )
+    parts = {"model": network, "optimiser": optimiser, "scaler": precision.scaler}
+    path, steps = run.checkpoint_path(STAGE), len(loader)
+    first = load_checkpoint(path, STAGE, parts, {}) if path.exists() else 0
+    log = MetricsLog(run.stage_folder(STAGE), first, enabled=ranks.first)
+    with StageProgress(STAGE, steps * config.epochs, first * steps, ranks.first) as progress:
+        for epoch in range(first, config.epochs):
+            loader.set_epoch(epoch)
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(config, epoch)
+            _train_epoch(wrapped, optimiser, precision, loader, epoch, config, log, progress)
+            require_finite_parameters(network, STAGE, epoch, WHEN_NOT_FINITE)
+            top1 = accuracy(network, validation, precision)
+            log.write(epoch, (epoch + 1) * steps, top1=top1)
+            log.flush()
+            if ranks.first:
+                save_checkpoint(path, STAGE, epoch + 1, parts, {})
+    log.close()
+    if ranks.first:
+        save_weights(network.backbone, run.weights_path(STAGE))
+    return run.finish(
+        STAGE, {"epochs": config.epochs, "top1": accuracy(network, validation, precision)}
+    )
+
+
+def _train_epoch(
+    network: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    precision: Precision,
+    loader: ClassLoader,
+    epoch: int,
+    config: PretrainConfig,
+    log: MetricsLog,
+    progress: StageProgress,
+) -> None:
+    network.train()
+    total, counted = torch.zeros((), device=precision.device), 0
+    for index, (images, targets) in enumerate(islice(loader, len(loader))):
+        optimiser.zero_grad()
+        with precision.autocast():
+            logits = network(images)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+        precision.scaler.scale(loss).backward()
+        precision.step((optimiser, config.clip))
+        total, counted, step = total + loss.detach(), counted + 1, epoch * len(loader) + index + 1
+        if (index + 1) % LOG_EVERY and index + 1 < len(loader):
+            continue
+        mean = float(total) / counted
+        lr = optimiser.param_groups[0]["lr"]
+        require_finite(mean, STAGE, epoch, step, WHEN_NOT_FINITE)
+        log.write(epoch, step, loss=mean, lr=lr)
+        progress.show(step, f"{epoch + 1}/{config.epochs}", loss=mean, lr=lr)
+        total, counted = torch.zeros_like(total), 0
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, batches: ClassLoader, precision: Precision) -> float:
+    """Top-1 accuracy; the network is left in eval mode."""
+    network.eval()
+    right = torch.zeros((), dtype=torch.int64, device=precision.device)
+    count = 0
+    for images, targets in batches:
+        with precision.autocast():
+            predicted: Tensor = network(images).argmax(1)
+        right += (predicted == targets).sum()
+        count += len(targets)
+    return float(right) / max(count, 1)

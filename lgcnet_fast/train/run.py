@@ -1,0 +1,193 @@
+"""A run folder: the configuration it belongs to, the device it runs on, the stages it has done."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lgcnet_fast
+from lgcnet_fast.config import RunConfig, validate_config
+from lgcnet_fast.data.classes import ClassSet
+from lgcnet_fast.data.dataset import SegmentationDataset, open_dataset
+from lgcnet_fast.doctor import check_device
+from lgcnet_fast.errors import RunError
+from lgcnet_fast.space.genotype import Genotype, load_genotype
+from lgcnet_fast.space.registry import make_space
+from lgcnet_fast.train.checkpoint import write_atomically
+from lgcnet_fast.train.distributed import barrier, join
+from lgcnet_fast.train.precision import resolve_precision
+
+MACHINE_KEYS = frozenset({"device", "data.cache", "data.cache_dir"})
+"""Keys that may change when a run continues on another machine."""
+
+
+class Run:
+    """One seed of a configuration in one folder.
+
+    Creates the folder or continues in it; raises `RunError` if it belongs to another
+    configuration, `ConfigError` or `DeviceError` if space or device cannot be had.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, seed: int) -> None:
+        self.folder = folder
+        self.config = config.model_copy(update={"seeds": (seed,)})
+        self.seed = seed
+        self.ranks = join()
+        self.space = make_space(config.space)
+        self.device = self._own_device()
+        self.precision = resolve_precision(config.precision, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True
+        if self.ranks.first:
+            self._claim_folder()
+        barrier(self.ranks)
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """Continues in an existing folder with the configuration stored there."""
+        config = read_config(folder)
+        return cls(folder, config, config.seeds[0])
+
+    # -- data -------------------------------------------------------------------------------
+
+    def dataset(self, split: str) -> SegmentationDataset:
+        return open_dataset(self.config.data, split)
+
+    @cached_property
+    def classes(self) -> ClassSet:
+        return self.dataset(self.config.data.val_split).classes
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes.names)
+
+    # -- files ------------------------------------------------------------------------------
+
+    def stage_folder(self, stage: str) -> Path:
+        return self.folder / stage
+
+    def checkpoint_path(self, stage: str) -> Path:
+        return self.folder / stage / "checkpoint.pt"
+
+    def weights_path(self, stage: str) -> Path:
+        return self.folder / stage / "weights.safetensors"
+
+    @property
+    def genotype_path(self) -> Path:
+        return self.folder / "genotype.json"
+
+    @property
+    def latency_table_path(self) -> Path:
+        return self.folder / "latency_table.json"
+
+    @property
+    def evaluation_path(self) -> Path:
+        return self.folder / "evaluation.json"
+
+    def genotype(self) -> Genotype:
+        """The genotype of this run; raises `RunError` if it is not derived yet."""
+        if not self.genotype_path.exists():
+            raise RunError(f"{self.genotype_path}: missing; run the stage derive first")
+        return load_genotype(self.genotype_path)
+
+    # -- stages -----------------------------------------------------------------------------
+
+    def stage_result(self, stage: str) -> dict[str, Any] | None:
+        """Headline numbers of a finished stage; None while it is unfinished."""
+        path = self._result_path(stage)
+        return read_json(path) if path.exists() else None
+
+    def stage_done(self, stage: str) -> bool:
+        return self._result_path(stage).exists()
+
+    def finish(self, stage: str, result: dict[str, Any]) -> dict[str, Any]:
+        """Marks a stage as complete; returns `result`."""
+        if self.ranks.first:
+            write_json(self._result_path(stage), result)
+        barrier(self.ranks)
+        return result
+
+    def _result_path(self, stage: str) -> Path:
+        return self.evaluation_path if stage == "evaluate" else self.folder / stage / "done.json"
+
+    def _own_device(self) -> torch.device:
+        device = check_device(self.config.device)
+        if device.type == "cuda" and self.ranks.world > 1:
+            return torch.device("cuda", self.ranks.local)
+        return device
+
+    def _claim_folder(self) -> None:
+        path = self.folder / "config.json"
+        if path.exists():
+            stored = read_config(self.folder)
+            for key, before, now in differences(stored, self.config):
+                raise RunError(
+                    f"{self.folder}: belongs to another configuration: {key} was {before!r} and "
+                    f"is now {now!r}; use another run folder, or the former value"
+                )
+        elif self.folder.exists() and any(p.name[0] != "." for p in self.folder.iterdir()):
+            raise RunError(f"{self.folder}: neither empty nor a run folder; choose another folder")
+        else:
+            write_json(path, self.config.model_dump(mode="json"))
+        write_json(self.folder / "environment.json", self._environment())
+
+    def _environment(self) -> dict[str, Any]:
+        cuda = self.device.type == "cuda"
+        return {
+            "lgcnet_fast": lgcnet_fast.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            "processes": self.ranks.world,
+            "precision": self.precision,
+        }
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Raises `RunError` if `folder` is no run folder, `ConfigError` if its file is invalid."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise RunError(f"{folder}: not a run folder (it has no config.json)")
+    return validate_config(read_json(path), str(path))
+
+
+def differences(before: RunConfig, now: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Keys whose values differ, in the order of the configuration, without `MACHINE_KEYS`."""
+    old = dict(_flatten(before.model_dump(mode="json")))
+    new = dict(_flatten(now.model_dump(mode="json")))
+    for key in [*new, *(key for key in old if key not in new)]:
+        if key not in MACHINE_KEYS and old.get(key) != new.get(key):
+            yield key, old.get(key), new.get(key)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises `RunError` if the file is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path}: damaged ({error}); delete it to do its stage again") from None
+    if not isinstance(values, dict):
+        raise RunError(f"{path}: not a JSON object; delete it to do its stage again")
+    return values

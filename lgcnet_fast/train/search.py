@@ -1,0 +1,266 @@
+"""The search (LGCNet section 5): network weights and architecture from one loss, one backward.
+
+Each forward pass draws one Z, shared by the cross entropy and the latency term; then SGD steps
+the weights and Adam the architecture parameters with those of the graph-guided modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lgcnet_fast.config import SearchConfig
+from lgcnet_fast.data.loader import Batch
+from lgcnet_fast.ops import upsample_cross_entropy
+from lgcnet_fast.space.base import Arch, LatencyModel, LatencyTerms, SearchSpace
+from lgcnet_fast.space.sampling import gumbel_softmax
+from lgcnet_fast.train.checkpoint import Stateful, load_checkpoint, save_checkpoint
+from lgcnet_fast.train.controller import LatencyController, argmax_latency
+from lgcnet_fast.train.distributed import parallel
+from lgcnet_fast.train.finite import require_finite, require_finite_parameters
+from lgcnet_fast.train.losses import latency_loss, strength
+from lgcnet_fast.train.metrics import Confusion, MetricsLog
+from lgcnet_fast.train.monitor import inspect, masked
+from lgcnet_fast.train.precision import Precision
+from lgcnet_fast.train.prediction import LatencyPredictor, check_target, latency_predictor
+from lgcnet_fast.train.progress import StageProgress
+from lgcnet_fast.train.run import Run
+from lgcnet_fast.train.schedules import cosine, temperature
+from lgcnet_fast.train.sources import optimiser_steps, train_loader
+
+STAGE = "search"
+LOG_EVERY = 20
+"""Optimiser steps between two log lines: fetching a loss waits for the device."""
+MOST_RANKS = 1_000_003
+WHEN_NOT_FINITE = "lower search.weight_lr, or use precision = bf16 or fp32"
+
+
+class SearchOutput(NamedTuple):
+    logits: Tensor
+    """(N, classes, h, w) at the output stride."""
+    latency: LatencyTerms
+    """Expected under the Z of this forward pass."""
+    alpha: Arch
+    """alpha', detached."""
+
+
+class SearchNetwork(nn.Module):
+    """Supernet, architecture parameters and latency model behind one forward pass."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        num_classes: int,
+        latency: LatencyModel,
+        noise: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.supernet = space.build_supernet(num_classes)
+        self.arch = space.build_arch()
+        self.latency = latency
+        self.groups = space.arch_groups()
+        self.num_classes = num_classes
+        self.noise = noise
+
+    def forward(self, images: Tensor, temperature: float) -> SearchOutput:
+        alpha = self.arch()
+        z = gumbel_softmax(alpha, temperature, self.noise, self.groups)
+        detached = {name: logits.detach() for name, logits in alpha.items()}
+        return SearchOutput(self.supernet(images, z), self.latency(z), detached)
+
+
+class Searcher:
+    """Everything that one optimiser step of the search needs."""
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        network: SearchNetwork,
+        wrapped: nn.Module,
+        precision: Precision,
+        scale: float,
+        total_steps: int,
+    ) -> None:
+        self.config, self.network, self.wrapped = config, network, wrapped
+        self.precision, self.scale = precision, scale
+        device = precision.device
+        fused = device.type == "cuda"
+        self.weight_optimiser = torch.optim.SGD(
+            network.supernet.parameters(),
+            lr=config.weight_lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=fused,
+        )
+        self.arch_optimiser = torch.optim.Adam(
+            network.arch.parameters(),
+            lr=config.arch_lr,
+            betas=config.arch_betas,
+            weight_decay=config.arch_weight_decay,
+            fused=fused,
+        )
+        self.controller = None
+        if config.latency_target_ms is not None:
+            self.controller = LatencyController(config.latency_target_ms, total_steps, device)
+
+    def parts(self) -> dict[str, Stateful]:
+        """What a checkpoint holds, by name."""
+        parts = {
+            "model": self.network.supernet,
+            "arch": self.network.arch,
+            "weight_optimiser": self.weight_optimiser,
+            "arch_optimiser": self.arch_optimiser,
+            "scaler": self.precision.scaler,
+        }
+        return parts if self.controller is None else {**parts, "controller": self.controller}
+
+    def set_epoch(self, epoch: int) -> None:
+        config = self.config
+        lr = cosine(epoch, config.epochs, config.weight_lr, config.weight_lr_min)
+        for group in self.weight_optimiser.param_groups:
+            group["lr"] = lr
+        self.temperature = temperature(
+            epoch, config.epochs, config.temperature_start, config.temperature_end
+        )
+
+    def step(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor, Tensor]:
+        """One optimiser step on `config.accumulate` micro-batches.
+
+        Returns, on the device: (4,) loss, cross entropy, weighted latency loss and expected ms,
+        averaged over the micro-batches; then logits and labels of the last one.
+        """
+        self.weight_optimiser.zero_grad()
+        self.arch_optimiser.zero_grad()
+        beta = self._beta()
+        sums = torch.zeros(4, device=self.precision.device)
+        for images, labels in batches:
+            with self.precision.autocast():
+                output = self.wrapped(images, self.temperature)
+            cross_entropy = upsample_cross_entropy(output.logits, labels)
+            latency = beta * latency_loss(output.latency, self.config.latency_loss, self.scale)
+            loss = cross_entropy + latency
+            self.precision.scaler.scale(loss / self.config.accumulate).backward()
+            terms = [loss, cross_entropy, latency, output.latency.total]
+            sums += torch.stack([term.detach().float() for term in terms])
+        self.precision.step(
+            (self.weight_optimiser, self.config.weight_clip),
+            (self.arch_optimiser, self.config.arch_clip),
+        )
+        return sums / self.config.accumulate, output.logits.detach(), labels
+
+    @torch.no_grad()
+    def _beta(self) -> float | Tensor:
+        if self.controller is None:
+            return self.config.beta
+        alpha = masked(self.network.arch(), self.network.groups)
+        argmax_ms = argmax_latency(alpha, self.network.latency)
+        terms = self.network.latency({name: a.softmax(-1) for name, a in alpha.items()})
+        return self.controller.multiplier(argmax_ms) / strength(terms, self.config.latency_loss)
+
+
+def search(run: Run) -> dict[str, object]:
+    """Runs or continues the stage; returns its headline numbers.
+
+    With the strategy `random`, or with a given genotype, there is nothing to train.
+    """
+    config = run.config.search
+    if run.config.genotype is not None:
+        return run.finish(STAGE, {"skipped": f"genotype {run.config.genotype} is given"})
+    predictor = latency_predictor(run)
+    check_target(config, predictor)
+    if config.strategy == "random":
+        return run.finish(STAGE, {"skipped": "the random strategy draws without training"})
+    return _train(run, predictor)
+
+
+def _train(run: Run, predictor: LatencyPredictor) -> dict[str, object]:
+    config, ranks = run.config.search, run.ranks
+    per_rank = ranks.share(config.batch_size, "search.batch_size")
+    loader = train_loader(run, run.config.data.train_splits, config.augmentation, per_rank)
+    steps = optimiser_steps(loader, config.accumulate, "search.accumulate")
+    searcher = _searcher(run, predictor, steps * config.epochs)
+    network = searcher.network
+    path, generators = run.checkpoint_path(STAGE), {"noise": network.noise}
+    first = 0
+    if path.exists():
+        first = load_checkpoint(path, STAGE, searcher.parts(), generators)
+    log = MetricsLog(run.stage_folder(STAGE), first, enabled=ranks.first)
+    network.train()
+    with StageProgress(STAGE, steps * config.epochs, first * steps, ranks.first) as progress:
+        for epoch in range(first, config.epochs):
+            loader.set_epoch(epoch)
+            searcher.set_epoch(epoch)
+            _train_epoch(searcher, iter(loader), epoch, steps, log, progress)
+            require_finite_parameters(network, STAGE, epoch, WHEN_NOT_FINITE)
+            state = _inspect(run, network, predictor)
+            log.write(epoch, (epoch + 1) * steps, **state)
+            log.flush()
+            if ranks.first:
+                save_checkpoint(path, STAGE, epoch + 1, searcher.parts(), generators)
+    log.close()
+    return run.finish(STAGE, {"epochs": config.epochs, **_inspect(run, network, predictor)})
+
+
+def _searcher(run: Run, predictor: LatencyPredictor, total_steps: int) -> Searcher:
+    config, ranks, device = run.config.search, run.ranks, run.device
+    torch.manual_seed(run.seed)
+    # Every rank draws noise of its own.
+    noise = torch.Generator(device).manual_seed(run.seed * MOST_RANKS + ranks.rank)
+    network = SearchNetwork(run.space, run.num_classes, predictor.model, noise)
+    network = network.to(device, memory_format=torch.channels_last)
+    # Fewer than 4 images a device leave too little for batch statistics.
+    sync_bn = config.batch_size < 4 * ranks.world
+    wrapped = parallel(network, ranks, device, sync_bn)
+    precision = Precision(run.precision, device)
+    return Searcher(config, network, wrapped, precision, predictor.scale, total_steps)
+
+
+def _inspect(run: Run, network: SearchNetwork, predictor: LatencyPredictor) -> dict[str, float]:
+    """The collapse monitor, and the latency of the genotype that `derive` would choose now."""
+    with torch.no_grad():
+        alpha = {name: logits.cpu().float() for name, logits in network.arch().items()}
+    genotype, _ = run.space.discretise(alpha)
+    return {
+        **inspect(alpha, network.groups, predictor.model_on_cpu),
+        "argmax_ms": predictor.milliseconds(genotype),
+    }
+
+
+def _train_epoch(
+    searcher: Searcher,
+    batches: Iterator[Batch],
+    epoch: int,
+    steps: int,
+    log: MetricsLog,
+    progress: StageProgress,
+) -> None:
+    config, device = searcher.config, searcher.precision.device
+    confusion = Confusion(searcher.network.num_classes, device)
+    sums, counted = torch.zeros(4, device=device), 0
+    for step in range(epoch * steps, (epoch + 1) * steps):
+        terms, logits, labels = searcher.step(islice(batches, config.accumulate))
+        sums, counted = sums + terms, counted + 1
+        last = step + 1 == (epoch + 1) * steps
+        if not last and (step + 1) % LOG_EVERY:
+            continue
+        # The training batches stand in for val: a supernet's score under soft Z, weights shared
+        # by all candidates and BN without affine, ranks nothing and would cost a pass over val.
+        stride = searcher.network.supernet.output_stride
+        confusion.add(logits.argmax(1), labels[:, ::stride, ::stride])
+        loss, cross_entropy, latency, expected_ms = (sums / counted).tolist()
+        require_finite(loss, STAGE, epoch, step, WHEN_NOT_FINITE)
+        values = {
+            "loss": loss,
+            "cross_entropy": cross_entropy,
+            "latency_loss": latency,
+            "expected_ms": expected_ms,
+            "train_miou": confusion.miou(),
+            "temperature": searcher.temperature,
+        }
+        log.write(epoch, step + 1, **values, lr=searcher.weight_optimiser.param_groups[0]["lr"])
+        progress.show(step + 1, f"{epoch + 1}/{config.epochs}", **values)
+        sums, counted = torch.zeros_like(sums), 0
