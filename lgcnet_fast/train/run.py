@@ -20,6 +20,7 @@ from lgcnet_fast.errors import RunError
 from lgcnet_fast.space.genotype import Genotype, load_genotype
 from lgcnet_fast.space.registry import make_space
 from lgcnet_fast.train.checkpoint import write_atomically
+from lgcnet_fast.train.class_file import class_values, read_classes
 from lgcnet_fast.train.distributed import barrier, join
 from lgcnet_fast.train.precision import resolve_precision
 
@@ -62,7 +63,14 @@ class Run:
 
     @cached_property
     def classes(self) -> ClassSet:
-        return self.dataset(self.config.data.val_split).classes
+        """Those of the data set, recorded in the folder: predicting needs no data set."""
+        path = self.folder / "classes.json"
+        if path.exists():
+            return read_classes(path)
+        classes = self.dataset(self.config.data.val_split).classes
+        if self.ranks.first:
+            write_json(path, class_values(classes))
+        return classes
 
     @property
     def num_classes(self) -> int:
