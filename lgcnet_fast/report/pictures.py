@@ -72,18 +72,21 @@ def legend(classes: ClassSet, width: int) -> RGB:
 
 
 def contact_sheet(
-    samples: Iterable[tuple[str, RGB, Labels, Labels]], classes: ClassSet, width: int = 320
+    samples: Iterable[tuple[str, RGB, Sequence[Labels]]],
+    classes: ClassSet,
+    headings: Sequence[str],
+    width: int = 320,
 ) -> RGB:
-    """One row a sample (name, image, label, prediction), every picture `width` pixels wide, with
-    headings and the class legend. Raises `ValueError` without samples."""
-    bands = [_headings(("image", "label", "prediction"), width)]
-    for name, image, label, prediction in samples:
-        colours = [colourise(labels, classes) for labels in (label, prediction)]
+    """One row a sample (name, image, label maps), every picture `width` pixels wide, between
+    headings (one a picture) and the class legend. Raises `ValueError` without samples."""
+    bands = [_text_line(headings, width)]
+    for name, image, maps in samples:
+        colours = [colourise(labels, classes) for labels in maps]
         # Colours are not interpolated: mixtures would be no class.
         scaled = [_to_width(image, width, Image.Resampling.BILINEAR)]
         scaled += [_to_width(picture, width, Image.Resampling.NEAREST) for picture in colours]
         bands.append(side_by_side(scaled))
-        bands.append(_headings((name,), bands[-1].shape[1]))
+        bands.append(_text_line((name,), bands[-1].shape[1]))
     if len(bands) == 1:
         raise ValueError("a contact sheet needs at least one sample")
     bands.append(legend(classes, bands[0].shape[1]))
@@ -106,7 +109,7 @@ def _to_width(picture: RGB, width: int, resample: Image.Resampling) -> RGB:
     return np.asarray(Image.fromarray(picture).resize((width, height), resample))
 
 
-def _headings(texts: Sequence[str], width: int) -> RGB:
+def _text_line(texts: Sequence[str], width: int) -> RGB:
     """A white line of text with one column of `width` pixels a text."""
     canvas = Image.new("RGB", (len(texts) * (width + _GAP) - _GAP, _LINE), "white")
     draw = ImageDraw.Draw(canvas)

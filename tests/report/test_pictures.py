@@ -72,13 +72,14 @@ def test_legend_shows_every_class_colour_once(width: int) -> None:
 @pytest.mark.parametrize("size", [(4, 5), (500, 3), (3, 700)])
 def test_contact_sheet_takes_any_size(size: tuple[int, int]) -> None:
     image, labels = np.zeros((*size, 3), np.uint8), np.full(size, 3, np.uint8)
-    sheet = contact_sheet([("a", image, labels, labels), ("b" * 99, image, labels, labels)], CAMVID)
+    samples = [("a", image, (labels, labels)), ("b" * 99, image, (labels, labels))]
+    sheet = contact_sheet(samples, CAMVID, ("image", "label", "prediction"))
     assert sheet.shape[1] >= 3 * 320 and sheet.dtype == np.uint8
 
 
 def test_contact_sheet_needs_samples() -> None:
     with pytest.raises(ValueError):
-        contact_sheet([], CAMVID)
+        contact_sheet([], CAMVID, ("image",))
 
 
 def test_saving_replaces_and_leaves_nothing_behind(tmp_path: Path, image: np.ndarray) -> None:

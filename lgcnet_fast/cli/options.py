@@ -1,0 +1,47 @@
+"""Arguments and options that several commands share, and the configuration they make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lgcnet_fast.config import PRESETS, RunConfig, load_config
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="[CONFIG.toml]", help="Configuration; its keys replace the preset's."),
+]
+ConfigOrRun = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[CONFIG.toml|RUN]",
+        help="Configuration, whose keys replace the preset's; or a run folder to continue.",
+    ),
+]
+RunFolder = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="Run folder, or one of its seed-N folders."),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="|".join(PRESETS),
+        autocompletion=lambda: list(PRESETS),
+        help="What the configuration builds on.  [default: paper]",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides one key; repeatable."),
+]
+
+
+def configuration(path: Path | None, preset: str | None, overrides: list[str] | None) -> RunConfig:
+    """The validated configuration, space options included. Raises `ConfigError`."""
+    config = load_config(path, preset or "paper", tuple(overrides or ()))
+    from lgcnet_fast.space.registry import make_space
+
+    make_space(config.space)
+    return config

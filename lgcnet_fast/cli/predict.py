@@ -1,0 +1,47 @@
+"""`lgcnet predict`: a trained run on new images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lgcnet_fast.cli.counting import counting
+from lgcnet_fast.cli.options import RunFolder
+from lgcnet_fast.errors import ConfigError
+
+FORMATS = ("pictures", "cityscapes")
+
+
+def predict(
+    folder: RunFolder,
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Image, folder or video.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="|".join(FORMATS),
+            autocompletion=lambda: list(FORMATS),
+            help="pictures: labels, overlay, side by side; cityscapes: ids for its test server.",
+        ),
+    ] = "pictures",
+) -> None:
+    """Segment an image, all images below a folder, or a video with a trained run.
+
+    Examples:
+
+        lgcnet predict runs/camvid street.jpg --out pictures
+
+        lgcnet predict runs/city/seed-0 leftImg8bit/test --out upload --format cityscapes
+    """
+    if form not in FORMATS:
+        raise ConfigError(f"--format {form}: must be one of {', '.join(FORMATS)}")
+    from lgcnet_fast.cli.folders import open_run
+    from lgcnet_fast.train import predict as prediction
+
+    predictor = prediction.Predictor.open(open_run(folder))
+    with counting("predict") as progress:
+        done = prediction.predict(predictor, source, out, form, progress)
+    typer.echo(f"{done} predicted: {out}")
