@@ -1,0 +1,1 @@
+"""Latency lookup tables: measuring, roofline, files, predictions."""

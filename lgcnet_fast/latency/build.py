@@ -1,0 +1,81 @@
+"""Building a table: every key of a space, each once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lgcnet_fast.latency.providers import (
+    ROOFLINE,
+    LatencyProvider,
+    RooflineProvider,
+    device_name,
+)
+from lgcnet_fast.latency.table import (
+    Entry,
+    LookupTable,
+    check_table,
+    load_table,
+    make_entry,
+)
+from lgcnet_fast.space.base import LutKey, SearchSpace
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told after each entry."""
+
+    done: int
+    total: int
+    entry: Entry
+    seconds_left: float
+    """Estimate from the mean of the entries so far."""
+
+
+def build_table(
+    space: SearchSpace,
+    size: tuple[int, int],
+    num_classes: int,
+    provider: LatencyProvider,
+    progress: Callable[[Progress], None] | None = None,
+) -> LookupTable:
+    """Asks `provider` for every key of `space` at input `size` (height, width)."""
+    keys = tuple(dict.fromkeys(space.lut_keys(size, num_classes)))
+    started = time.perf_counter()
+    entries: list[Entry] = []
+    for key in keys:
+        entries.append(_entry(space, key, provider))
+        if progress is not None:
+            mean = (time.perf_counter() - started) / len(entries)
+            left = mean * (len(keys) - len(entries))
+            progress(Progress(len(entries), len(keys), entries[-1], left))
+    return LookupTable(
+        made_on=provider.provenance(),
+        space=space.name,
+        options=space.options.model_dump(mode="json"),
+        size=size,
+        num_classes=num_classes,
+        entries=tuple(entries),
+    )
+
+
+def open_table(
+    name: str, space: SearchSpace, size: tuple[int, int], num_classes: int, device: torch.device
+) -> tuple[LookupTable, tuple[str, ...]]:
+    """The table that `latency.table` names, a file or the roofline, and warnings about it.
+
+    Raises `TableError` where it cannot serve the run.
+    """
+    if name == ROOFLINE:
+        return build_table(space, size, num_classes, RooflineProvider()), ()
+    table = load_table(Path(name))
+    return table, check_table(table, name, space, size, num_classes, device_name(device))
+
+
+def _entry(space: SearchSpace, key: LutKey, provider: LatencyProvider) -> Entry:
+    timed = provider.measure(space.lut_module(key))
+    return make_entry(key, timed.median_ms, timed.spread, timed.runs, timed.capped)
