@@ -1,7 +1,7 @@
 """Latency loss: beta * LAT (LGCNet equation 10) and its logarithmic relatives.
 
 Only here are milliseconds multiplied by the device's `scale`, which maps the mean over uniform
-random architectures to `REFERENCE_MS`, so that beta means the same on every device.
+random architectures to `PAPER_MEAN_MS`, so that beta means the same on every device.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lgcnet_fast.latency.predict import PAPER_MEAN_MS
 from lgcnet_fast.space.base import LatencyTerms
-
-REFERENCE_MS = 16.2
-"""Mean latency of uniform random architectures on the paper's device (61.9 FPS)."""
 
 
 def latency_loss(terms: LatencyTerms, form: str, scale: float) -> Tensor:
@@ -33,9 +31,9 @@ def latency_loss(terms: LatencyTerms, form: str, scale: float) -> Tensor:
 
 
 def strength(terms: LatencyTerms, form: str) -> float:
-    """Change of the latency loss when a network of `REFERENCE_MS` becomes e times slower."""
+    """Change of the latency loss when a network of `PAPER_MEAN_MS` becomes e times slower."""
     if form == "linear_ms":
-        return REFERENCE_MS
+        return PAPER_MEAN_MS
     return {"log_total": 1, "log_cell": len(terms.cells), "log_edge": len(terms.edges)}[form]
 
 

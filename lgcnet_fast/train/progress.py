@@ -14,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+SECONDS_BEFORE_FIRST_LINE = 1.0
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -24,7 +25,7 @@ class StageProgress:
         self.stage, self.steps, self.done = stage, steps, done
         self._console = Console(quiet=not enabled, highlight=False)
         self._started, self._first = time.monotonic(), done
-        self._next_line = self._started
+        self._next_line = self._started + SECONDS_BEFORE_FIRST_LINE
         self._bar: Progress | None = None
         if enabled and self._console.is_terminal:
             self._bar = Progress(
@@ -60,12 +61,12 @@ class StageProgress:
         shown += [f"{name} {value:.4g}" for name, value in values.items() if value is not None]
         text = "  ".join(shown)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, rate=f"{rate:.2f} steps/s", values=text)
+            self._bar.update(self._task, completed=done, rate=f"{rate:.2f}/s", values=text)
         elif time.monotonic() >= self._next_line or done == self.steps:
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
             eta = _duration((self.steps - done) / rate) if rate else "?"
             self._console.print(
-                f"{self.stage}: {done}/{self.steps}  {rate:.2f} steps/s  ETA {eta}  {text}",
+                f"{self.stage}: {done}/{self.steps}  {rate:.2f}/s  ETA {eta}  {text}",
                 soft_wrap=True,
                 markup=False,
             )

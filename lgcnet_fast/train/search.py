@@ -26,7 +26,7 @@ from lgcnet_fast.train.losses import latency_loss, strength
 from lgcnet_fast.train.metrics import Confusion, MetricsLog
 from lgcnet_fast.train.monitor import inspect, masked
 from lgcnet_fast.train.precision import Precision
-from lgcnet_fast.train.prediction import LatencyPredictor, check_target, latency_predictor
+from lgcnet_fast.train.prediction import LatencyPredictor, latency_predictor
 from lgcnet_fast.train.progress import StageProgress
 from lgcnet_fast.train.run import Run
 from lgcnet_fast.train.schedules import cosine, temperature
@@ -171,7 +171,6 @@ def search(run: Run) -> dict[str, object]:
     if run.config.genotype is not None:
         return run.finish(STAGE, {"skipped": f"genotype {run.config.genotype} is given"})
     predictor = latency_predictor(run)
-    check_target(config, predictor)
     if config.strategy == "random":
         return run.finish(STAGE, {"skipped": "the random strategy draws without training"})
     return _train(run, predictor)
@@ -210,7 +209,7 @@ def _searcher(run: Run, predictor: LatencyPredictor, total_steps: int) -> Search
     torch.manual_seed(run.seed)
     # Every rank draws noise of its own.
     noise = torch.Generator(device).manual_seed(run.seed * MOST_RANKS + ranks.rank)
-    network = SearchNetwork(run.space, run.num_classes, predictor.model, noise)
+    network = SearchNetwork(run.space, run.num_classes, predictor.trained_with(), noise)
     network = network.to(device, memory_format=torch.channels_last)
     # Fewer than 4 images a device leave too little for batch statistics.
     sync_bn = config.batch_size < 4 * ranks.world
@@ -225,7 +224,7 @@ def _inspect(run: Run, network: SearchNetwork, predictor: LatencyPredictor) -> d
         alpha = {name: logits.cpu().float() for name, logits in network.arch().items()}
     genotype, _ = run.space.discretise(alpha)
     return {
-        **inspect(alpha, network.groups, predictor.model_on_cpu),
+        **inspect(alpha, network.groups, predictor.model),
         "argmax_ms": predictor.milliseconds(genotype),
     }
 

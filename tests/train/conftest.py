@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lgcnet_fast.config import RunConfig, validate_config
-from lgcnet_fast.train import derive, search
-from lgcnet_fast.train.prediction import LatencyPredictor
 from lgcnet_fast.train.run import Run
-from tests.train.toy import ToyLatency
 
 CONFIG = {
     "device": "cpu",
@@ -38,15 +35,6 @@ CONFIG = {
     },
     "evaluate": {"size": [49, 97]},
 }
-
-
-@pytest.fixture(autouse=True)
-def toy_latency(monkeypatch):
-    def predictor(run):
-        return LatencyPredictor(run.space, ToyLatency(), ToyLatency(), 1.0, "toy")
-
-    for module in (search, derive):
-        monkeypatch.setattr(module, "latency_predictor", predictor)
 
 
 def make_config(cache_dir, **changes) -> RunConfig:

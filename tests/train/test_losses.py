@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from lgcnet_fast.latency.predict import PAPER_MEAN_MS
 from lgcnet_fast.space.base import LatencyTerms
 from lgcnet_fast.train.controller import LatencyController, argmax_latency
-from lgcnet_fast.train.losses import REFERENCE_MS, latency_loss, strength
+from lgcnet_fast.train.losses import latency_loss, strength
 from lgcnet_fast.train.precision import Precision, resolve_precision
 from lgcnet_fast.train.schedules import cosine, exponential, poly, temperature, warmup
 from tests.train.toy import CONSTANT, MILLISECONDS, ToyLatency
@@ -44,7 +45,7 @@ def test_form_matches_its_definition_and_its_gradient(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_strength_is_the_change_per_e_fold(form):
-    edges = torch.full((4,), REFERENCE_MS / 4, dtype=torch.float64)
+    edges = torch.full((4,), PAPER_MEAN_MS / 4, dtype=torch.float64)
 
     def at(factor):
         return latency_loss(
@@ -92,7 +93,7 @@ def test_controller_leads_the_argmax_to_the_target(target):
         optimiser.zero_grad()
         multiplier = controller.multiplier(argmax_latency({"rows": logits}, model))
         soft = {"rows": logits.softmax(-1)}
-        loss = multiplier * model(soft).total / REFERENCE_MS - (soft["rows"] * worth).sum()
+        loss = multiplier * model(soft).total / PAPER_MEAN_MS - (soft["rows"] * worth).sum()
         loss.backward()
         optimiser.step()
     dearest_step = max(MILLISECONDS)
