@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -51,10 +52,21 @@ def measure(
     def run() -> None:
         module(*inputs)
 
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+    with torch.no_grad(), _fastest_convolutions():
         for _ in range(effort.warm_up):
             timed(run)
         return _until_known(lambda: timed(run), effort)
+
+
+@contextmanager
+def _fastest_convolutions() -> Iterator[None]:
+    """Lets cuDNN try its algorithms during the warm-up; leaves its other settings alone."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _until_known(time_one: Callable[[], float], effort: Effort) -> Measurement:

@@ -91,21 +91,11 @@ class LookupTable(_Record):
     def milliseconds(self) -> Mapping[LutKey, float]:
         return MappingProxyType({entry.key: entry.median_ms for entry in self.entries})
 
-    def for_display(self) -> list[Entry]:
-        """Entries of one family and shape together, large maps first, slowest first."""
-        return sorted(self.entries, key=_display_order)
-
     @property
     def description(self) -> str:
         """Device, runtime and numeric type in one line."""
         made = self.made_on
         return f"{made.device}, {made.runtime} ({made.provider}), {made.dtype}"
-
-
-def _display_order(entry: Entry) -> tuple[str | float, ...]:
-    family = entry.op.partition(".")[0]
-    pixels = entry.h_in * entry.w_in
-    return family, -pixels, entry.stride, entry.c_in, entry.c_out, -entry.median_ms, entry.op
 
 
 def make_entry(

@@ -56,6 +56,18 @@ def test_runs_are_counted_without_the_warm_up():
     assert timed.median_ms > 0
 
 
+def test_the_search_for_fast_convolutions_ends_with_the_measurement():
+    class Failing(nn.Module):
+        def forward(self, x):
+            assert torch.backends.cudnn.benchmark
+            raise RuntimeError("out of memory")
+
+    before = torch.backends.cudnn.benchmark
+    with pytest.raises(RuntimeError):
+        measure(Failing(), [torch.zeros(1)], QUICK)
+    assert torch.backends.cudnn.benchmark == before
+
+
 def test_the_time_limit_ends_a_measurement_and_is_recorded():
     timed = measure(Counting(), [torch.zeros(1)], Effort(0, 20, -1.0, 0.05))
     assert timed.capped and timed.runs >= 20

@@ -13,10 +13,8 @@ from lgcnet_fast.latency.table import (
     LookupTable,
     check_table,
     load_table,
-    make_entry,
     save_table,
 )
-from lgcnet_fast.space.base import LutKey
 
 SIZE = (12, 20)
 
@@ -129,22 +127,3 @@ def test_another_device_and_other_options_are_warnings(table, other_space):
         "t.json: measured on Old GPU, this is New GPU",
         "t.json: built with other space options: temperature",
     )
-
-
-def test_display_groups_families_and_shapes_slowest_first(table):
-    keys = [
-        ("const.stem", 10, 0.1),
-        ("cell.skip", 10, 0.1),
-        ("cell.skip", 20, 0.2),
-        ("cell.conv3", 10, 0.3),
-    ]
-    entries = tuple(
-        make_entry(LutKey(op, 8, 8, side, side, 1), milliseconds) for op, side, milliseconds in keys
-    )
-    shown = table.model_copy(update={"entries": entries}).for_display()
-    assert [(entry.op, entry.h_in) for entry in shown] == [
-        ("cell.skip", 20),
-        ("cell.conv3", 10),
-        ("cell.skip", 10),
-        ("const.stem", 10),
-    ]
