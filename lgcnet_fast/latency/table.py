@@ -19,6 +19,7 @@ from lgcnet_fast.space.base import LutKey, SearchSpace
 
 LARGEST_FILE = 64 * 2**20
 """Bytes; the table of a large space has less than one hundredth of that."""
+FAULTS_SHOWN = 5
 REBUILD = "build the table again with `lgcnet lut build`"
 
 NonNegative = Annotated[float, Field(ge=0, strict=True)]
@@ -133,7 +134,7 @@ def load_table(path: Path) -> LookupTable:
     try:
         return LookupTable.model_validate_json(text)
     except ValidationError as error:
-        faults = explain(error, LookupTable)
+        faults = _first_lines(explain(error, LookupTable))
         raise TableError(f"{path}: not a usable latency table: {faults}\n  {REBUILD}") from None
 
 
@@ -176,6 +177,13 @@ def check_table(
     if differing:
         warnings.append(f"{source}: built with other space options: {', '.join(differing)}")
     return tuple(warnings)
+
+
+def _first_lines(text: str) -> str:
+    """A table of a thousand wrong entries is described by the first few."""
+    lines = text.splitlines()
+    more = [f"  and {len(lines) - FAULTS_SHOWN} more"] if len(lines) > FAULTS_SHOWN else []
+    return "\n".join(lines[:FAULTS_SHOWN] + more)
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -95,6 +95,14 @@ def test_a_wrong_entry_is_named(stored, change, named):
         reload(values)
 
 
+def test_many_wrong_entries_are_counted(stored):
+    values, reload = stored
+    values["entries"] = [{"op": 1}] * 1000
+    with pytest.raises(TableError, match=r"entries.0.op(.|\n)*and 6995 more") as raised:
+        reload(values)
+    assert len(str(raised.value)) < 1000
+
+
 def test_a_table_serves_its_own_run(table, space):
     assert check_table(table, "t.json", space, SIZE, 5, "") == ()
     assert check_table(table, "t.json", space, SIZE, 5, "Some GPU") == ()
