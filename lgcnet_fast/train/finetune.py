@@ -31,6 +31,7 @@ from lgcnet_fast.train.weights import load_weights, save_weights
 STAGE = "finetune"
 LOG_EVERY = 20
 """Optimiser steps between two log lines: fetching a loss waits for the device."""
+COARSE_DATA = "cityscapes"
 COARSE_SPLITS = ("train_extra_coarse",)
 WHEN_NOT_FINITE = "lower finetune.lr, or use precision = bf16 or fp32"
 
@@ -189,8 +190,8 @@ def _phases(run: Run) -> tuple[Phase, ...]:
     fine = _phase(run, run.config.data.train_splits, config.coarse_epochs, config.epochs)
     if config.coarse_epochs == 0:
         return (fine,)
-    if run.config.data.name != "cityscapes":
-        raise ConfigError('finetune.coarse_epochs needs data.name = "cityscapes"; set it to 0')
+    if run.config.data.name != COARSE_DATA:
+        raise ConfigError(f'finetune.coarse_epochs needs data.name = "{COARSE_DATA}"; set it to 0')
     return (_phase(run, COARSE_SPLITS, 0, config.coarse_epochs), fine)
 
 

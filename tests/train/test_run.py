@@ -1,0 +1,74 @@
+"""Run folders: what they record and whom they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lgcnet_fast.errors import ConfigError, RunError
+from lgcnet_fast.train.run import Run, read_config
+
+
+def test_records_configuration_and_environment(new_run):
+    run = new_run(seed=3, finetune__lr=0.02)
+    stored = read_config(run.folder)
+    assert stored == run.config
+    assert (stored.seeds, stored.finetune.lr) == ((3,), 0.02)
+    environment = json.loads((run.folder / "environment.json").read_text())
+    assert environment["device"] == "cpu"
+    assert environment["precision"] == "fp32"
+
+
+def test_opens_with_its_own_configuration(new_run):
+    run = new_run(seed=3)
+    again = Run.open(run.folder)
+    assert again.config == run.config
+    assert again.seed == 3
+
+
+def test_other_configuration_is_refused_by_key(new_run):
+    new_run()
+    with pytest.raises(
+        RunError, match=r"finetune\.lr was 0\.05 and is now 0\.5.*another run folder"
+    ):
+        new_run(finetune__lr=0.5)
+    with pytest.raises(RunError, match=r"space\.width was None and is now 8"):
+        new_run(space={"name": "tests.train.toy:ToySpace", "width": 8})
+    with pytest.raises(RunError, match="seeds"):
+        new_run(seed=1)
+
+
+def test_machine_keys_may_change(new_run):
+    new_run()
+    new_run(data__cache="ram")
+
+
+def test_foreign_folder_is_refused(new_run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("...")
+    with pytest.raises(RunError, match="neither empty nor a run folder"):
+        new_run()
+    with pytest.raises(RunError, match="not a run folder"):
+        Run.open(tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00", '{"seeds": ' + "[" * 5000])
+def test_damaged_configuration_names_the_file(new_run, content):
+    run = new_run()
+    (run.folder / "config.json").write_text(content)
+    with pytest.raises((RunError, ConfigError), match="config.json"):
+        Run.open(run.folder)
+
+
+def test_damaged_result_names_the_file(new_run):
+    run = new_run()
+    run.finish("search", {"epochs": 1})
+    (run.folder / "search" / "done.json").write_text("{")
+    with pytest.raises(RunError, match="done.json"):
+        run.stage_result("search")
+
+
+def test_missing_genotype_names_the_stage(new_run):
+    with pytest.raises(RunError, match="run the stage derive first"):
+        new_run().genotype()
