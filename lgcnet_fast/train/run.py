@@ -27,6 +27,9 @@ from lgcnet_fast.train.precision import resolve_precision
 MACHINE_KEYS = frozenset({"device", "data.cache", "data.cache_dir"})
 """Keys that may change when a run continues on another machine."""
 
+PREPARATIONS = frozenset({"config.json", "environment.json", "classes.json", "latency_table.json"})
+"""Files that are written before any stage begins."""
+
 
 class Run:
     """One seed of a configuration in one folder.
@@ -133,16 +136,21 @@ class Run:
 
     def _claim_folder(self) -> None:
         path = self.folder / "config.json"
-        if path.exists():
+        entries = self.folder.iterdir() if self.folder.exists() else ()
+        present = {entry.name for entry in entries if entry.name[0] != "."}
+        if present and path.name not in present:
+            raise RunError(f"{self.folder}: neither empty nor a run folder; choose another folder")
+        if present - PREPARATIONS:
             stored = read_config(self.folder)
             for key, before, now in differences(stored, self.config):
                 raise RunError(
                     f"{self.folder}: belongs to another configuration: {key} was {before!r} and "
                     f"is now {now!r}; use another run folder, or the former value"
                 )
-        elif self.folder.exists() and any(p.name[0] != "." for p in self.folder.iterdir()):
-            raise RunError(f"{self.folder}: neither empty nor a run folder; choose another folder")
         else:
+            # Left by a run that was refused: no reason to insist on its configuration.
+            for name in present:
+                (self.folder / name).unlink()
             write_json(path, self.config.model_dump(mode="json"))
         write_json(self.folder / "environment.json", self._environment())
 

@@ -28,7 +28,7 @@ def test_opens_with_its_own_configuration(new_run):
 
 
 def test_other_configuration_is_refused_by_key(new_run):
-    new_run()
+    new_run().finish("search", {"epochs": 1})
     with pytest.raises(
         RunError, match=r"finetune\.lr was 0\.05 and is now 0\.5.*another run folder"
     ):
@@ -39,8 +39,16 @@ def test_other_configuration_is_refused_by_key(new_run):
         new_run(seed=1)
 
 
+def test_folder_in_which_no_stage_began_takes_another_configuration(new_run):
+    run = new_run()
+    run.latency_table_path.write_text("of the former configuration")
+    assert new_run(finetune__lr=0.5).config.finetune.lr == 0.5
+    assert read_config(run.folder).finetune.lr == 0.5
+    assert not run.latency_table_path.exists()
+
+
 def test_machine_keys_may_change(new_run):
-    new_run()
+    new_run().finish("search", {"epochs": 1})
     new_run(data__cache="ram")
 
 
