@@ -57,17 +57,11 @@ def parallel(model: nn.Module, ranks: Ranks, device: torch.device, sync_bn: bool
     if sync_bn and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices)
+    # A derived network may hold operations that no output depends on.
+    return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
 
 
 def barrier(ranks: Ranks) -> None:
     """Waits until every rank is here, so that files of rank 0 are complete."""
     if ranks.world > 1:
         dist.barrier()
-
-
-def add_over_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """The sum of `values` over all ranks, in place."""
-    if ranks.world > 1:
-        dist.all_reduce(values)
-    return values

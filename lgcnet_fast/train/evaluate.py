@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from lgcnet_fast.data.loader import EvalBatch
 from lgcnet_fast.ops import upsample_argmax
 from lgcnet_fast.train.metrics import Confusion
-from lgcnet_fast.train.precision import Precision
 from lgcnet_fast.train.run import Run
 from lgcnet_fast.train.sources import eval_loader
 from lgcnet_fast.train.weights import load_weights
@@ -31,21 +30,20 @@ def score(
     batches: Iterable[EvalBatch],
     protocols: Sequence[str],
     num_classes: int,
-    precision: Precision,
+    device: torch.device,
 ) -> dict[str, Confusion]:
-    """One confusion matrix a protocol; the network is left in eval mode.
+    """One confusion matrix a protocol, in float32; the network is left in eval mode.
 
     `batches` holds resized images and labels (N, H, W) at full resolution.
     """
     network.eval()
-    confusions = {name: Confusion(num_classes, precision.device) for name in protocols}
+    confusions = {name: Confusion(num_classes, device) for name in protocols}
     for images, labels, _ in batches:
-        with precision.autocast():
-            logits = network(images)
+        logits = network(images)
         for name, confusion in confusions.items():
             target = reduce_labels(labels, LABEL_REDUCTION[name])
             height, width = target.shape[-2:]
-            confusion.add(upsample_argmax(logits.float(), (height, width)), target)
+            confusion.add(upsample_argmax(logits, (height, width)), target)
     return confusions
 
 
@@ -68,12 +66,10 @@ def evaluate(run: Run) -> dict[str, Any]:
     load_weights(network, run.weights_path("finetune"))
     network = network.to(run.device, memory_format=torch.channels_last)
     split, protocols = run.config.data.val_split, run.config.evaluate.protocols
-    precision = Precision(run.precision, run.device)
-    confusions = score(network, eval_loader(run, split), protocols, run.num_classes, precision)
+    confusions = score(network, eval_loader(run, split), protocols, run.num_classes, run.device)
     result = {
         "split": split,
         "size": run.config.evaluate.size,
-        "precision": run.precision,
         "protocols": {name: _scores(run, counts) for name, counts in confusions.items()},
     }
     return run.finish(STAGE, result)

@@ -232,5 +232,5 @@ def _train_epoch(
 
 
 def _miou(trainer: Finetuner, validation: EvalLoader, num_classes: int) -> float:
-    scores = score(trainer.result, validation, ("full",), num_classes, trainer.precision)
+    scores = score(trainer.result, validation, ("full",), num_classes, trainer.precision.device)
     return scores["full"].miou()

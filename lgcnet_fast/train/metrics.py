@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.train.checkpoint import write_atomically
-from lgcnet_fast.train.distributed import Ranks, add_over_ranks
 
 _said_without_tensorboard = False
 
@@ -32,9 +31,6 @@ class Confusion:
         pairs = torch.where(counted, target * classes + predicted, classes * classes)
         counts = torch.bincount(pairs.flatten(), minlength=classes * classes + 1)
         self.counts += counts[:-1].view(classes, classes)
-
-    def add_over_ranks(self, ranks: Ranks) -> None:
-        add_over_ranks(self.counts, ranks)
 
     def iou(self) -> Tensor:
         """(classes,) float64 on the CPU; NaN for a class in neither target nor prediction."""

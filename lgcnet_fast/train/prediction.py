@@ -53,15 +53,17 @@ def latency_predictor(run: Run) -> LatencyPredictor:
 
 def _run_table(run: Run) -> LookupTable:
     path = run.latency_table_path
-    if path.exists():
-        return load_table(path)
+    if run.ranks.first and not path.exists():
+        _record_table(run)
+    barrier(run.ranks)
+    return load_table(path)
+
+
+def _record_table(run: Run) -> None:
     latency = run.config.latency
     table, complaints = open_table(
         latency.table, run.space, latency.size, run.num_classes, run.device
     )
-    if run.ranks.first:
-        for complaint in complaints:
-            print(f"warning: {complaint}", file=sys.stderr)
-        save_table(table, path)
-    barrier(run.ranks)
-    return table
+    for complaint in complaints:
+        print(f"warning: {complaint}", file=sys.stderr)
+    save_table(table, run.latency_table_path)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lgcnet_fast.config import SearchConfig
 from lgcnet_fast.data.loader import Batch
 from lgcnet_fast.ops import upsample_cross_entropy
-from lgcnet_fast.space.base import Arch, LatencyModel, LatencyTerms, SearchSpace
+from lgcnet_fast.space.base import LatencyModel, LatencyTerms, SearchSpace
 from lgcnet_fast.space.sampling import gumbel_softmax
 from lgcnet_fast.train.checkpoint import Stateful, load_checkpoint, save_checkpoint
 from lgcnet_fast.train.controller import LatencyController, argmax_latency
@@ -44,8 +44,6 @@ class SearchOutput(NamedTuple):
     """(N, classes, h, w) at the output stride."""
     latency: LatencyTerms
     """Expected under the Z of this forward pass."""
-    alpha: Arch
-    """alpha', detached."""
 
 
 class SearchNetwork(nn.Module):
@@ -67,10 +65,11 @@ class SearchNetwork(nn.Module):
         self.noise = noise
 
     def forward(self, images: Tensor, temperature: float) -> SearchOutput:
-        alpha = self.arch()
-        z = gumbel_softmax(alpha, temperature, self.noise, self.groups)
-        detached = {name: logits.detach() for name, logits in alpha.items()}
-        return SearchOutput(self.supernet(images, z), self.latency(z), detached)
+        # Small matrices, where half precision would cost accuracy and save nothing.
+        with torch.autocast(images.device.type, enabled=False):
+            z = gumbel_softmax(self.arch(), temperature, self.noise, self.groups)
+            latency = self.latency(z)
+        return SearchOutput(self.supernet(images, z), latency)
 
 
 class Searcher:

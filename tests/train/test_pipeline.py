@@ -18,7 +18,6 @@ from lgcnet_fast.train.evaluate import evaluate, reduce_labels, score
 from lgcnet_fast.train.finetune import finetune
 from lgcnet_fast.train.metrics import read_metrics
 from lgcnet_fast.train.pipeline import STAGES, check, open_runs, run_all, run_stage
-from lgcnet_fast.train.precision import Precision
 from lgcnet_fast.train.pretrain import learning_rate, pretrain
 from lgcnet_fast.train.weights import load_weights, save_weights
 from tests.train.conftest import make_config
@@ -186,8 +185,7 @@ def test_protocols_on_known_predictions():
     labels[..., 32:] = 1
     labels[..., 0] = 1  # a column that the reduced labels keep and a row of them drops
     batch = [(torch.zeros(1, 3, 32, 32), labels, (0,))]
-    precision = Precision("fp32", torch.device("cpu"))
-    scores = score(Oracle(), batch, ("full", "bisenet_speed"), 2, precision)
+    scores = score(Oracle(), batch, ("full", "bisenet_speed"), 2, torch.device("cpu"))
     assert scores["full"].counts.tolist() == [[31 * 64, 0], [64, 32 * 64]]
     assert scores["bisenet_speed"].counts.tolist() == [[3 * 8, 0], [8, 4 * 8]]
 
