@@ -17,11 +17,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import lgcnet_fast
 from lgcnet_fast.errors import DataError
@@ -33,9 +33,10 @@ class Item(NamedTuple):
     """One image of the cache."""
 
     stem: str
-    height: int
-    width: int
+    height: Annotated[int, Field(ge=1)]
+    width: Annotated[int, Field(ge=1)]
     checksum: int
+    """CRC-32 of image and label."""
 
 
 class Decoded(NamedTuple):
