@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lgcnet_fast.config import PRESETS, load_config
 from lgcnet_fast.errors import ConfigError, TableError
 from lgcnet_fast.space import registry
 from lgcnet_fast.space.gas import GAS
@@ -144,3 +145,8 @@ def test_bad_plug_ins(plug_in, tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=message):
             get_space(name)
     sys.modules.pop("plug_ins", None)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_describe_valid_spaces(preset):
+    make_space(load_config(preset=preset).space)
