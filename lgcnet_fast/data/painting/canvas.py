@@ -57,9 +57,9 @@ class Street(IntEnum):
 class Difficulty:
     """How far colour and texture mislead. 0 everywhere makes an easy set."""
 
-    colour_swap: float = 0.35
+    colour_swap: float = 0.4
     """Share of surfaces whose colour comes from the palette shared by all classes."""
-    texture_swap: float = 0.25
+    texture_swap: float = 0.4
     """Share of textured surfaces that wear another class's pattern."""
     noise: float = 14.0
     """Largest amplitude of the sensor noise, grey levels."""

@@ -23,8 +23,8 @@ BARRIERS = (Street.WALL, Street.FENCE, Street.VEGETATION)
 
 
 def paint_street(canvas: Canvas) -> None:
-    left, right = canvas.uniform(3.4, 5.2), canvas.uniform(3.4, 5.2)
-    verge = canvas.uniform(2.4, 4.2)
+    left, right = canvas.uniform(2.6, 4.2), canvas.uniform(2.6, 4.2)
+    verge = canvas.uniform(2.2, 4.0)
     scenery.sky(canvas)
     scenery.skyline(canvas)
     scenery.ground(canvas, (-left, right), (-left - verge, right + verge))
@@ -89,13 +89,13 @@ def _vehicles(canvas: Canvas) -> list[Placed]:
         if not canvas.chance(share):
             continue
         if canvas.chance(ACROSS):
-            z, x = canvas.uniform(13, 26), canvas.uniform(-9, 9)
+            z, x = canvas.uniform(10, 20), canvas.uniform(-7, 7)
             placed.append((z, _later(vehicles.profile, canvas, label, x, z)))
         else:
-            z, x = canvas.uniform(8, 22), canvas.side() * canvas.uniform(1.6, 4.0)
+            z, x = canvas.uniform(7, 17), canvas.side() * canvas.uniform(1.5, 3.2)
             placed.append((z, _later(painter, canvas, x, z)))
     for _ in range(int(canvas.rng.integers(1, 5))):
-        z, x = canvas.uniform(5.5, 25), canvas.side() * canvas.uniform(2.2, 4.4)
+        z, x = canvas.uniform(5, 16), canvas.side() * canvas.uniform(1.8, 3.6)
         placed.append((z, _later(vehicles.car, canvas, x, z)))
     return placed
 
@@ -105,7 +105,7 @@ def _riders(canvas: Canvas) -> list[Placed]:
     for motorised in (False, True):
         for _ in range(2):
             if canvas.chance(0.45):
-                z, x = canvas.uniform(5, 12), canvas.uniform(-4, 4)
+                z, x = canvas.uniform(3.6, 8), canvas.uniform(-2.8, 2.8)
                 placed.append((z, _later(people.rider, canvas, x, z, motorised)))
     return placed
 
@@ -128,15 +128,15 @@ def _beside_the_road(canvas: Canvas, left: float, right: float, verge: float) ->
             placed.append((z, _later(painter, canvas, x, z, *details)))
 
     scatter(furniture.lamp_post, 3, 7, 22, (0.0, 0.2))
-    scatter(furniture.traffic_light, 4, 6, 15, (-0.4, 0.3))
-    scatter(furniture.traffic_sign, 4, 6, 15, (-0.1, 0.6))
-    scatter(people.person, 6, 6, 16, (0.0, 1.0))
-    scatter(people.bicycle, 2, 6, 12, (0.1, 0.9), canvas.side())
-    scatter(people.motorcycle, 2, 6, 12, (-0.2, 0.9), canvas.side())
+    scatter(furniture.traffic_light, 4, 5, 11, (-0.4, 0.3))
+    scatter(furniture.traffic_sign, 4, 5, 10, (-0.3, 0.5))
+    scatter(people.person, 5, 4, 10, (-0.2, 0.8))
+    scatter(people.bicycle, 2, 4, 8, (-0.1, 0.7), canvas.side())
+    scatter(people.motorcycle, 2, 4, 9, (-0.3, 0.7), canvas.side())
     scatter(scenery.tree, 2, 8, 25, (0.1, 1.4))
     scatter(furniture.unlabelled_box, 1, 7, 18, (0.1, 0.9))
     if canvas.chance(0.3):
-        z, x = canvas.uniform(7, 14), canvas.uniform(-2, 2)
+        z, x = canvas.uniform(4, 10), canvas.uniform(-2, 2)
         placed.append((z, _later(people.person, canvas, x, z)))
     return placed
 
