@@ -124,8 +124,10 @@ def open_packed(
 
 
 def key_of(dataset: SegmentationDataset) -> str:
+    """Name of the cache's files, without their endings."""
     digest = hashlib.sha256(dataset.identity().encode()).hexdigest()
-    return f"{re.sub('[^a-z0-9_]', '_', f'{dataset.name}-{dataset.split}'.lower())}-{digest[:12]}"
+    readable = re.sub("[^a-z0-9_]", "_", f"{dataset.name}-{dataset.split}".lower())
+    return f"{readable[:60]}-{digest[:12]}"
 
 
 def cache_folder(config: DataConfig) -> Path:

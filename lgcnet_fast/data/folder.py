@@ -1,22 +1,4 @@
-"""Any folder of images and masks, described by a `dataset.toml` in it.
-
-name = "orchard"
-encoding = "ids"              # what masks hold: "ids" (default) or "colours"
-ignore = [255]                # ids, or colours, that do not count
-
-[splits.train]
-images = "train/*/*.jpg"      # every star stands for any text without a slash ...
-labels = "masks/*/*_mask.png" # ... and means the same text here
-
-[splits.val]
-images = "val/*/*.jpg"
-labels = "masks/*/*_mask.png"
-
-[[classes]]                   # in train-id order
-name = "tree"
-colour = [0, 128, 0]
-ids = [1, 4]                  # what masks use for it; its place in this list by default
-"""
+"""Any folder of images and masks, described by a `dataset.toml` in it (docs/datasets.md)."""
 
 from __future__ import annotations
 
@@ -45,6 +27,8 @@ Pattern = Annotated[str, Field(min_length=1, pattern=r"^[^/\\?\[\]\x00][^\\?\[\]
 
 
 class FolderSplit(Section):
+    """Patterns whose stars stand for any text without a slash, the same in both."""
+
     images: Pattern
     labels: Pattern
 
@@ -62,6 +46,7 @@ class FolderClass(Section):
     name: Annotated[str, Field(min_length=1)]
     colour: Rgb
     ids: Annotated[tuple[Id, ...], Field(min_length=1)] | None = None
+    """What masks use for the class; none: its place in the list of classes."""
 
 
 class FolderDescription(Section):
@@ -69,7 +54,9 @@ class FolderDescription(Section):
 
     name: Annotated[str, Field(min_length=1)]
     encoding: Literal["ids", "colours"] = "ids"
+    """What masks hold."""
     ignore: tuple[Id, ...] | tuple[Rgb, ...] = ()
+    """Ids or colours that do not count."""
     splits: Annotated[dict[str, FolderSplit], Field(min_length=1)]
     classes: Annotated[tuple[FolderClass, ...], Field(min_length=1, max_length=IGNORE)]
 
@@ -125,7 +112,7 @@ def open_folder(root: Path, split: str) -> FileDataset:
 
 def read_description(source: Path) -> FolderDescription:
     """Raises `DataError` naming the file and every key at fault."""
-    remedy = "see the documentation of data.name = 'folder'"
+    remedy = "docs/datasets.md shows the format"
     try:
         values = tomllib.loads(source.read_text(encoding="utf-8"))
         return FolderDescription.model_validate(values)

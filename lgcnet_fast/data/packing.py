@@ -113,7 +113,7 @@ class PackFiles:
         except OSError as error:
             free = f"{free_bytes(self.folder) / 2**30:.1f} GiB free"
             raise DataError(
-                f"{self.folder}: the cache cannot be written ({error.strerror}, {free}); "
+                f"{self.folder}: the cache cannot be written ({error.strerror or error}, {free}); "
                 "set data.cache_dir to a folder with room"
             ) from None
         self._remove_predecessors()

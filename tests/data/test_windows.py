@@ -154,6 +154,21 @@ def test_drawn_windows_touch_the_image_and_keep_the_range(size):
                 assert length - extent - 1 <= start <= 1
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    st.sampled_from([(0.05, 0.05), (0.05, 20.0), (1.0, 1.0), (20.0, 20.0)]),
+    st.integers(0, 1000),
+)
+def test_extreme_sizes_and_scales(size, crop, scale, seed):
+    augmentation = SegmentationAugmentation(Augmentation(crop=crop, scale=scale))
+    window = augmentation.draw(size, _generator(seed))
+    images, labels = render(stage([noise(*size, 3)], [noise(*size)], [window], crop))
+    assert images.shape == (1, 3, *crop) and labels.shape == (1, *crop)
+    assert images.min() >= 0 and images.max() <= 255.01
+
+
 def test_draws_without_flip_and_scale():
     augmentation = SegmentationAugmentation(Augmentation(crop=(8, 8), scale=(1, 1), flip=False))
     for _ in range(20):
