@@ -25,12 +25,15 @@ class LatencyController:
         self.target_ms = target_ms
         self.steps = steps
         self.integral = torch.zeros((), device=device)
+        self.last = torch.zeros((), device=device)
+        """The newest multiplier, for the log."""
 
     def multiplier(self, argmax_ms: Tensor) -> Tensor:
         """Scalar; called once an optimiser step with the present argmax latency in milliseconds."""
         error = torch.log(argmax_ms.clamp(min=1e-6) / self.target_ms).clamp(-2, 2)
         self.integral.add_(error * (INTEGRAL / self.steps)).clamp_(-LIMIT, LIMIT)
-        return PROPORTIONAL * error + self.integral
+        self.last = PROPORTIONAL * error + self.integral
+        return self.last
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"integral": self.integral}

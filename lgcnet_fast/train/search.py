@@ -259,6 +259,8 @@ def _train_epoch(
             "train_miou": confusion.miou(),
             "temperature": searcher.temperature,
         }
+        if searcher.controller is not None:
+            values["multiplier"] = float(searcher.controller.last)
         log.write(epoch, step + 1, **values, lr=searcher.weight_optimiser.param_groups[0]["lr"])
         progress.show(step + 1, f"{epoch + 1}/{config.epochs}", **values)
         sums, counted = torch.zeros_like(sums), 0

@@ -266,3 +266,41 @@ def test_genotype_of_another_space_is_refused_first(new_run):
 def test_missing_data_is_refused_first(new_run, tmp_path):
     with pytest.raises(DataError, match="nowhere"):
         check(new_run(data__name="camvid", data__root=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize(
+    ("stage", "module", "loss"),
+    [("pretrain", pretrain_module, "F"), ("finetune", finetune_module, "upsample_ohem")],
+)
+def test_nan_stops_the_stage_with_a_remedy(new_run, monkeypatch, stage, module, loss):
+    def nan(logits, *_, **__):
+        return logits.sum() * float("nan")
+
+    broken = type("Functional", (), {"cross_entropy": staticmethod(nan)}) if loss == "F" else nan
+    monkeypatch.setattr(module, loss, broken)
+    run = derived(new_run())
+    with pytest.raises(RunError, match=rf"{stage}: the loss became nan in epoch 1.*{stage}\.lr"):
+        run_stage(run, stage)
+    assert not run.checkpoint_path(stage).exists()
+
+
+def test_infinite_parameters_never_reach_a_checkpoint(new_run, monkeypatch):
+    run = derived(new_run())
+    step = finetune_module.Finetuner.step
+
+    def blow_up(trainer, batches, lr):
+        loss = step(trainer, batches, lr)
+        next(trainer.network.parameters()).data.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(finetune_module.Finetuner, "step", blow_up)
+    with pytest.raises(RunError, match="NaN or infinite|became (nan|inf)"):
+        finetune(run)
+    assert not run.checkpoint_path("finetune").exists()
+
+
+def test_tensorboard_gets_the_scalars_where_it_is_installed(new_run):
+    pytest.importorskip("tensorboard")
+    run = derived(new_run(finetune__epochs=1))
+    finetune(run)
+    assert list((run.stage_folder("finetune") / "tensorboard").glob("events.out.*"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lgcnet_fast.errors import ConfigError, RunError
+from lgcnet_fast.latency.predict import latency_range
 from lgcnet_fast.train import search as search_module
 from lgcnet_fast.train.checkpoint import read_checkpoint
 from lgcnet_fast.train.derive import derive
@@ -243,3 +244,43 @@ def test_min_fps_beyond_the_space_ends(new_run, monkeypatch):
     search(run)
     with pytest.raises(RunError, match="none of 50 random genotypes.*lower search.min_fps"):
         derive(run)
+
+
+# -- the real space -------------------------------------------------------------------------
+
+SMALL_LGCNET = {
+    "name": "lgcnet",
+    "cells": 3,
+    "reductions": [1, 2],
+    "taps": [0, 1, 2],
+    "widths": [4, 8, 16],
+    "gcn_width": 8,
+}
+
+
+def test_lgcnet_continues_as_if_never_interrupted(new_run, monkeypatch):
+    changes = {"space": SMALL_LGCNET, "search__epochs": 2, "search__batch_size": 2}
+    changes |= {"latency__size": [97, 193], "data__synthetic_images": 4}
+    straight, broken = new_run("straight", **changes), new_run("broken", **changes)
+    search(straight)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, search_module, 1)
+        with pytest.raises(Interrupted):
+            search(broken)
+    search(broken)
+    states = [
+        read_checkpoint(run.checkpoint_path("search"), "search") for run in (straight, broken)
+    ]
+    assert same(*states)
+
+
+def test_lgcnet_meets_a_latency_target(new_run):
+    changes = {"space": SMALL_LGCNET, "search__epochs": 1, "data__synthetic_images": 4}
+    probe = search_module.latency_predictor(new_run("probe", **changes))
+    reachable = latency_range(probe.space, probe.model)
+    target = 0.7 * reachable.low + 0.3 * reachable.high
+    run = new_run("run", search__latency_target_ms=target, **changes)
+    search(run)
+    result = derive(run)
+    assert result["latency_ms"] == pytest.approx(target, rel=0.05)
+    assert all("target" in change or "reached" in change for change in result["changes"])
