@@ -1,0 +1,327 @@
+// Depthwise 3x3 convolution, NHWC, dilation d, padding d, stride S, an optional ReLU on its input.
+//
+//   y[oy, ox, c] = sum_{ky, kx} w[ky, kx, c] r[S oy + (ky - 1) d, S ox + (kx - 1) d, c]
+//
+// with r = relu(x), or x, and zero outside the image. A thread owns V neighbouring channels and
+// walks over outputs that lie d apart, because those share inputs: R rows by C columns of outputs
+// need (S (R - 1) + 3) (S (C - 1) + 3) loads instead of 9 R C. Walks of different phases interleave,
+// so that neighbouring threads touch neighbouring pixels whatever d is.
+//
+// Blocks are (channel vectors, columns). No atomics: the weight gradient is summed over a thread's
+// own outputs, over the columns of its block in shared memory, and over blocks by sum_partials.
+#pragma once
+
+#include "numeric.cuh"
+
+namespace lgcnet {
+
+constexpr int kForwardThreads = 256;
+constexpr int kBackwardThreads = 128;
+
+struct DepthwiseForwardArguments {
+  View x;               // T (images, in_height, in_width, channels)
+  View y;               // T (images, out_height, out_width, channels)
+  const float* weight;  // (3, 3, channels)
+  int channels;
+  int in_height;
+  int in_width;
+  int out_height;
+  int out_width;
+  int dilation;
+  int relu;
+  int channel_tiles;
+};
+
+struct DepthwiseBackwardArguments {
+  View x;               // T (images, in_height, in_width, channels)
+  View dy;              // T (images, out_height, out_width, channels)
+  View dx;              // T, as x
+  const float* weight;  // (3, 3, channels)
+  float* partial;       // (gridDim.y, gridDim.x, 3, 3, channels)
+  int images;
+  int channels;
+  int in_height;
+  int in_width;
+  int out_height;
+  int out_width;
+  int dilation;
+  int relu;
+  int row_groups;
+};
+
+struct SumPartialsArguments {
+  const float* partial;  // (count, width)
+  float* total;          // (width,)
+  int count;
+  int width;
+};
+
+// First of `length` positions, `dilation` apart, that walk number `group` visits.
+__device__ __forceinline__ int walk_start(int group, int length, int dilation, int extent) {
+  const int phases = dilation < extent ? dilation : extent;
+  return group % phases + group / phases * length * dilation;
+}
+
+template <int V>
+__device__ __forceinline__ void load_weights(const float* weight, int channels, int channel,
+                                             bool valid, float (&w)[9][V]) {
+#pragma unroll
+  for (int k = 0; k < 9; ++k) {
+    load<float, V>(weight + static_cast<long long>(k) * channels + channel, valid, w[k]);
+  }
+}
+
+// Grid: x column tiles, y row walks, z images x channel tiles.
+template <typename T, int V, int S, int Columns, int Rows>
+__global__ void __launch_bounds__(kForwardThreads)
+    depthwise_forward(const DepthwiseForwardArguments a) {
+  constexpr int kInColumns = S * (Columns - 1) + 3;
+  constexpr int kInRows = S * (Rows - 1) + 3;
+  const int d = a.dilation;
+  const int image = blockIdx.z / a.channel_tiles;
+  const int channel = (blockIdx.z % a.channel_tiles * blockDim.x + threadIdx.x) * V;
+  const int ox = walk_start(blockIdx.x * blockDim.y + threadIdx.y, Columns, d, a.out_width);
+  const int oy = walk_start(blockIdx.y, Rows, d, a.out_height);
+  if (channel >= a.channels || ox >= a.out_width || oy >= a.out_height) return;
+
+  float w[9][V];
+  load_weights(a.weight, a.channels, channel, true, w);
+  const float bound = relu_bound(a.relu);
+  const int x_pixel = static_cast<int>(a.x.pixel_stride);
+  const int y_pixel = static_cast<int>(a.y.pixel_stride);
+
+  float sum[Rows][Columns][V] = {};
+#pragma unroll
+  for (int j = 0; j < kInRows; ++j) {
+    const int iy = S * oy + (j - 1) * d;
+    const bool row_inside = static_cast<unsigned>(iy) < static_cast<unsigned>(a.in_height);
+    const T* row = pixel_row<const T>(a.x, image, row_inside ? iy : 0) + channel;
+    float in[kInColumns][V];
+#pragma unroll
+    for (int i = 0; i < kInColumns; ++i) {
+      const int ix = S * ox + (i - 1) * d;
+      const bool inside =
+          row_inside && static_cast<unsigned>(ix) < static_cast<unsigned>(a.in_width);
+      load_at_least<T, V>(row + (inside ? ix * x_pixel : 0), inside, bound, in[i]);
+    }
+#pragma unroll
+    for (int t = 0; t < Rows; ++t) {
+      const int ky = j - S * t;  // compile-time after unrolling, as every branch on it
+      if (ky < 0 || ky > 2) continue;
+#pragma unroll
+      for (int i = 0; i < Columns; ++i) {
+#pragma unroll
+        for (int kx = 0; kx < 3; ++kx) {
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            sum[t][i][v] = fmaf(w[3 * ky + kx][v], in[S * i + kx][v], sum[t][i][v]);
+          }
+        }
+      }
+      if (ky < 2 || oy + t * d >= a.out_height) continue;
+      T* out = pixel_row<T>(a.y, image, oy + t * d) + channel;
+#pragma unroll
+      for (int i = 0; i < Columns; ++i) {
+        if (ox + i * d < a.out_width) store<T, V>(out + (ox + i * d) * y_pixel, sum[t][i]);
+      }
+    }
+  }
+}
+
+// Sums the weight gradients of the block's columns and writes them to its place in `partial`.
+template <int V>
+__device__ __forceinline__ void write_partial(const DepthwiseBackwardArguments& a,
+                                              const float (&dw)[9][V]) {
+  __shared__ float shared[9 * V][kBackwardThreads];
+  const int threads = blockDim.x * blockDim.y;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+#pragma unroll
+  for (int k = 0; k < 9; ++k) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) shared[k * V + v][thread] = dw[k][v];
+  }
+  __syncthreads();
+  const long long block = static_cast<long long>(blockIdx.y) * gridDim.x + blockIdx.x;
+  float* partial = a.partial + block * 9 * a.channels;
+  for (int item = thread; item < 9 * V * static_cast<int>(blockDim.x); item += threads) {
+    const int vector = item % blockDim.x;
+    const int value = item / blockDim.x;
+    const int channel = (blockIdx.z * blockDim.x + vector) * V + value % V;
+    if (channel >= a.channels) continue;
+    float total = 0.0f;
+    for (int y = 0; y < static_cast<int>(blockDim.y); ++y) {
+      total += shared[value][y * blockDim.x + vector];
+    }
+    partial[value / V * a.channels + channel] = total;
+  }
+}
+
+// Both gradients at stride 1 in one pass, at input positions p, from the same nine dy:
+//
+//   dx[p] = [x[p] > 0] sum_k w[k] dy[p - (k - 1) d]       dw[k] = sum_p r[p] dy[p - (k - 1) d]
+//
+// Grid: x column tiles, y workers that take (image, row walk) pairs in turn, z channel tiles.
+template <typename T, int V, int Columns, int Rows>
+__global__ void __launch_bounds__(kBackwardThreads, 2)
+    depthwise_backward(const DepthwiseBackwardArguments a) {
+  const int d = a.dilation;
+  const int channel = (blockIdx.z * blockDim.x + threadIdx.x) * V;
+  const int ix = walk_start(blockIdx.x * blockDim.y + threadIdx.y, Columns, d, a.in_width);
+  const bool active = channel < a.channels && ix < a.in_width;
+
+  float w[9][V];
+  load_weights(a.weight, a.channels, channel, active, w);
+  float dw[9][V] = {};
+  const float bound = relu_bound(a.relu);
+  const int x_pixel = static_cast<int>(a.x.pixel_stride);
+  const int dy_pixel = static_cast<int>(a.dy.pixel_stride);
+  const int dx_pixel = static_cast<int>(a.dx.pixel_stride);
+  const int units = active ? a.images * a.row_groups : 0;
+
+  for (int unit = blockIdx.y; unit < units; unit += gridDim.y) {
+    const int image = unit / a.row_groups;
+    const int iy = walk_start(unit % a.row_groups, Rows, d, a.in_height);
+    if (iy >= a.in_height) continue;
+    float r[Rows][Columns][V];
+    float sum[Rows][Columns][V] = {};
+#pragma unroll
+    for (int j = 0; j < Rows + 2; ++j) {  // dy row j feeds the inputs of rows j - 2, j - 1 and j
+      if (j < Rows) {
+        const bool row_inside = iy + j * d < a.in_height;
+        const T* row = pixel_row<const T>(a.x, image, row_inside ? iy + j * d : 0) + channel;
+#pragma unroll
+        for (int i = 0; i < Columns; ++i) {
+          const bool inside = row_inside && ix + i * d < a.in_width;
+          load_at_least<T, V>(row + (inside ? (ix + i * d) * x_pixel : 0), inside, bound, r[j][i]);
+        }
+      }
+      const int oy = iy + (j - 1) * d;
+      const bool row_inside = static_cast<unsigned>(oy) < static_cast<unsigned>(a.out_height);
+      const T* row = pixel_row<const T>(a.dy, image, row_inside ? oy : 0) + channel;
+      float g[Columns + 2][V];
+#pragma unroll
+      for (int i = 0; i < Columns + 2; ++i) {
+        const int ox = ix + (i - 1) * d;
+        const bool inside =
+            row_inside && static_cast<unsigned>(ox) < static_cast<unsigned>(a.out_width);
+        load<T, V>(row + (inside ? ox * dy_pixel : 0), inside, g[i]);
+      }
+#pragma unroll
+      for (int t = 0; t < Rows; ++t) {
+        const int ky = 2 - (j - t);
+        if (ky < 0 || ky > 2) continue;
+#pragma unroll
+        for (int i = 0; i < Columns; ++i) {
+#pragma unroll
+          for (int kx = 0; kx < 3; ++kx) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              const float gradient = g[i + 2 - kx][v];
+              sum[t][i][v] = fmaf(w[3 * ky + kx][v], gradient, sum[t][i][v]);
+              dw[3 * ky + kx][v] = fmaf(r[t][i][v], gradient, dw[3 * ky + kx][v]);
+            }
+          }
+        }
+        if (ky > 0 || iy + t * d >= a.in_height) continue;
+        T* out = pixel_row<T>(a.dx, image, iy + t * d) + channel;
+#pragma unroll
+        for (int i = 0; i < Columns; ++i) {
+          if (ix + i * d >= a.in_width) continue;
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            if (a.relu && r[t][i][v] <= 0.0f) sum[t][i][v] = 0.0f;
+          }
+          store<T, V>(out + (ix + i * d) * dx_pixel, sum[t][i]);
+        }
+      }
+    }
+  }
+  write_partial<V>(a, dw);
+}
+
+// Both gradients at stride 2 and odd dilation. A thread owns 2 x 2 inputs. Tap k = 1 of an axis ties
+// the even one to output q, taps 0 and 2 tie the odd one to outputs q + (d + 1)/2 and
+// q - (d - 1)/2: nine taps, each with one input of the square. (Even dilations: every tap ties even
+// inputs, which is depthwise_backward with d/2 on every second pixel.)
+//
+// Grid as depthwise_backward, with one column and one row of squares a walk.
+template <typename T, int V>
+__global__ void __launch_bounds__(kBackwardThreads, 2)
+    depthwise_backward_stride2(const DepthwiseBackwardArguments a) {
+  const int channel = (blockIdx.z * blockDim.x + threadIdx.x) * V;
+  const int qx = blockIdx.x * blockDim.y + threadIdx.y;
+  const bool active = channel < a.channels && 2 * qx < a.in_width;
+
+  float w[9][V];
+  load_weights(a.weight, a.channels, channel, active, w);
+  float dw[9][V] = {};
+  const float bound = relu_bound(a.relu);
+  const int offset[3] = {(a.dilation + 1) / 2, 0, -((a.dilation - 1) / 2)};
+  const int units = active ? a.images * a.row_groups : 0;
+
+  for (int unit = blockIdx.y; unit < units; unit += gridDim.y) {
+    const int image = unit / a.row_groups;
+    const int qy = unit % a.row_groups;
+#pragma unroll
+    for (int odd_y = 0; odd_y < 2; ++odd_y) {
+#pragma unroll
+      for (int odd_x = 0; odd_x < 2; ++odd_x) {
+        const int iy = 2 * qy + odd_y;
+        const int ix = 2 * qx + odd_x;
+        if (iy >= a.in_height || ix >= a.in_width) continue;
+        float r[V];
+        load_at_least<T, V>(
+            pixel_row<const T>(a.x, image, iy) + ix * a.x.pixel_stride + channel, true, bound, r);
+        float sum[V] = {};
+#pragma unroll
+        for (int ky = 1 - odd_y; ky < 3; ky += 2) {
+#pragma unroll
+          for (int kx = 1 - odd_x; kx < 3; kx += 2) {
+            const int oy = qy + offset[ky];
+            const int ox = qx + offset[kx];
+            const bool inside =
+                static_cast<unsigned>(oy) < static_cast<unsigned>(a.out_height) &&
+                static_cast<unsigned>(ox) < static_cast<unsigned>(a.out_width);
+            float g[V];
+            load<T, V>(pixel_row<const T>(a.dy, image, inside ? oy : 0) +
+                           (inside ? ox : 0) * a.dy.pixel_stride + channel,
+                       inside, g);
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              sum[v] = fmaf(w[3 * ky + kx][v], g[v], sum[v]);
+              dw[3 * ky + kx][v] = fmaf(r[v], g[v], dw[3 * ky + kx][v]);
+            }
+          }
+        }
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          if (a.relu && r[v] <= 0.0f) sum[v] = 0.0f;
+        }
+        store<T, V>(pixel_row<T>(a.dx, image, iy) + ix * a.dx.pixel_stride + channel, sum);
+      }
+    }
+  }
+  write_partial<V>(a, dw);
+}
+
+// total[i] = sum over n of partial[n, i], in an order that depends on `count` alone.
+// Block: 32 sums x Lanes, each lane taking every Lanes-th n.
+template <int Lanes>
+__global__ void __launch_bounds__(32 * Lanes) sum_partials(const SumPartialsArguments a) {
+  __shared__ float shared[Lanes][32];
+  const int i = blockIdx.x * 32 + threadIdx.x;
+  float total = 0.0f;
+  if (i < a.width) {
+#pragma unroll 4
+    for (int n = threadIdx.y; n < a.count; n += Lanes) {
+      total += a.partial[static_cast<long long>(n) * a.width + i];
+    }
+  }
+  shared[threadIdx.y][threadIdx.x] = total;
+  __syncthreads();
+  if (threadIdx.y > 0 || i >= a.width) return;
+  for (int lane = 1; lane < Lanes; ++lane) total += shared[lane][threadIdx.x];
+  a.total[i] = total;
+}
+
+}  // namespace lgcnet

@@ -1,0 +1,29 @@
+#include "launch.h"
+
+#include <cuda_runtime.h>
+
+#include "registry.h"
+
+extern "C" int lgcnet_kernel_count() { return static_cast<int>(lgcnet::registry().size()); }
+
+extern "C" const char* lgcnet_kernel_name(int kernel) {
+  return lgcnet::registry().at(kernel).name;
+}
+
+extern "C" size_t lgcnet_argument_bytes(int kernel) {
+  return lgcnet::registry().at(kernel).argument_bytes;
+}
+
+extern "C" int lgcnet_launch(int kernel, const unsigned grid[3], const unsigned block[3],
+                             const void* arguments, unsigned long long stream) {
+  void* values[] = {const_cast<void*>(arguments)};
+  const cudaError_t error = cudaLaunchKernel(
+      lgcnet::registry().at(kernel).function, dim3(grid[0], grid[1], grid[2]),
+      dim3(block[0], block[1], block[2]), values, 0, reinterpret_cast<cudaStream_t>(stream));
+  cudaGetLastError();  // reported here, so not once more by whoever asks next
+  return error;
+}
+
+extern "C" const char* lgcnet_error_text(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
