@@ -1,0 +1,100 @@
+"""Every kernel instantiation that exists, by name.
+
+One list serves all: the extension's build, the run-time compiler, the compile check and the
+launchers, which pick from it. The build reads this file on its own, so it imports nothing but the
+standard library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+NAMESPACE = "lgcnet"
+BYTES = {"float": 4, "Half": 2, "BFloat16": 2}
+"""Storage types of csrc/numeric.cuh and their sizes in bytes."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One instantiation of a kernel template of `csrc/<source>`."""
+
+    source: str
+    kernel: str
+    parameters: tuple[str, ...]
+
+    @property
+    def expression(self) -> str:
+        """As C++ writes it, e.g. `lgcnet::sum_partials<16>`."""
+        return f"{NAMESPACE}::{self.kernel}<{','.join(self.parameters)}>"
+
+
+def depthwise_forward(storage: str, vector: int, stride: int, columns: int, rows: int) -> Instance:
+    """`vector` channels a thread; it walks over `rows` x `columns` outputs."""
+    return _instance("depthwise.cuh", "depthwise_forward", storage, vector, stride, columns, rows)
+
+
+def depthwise_backward(storage: str, vector: int, columns: int, rows: int) -> Instance:
+    return _instance("depthwise.cuh", "depthwise_backward", storage, vector, columns, rows)
+
+
+def depthwise_backward_stride2(storage: str, vector: int) -> Instance:
+    return _instance("depthwise.cuh", "depthwise_backward_stride2", storage, vector)
+
+
+def sum_partials() -> Instance:
+    return _instance("depthwise.cuh", "sum_partials", SUM_LANES)
+
+
+def upsample_forward(storage: str, vector: int) -> Instance:
+    return _instance("upsample.cuh", "upsample_forward", storage, vector)
+
+
+def upsample_backward(storage: str, vector: int) -> Instance:
+    return _instance("upsample.cuh", "upsample_backward", storage, vector)
+
+
+def upsample_backward_axis(source: str, target: str, vector: int) -> Instance:
+    return _instance("upsample.cuh", "upsample_backward_axis", source, target, vector)
+
+
+SUM_LANES = 16
+"""Threads that share one sum of `sum_partials`."""
+
+
+def vectors(storage: str) -> tuple[int, ...]:
+    """Channels a thread may own, widest first: 16 or 8 bytes, or a single channel."""
+    return (16 // BYTES[storage], 8 // BYTES[storage], 1)
+
+
+def all_instances() -> tuple[Instance, ...]:
+    """Everything that a launcher can ask for."""
+    found = [sum_partials()]
+    for storage in BYTES:
+        wide, narrow, single = vectors(storage)
+        for vector, columns in product((wide, narrow), (1, 2)):
+            found += [
+                depthwise_forward(storage, vector, 1, columns, 4),
+                depthwise_forward(storage, vector, 1, columns, 8),
+                depthwise_forward(storage, vector, 2, columns, 4),
+            ]
+        for vector, columns in ((4, 1), (2, 1), (2, 2)):
+            found.append(depthwise_backward(storage, vector, columns, 4))
+        found += [depthwise_backward_stride2(storage, vector) for vector in (4, 2, single)]
+        found += [depthwise_forward(storage, single, stride, 2, 4) for stride in (1, 2)]
+        found.append(depthwise_backward(storage, single, 2, 4))
+        for vector in (wide, single):
+            found += [upsample_forward(storage, vector), upsample_backward(storage, vector)]
+        for vector in (4, single):
+            found.append(upsample_backward_axis(storage, "float", vector))
+            found.append(upsample_backward_axis("float", storage, vector))
+    return tuple(dict.fromkeys(found))
+
+
+def _instance(source: str, kernel: str, *parameters: str | int) -> Instance:
+    return Instance(source, kernel, tuple(_qualified(parameter) for parameter in parameters))
+
+
+def _qualified(parameter: str | int) -> str:
+    named = parameter in BYTES and parameter != "float"
+    return f"{NAMESPACE}::{parameter}" if named else str(parameter)
