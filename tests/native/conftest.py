@@ -1,0 +1,87 @@
+"""The routes to the kernels: emulated on the CPU everywhere, and both real ones on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lgcnet_fast.native import instances, sources
+from lgcnet_fast.native.instances import Instance
+from lgcnet_fast.native.launcher import Extent, Launcher
+from lgcnet_fast.native.prebuilt import Prebuilt
+from lgcnet_fast.native.run_time import RunTime
+
+EMULATION = Path(__file__).with_name("emulation")
+
+
+class Emulated(Launcher):
+    """Runs the kernels' own source on the CPU; see emulation/device.h."""
+
+    route = "emulation"
+    device_type = "cpu"
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.kernel_name.restype = ctypes.c_char_p
+        self._library.argument_bytes.restype = ctypes.c_size_t
+        count = self._library.kernel_count()
+        self._numbers = {self._library.kernel_name(i).decode(): i for i in range(count)}
+
+    def launch(
+        self,
+        instance: Instance,
+        grid: Extent,
+        block: Extent,
+        arguments: np.void,
+        device: torch.device,
+    ) -> None:
+        number = self._numbers[instance.expression]
+        packed = arguments.tobytes()
+        assert len(packed) == self._library.argument_bytes(number)
+        extent = ctypes.c_uint * 3
+        self._library.launch(number, extent(*grid), extent(*block), packed)
+
+    def processors(self, device: torch.device) -> int:
+        return 2
+
+
+def build_emulation(folder: Path) -> Path:
+    listed = folder / "kernels.inc"
+    lines = (f"KERNEL({instance.expression})\n" for instance in instances.all_instances())
+    listed.write_text("".join(lines))
+    library = folder / "emulation.so"
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-fno-strict-aliasing"]
+    command += [f"-I{EMULATION}", f"-I{sources.FOLDER}", f'-DEMULATED_KERNELS="{listed}"']
+    subprocess.run([*command, str(EMULATION / "main.cpp"), "-o", str(library)], check=True)
+    return library
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    if shutil.which("g++") is None:
+        pytest.skip("the emulation needs g++")
+    return Emulated(build_emulation(tmp_path_factory.mktemp("emulation")))
+
+
+GPU_ROUTES = {"prebuilt": Prebuilt, "run_time": RunTime}
+
+
+@pytest.fixture(
+    scope="session",
+    params=["emulated", *(pytest.param(route, marks=pytest.mark.gpu) for route in GPU_ROUTES)],
+)
+def launcher(request: pytest.FixtureRequest) -> Launcher:
+    if request.param == "emulated":
+        return request.getfixturevalue("emulated")
+    return GPU_ROUTES[request.param]()
+
+
+@pytest.fixture
+def device(launcher: Launcher) -> torch.device:
+    return torch.device(launcher.device_type)
