@@ -1,0 +1,64 @@
+"""Bilinear resizing with aligned corners in exact integers, shared by the resizing kernels.
+
+Along one axis, output o of `size_out` lies at o * n / d between the inputs, with n = size_in - 1
+and d = size_out - 1 (at 0 if the output has a single position). Position and support are decided
+in integers, so forward and backward agree on every weight, and no rounding of the scale moves a
+sample across an input. Sizes up to 32768 keep all products below 2^31.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+
+Size = tuple[int, int]
+MAX_SIZE = 32768
+
+
+@triton.jit
+def lower_input(output, size_in, size_out):
+    """The input at or before `output`, and how far beyond it `output` lies, in 1 / d."""
+    steps = tl.maximum(size_out - 1, 1)
+    position = output * tl.where(size_out > 1, size_in - 1, 0)
+    lower = position // steps
+    return lower, position - lower * steps
+
+
+@triton.jit
+def fraction(beyond, size_out, ACC: tl.constexpr):
+    """`beyond` of `lower_input`, in 1 / d, as a weight: that of the input after an output.
+
+    A product with the reciprocal, which is the same for all outputs.
+    """
+    return beyond.to(ACC) * (1 / tl.maximum(size_out - 1, 1).to(ACC))
+
+
+@triton.jit
+def first_output(lower, size_in, size_out):
+    """The first output at or beyond input `lower`, within 0 .. size_out.
+
+    The outputs between inputs i and i + 1 are thus first_output(i) .. first_output(i + 1) - 1.
+    """
+    stride = size_in - 1
+    steps = size_out - 1
+    first = (lower * steps + stride - 1) // tl.maximum(stride, 1)
+    first = tl.where((stride == 0) | (steps == 0), size_out, first)
+    return tl.where(lower <= 0, 0, tl.minimum(first, size_out))
+
+
+def most_outputs_beside(size_in: int, size_out: int) -> int:
+    """At least the most outputs that read one input along an axis."""
+    if size_in == 1 or size_out == 1:
+        return size_out
+    stride, steps = size_in - 1, size_out - 1
+    if steps % stride == 0:  # Outputs on the neighbouring inputs have weight 0.
+        return min(size_out, 2 * steps // stride - 1)
+    return min(size_out, -(-2 * steps // stride))
+
+
+def check_size(name: str, size: Sequence[int]) -> None:
+    """Raises `ValueError` unless the argument `name` is a (height, width) that kernels serve."""
+    if len(size) != 2 or not all(1 <= length <= MAX_SIZE for length in size):
+        raise ValueError(f"{name}: {tuple(size)}, need (height, width) of 1 to {MAX_SIZE} each")

@@ -1,0 +1,91 @@
+"""What every kernel family shares: argument checks, the accumulator dtype, the final reduction."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+STORAGE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def accumulator(storage: torch.dtype) -> tl.dtype:
+    """float32; float64 storage, which serves gradient checks, accumulates in float64."""
+    return tl.float64 if storage == torch.float64 else tl.float32
+
+
+def accumulator_dtype(storage: torch.dtype) -> torch.dtype:
+    """The torch dtype of `accumulator`: that of statistics, weight gradients and partial sums."""
+    return torch.float64 if storage == torch.float64 else torch.float32
+
+
+def check_map(name: str, feature_map: Tensor) -> None:
+    """Raises `ValueError` unless the argument `name` is a non-empty, dense NHWC feature map."""
+    shape, dtype = tuple(feature_map.shape), feature_map.dtype
+    if feature_map.ndim != 4:
+        raise ValueError(f"{name}: need a map (N, C, H, W), got shape {shape}")
+    if feature_map.numel() == 0:
+        raise ValueError(f"{name}: empty map of shape {shape}")
+    if dtype not in STORAGE:
+        raise ValueError(f"{name}: dtype {dtype} is not one of {', '.join(map(str, STORAGE))}")
+    if not feature_map.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(
+            f"{name}: strides {feature_map.stride()} of shape {shape} are not dense channels_last; "
+            "call .contiguous(memory_format=torch.channels_last)"
+        )
+
+
+def check_like(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raises `ValueError` unless the argument `name` has this shape and the device of `like`."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}, need {shape}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: on {tensor.device}, the other arguments are on {like.device}")
+
+
+def check_dense(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """As `check_like`, and the tensor must be contiguous."""
+    check_like(name, tensor, shape, like)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: strides {tensor.stride()}, need a contiguous tensor")
+
+
+def empty_map(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised (..., C, H, W) tensor whose maps are dense NHWC, dtype and device of `like`."""
+    *outer, channels, height, width = shape
+    return like.new_empty(*outer, height, width, channels).movedim(-1, -3)
+
+
+@triton.jit
+def _sum_rows_kernel(
+    partial_ptr, out_ptr, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """out[c] = sum_r partial[r, c]; each program owns its columns, so the order is fixed."""
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    lane = tl.arange(0, BLOCK_ROWS)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=partial_ptr.dtype.element_ty)
+    for first in range(0, rows, BLOCK_ROWS):
+        row = (first + lane)[:, None]
+        offset = row.to(tl.int64) * columns + column[None, :]
+        total += tl.load(
+            partial_ptr + offset, mask=(row < rows) & (column < columns)[None, :], other=0.0
+        )
+    tl.store(out_ptr + column, tl.sum(total, axis=0), mask=column < columns)
+
+
+def sum_rows(partial: Tensor, block_rows: int = 256, block_columns: int = 8) -> Tensor:
+    """Second stage of every reduction: (rows, ...) -> (...), same bits on every run.
+
+    The columns are few and the rows many, so a tile is tall: 8 columns of float32 fill the 32
+    bytes that one memory transaction brings.
+    """
+    rows, shape = partial.shape[0], partial.shape[1:]
+    out = partial.new_empty(shape)
+    columns = out.numel()
+    block_rows = min(block_rows, triton.next_power_of_2(rows))
+    grid = (triton.cdiv(columns, block_columns),)
+    _sum_rows_kernel[grid](
+        partial, out, rows, columns, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns
+    )
+    return out

@@ -1,0 +1,245 @@
+"""Gradient of `concat_upsample` and `sum_upsample`: what each map gets from the output's gradient.
+
+An input pixel sums the output's gradient over the outputs that read it, with the weights of the
+forward pass (see concat_upsample.py). Nothing is scattered: the same inputs give the same bits.
+
+Least traffic: the gradient once, each map's gradient once. A program walks down a strip of input
+rows; each row of the gradient is summed horizontally once and added to both input rows around it,
+some 9 operations an element of the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lgcnet_fast.kernels.bilinear import (
+    Size,
+    check_size,
+    first_output,
+    fraction,
+    lower_input,
+    most_outputs_beside,
+)
+from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, check_map, empty_map
+from lgcnet_fast.kernels.rows import (
+    MAX_MAPS,
+    checked_out,
+    four,
+    four_sizes,
+    row_pointer,
+    row_vectors,
+    vector_width,
+)
+
+_LARGEST_DIRECT_SCALE = 8
+"""Beyond it the gradient is summed along one axis after the other."""
+
+
+def concat_upsample_backward(
+    grad: Tensor,
+    channels: Sequence[int],
+    sizes: Sequence[Size],
+    out: Sequence[Tensor] | None = None,
+    **launch: int,
+) -> list[Tensor]:
+    """Gradients (N, channels[i], *sizes[i]), NHWC, of the maps, from grad (N, sum channels, H, W).
+
+    `launch`: see `_launch_backward`. Raises `ValueError`.
+    """
+    check_map("grad", grad)
+    if sum(channels) != grad.shape[1]:
+        raise ValueError(
+            f"grad: {grad.shape[1]} channels, the maps' {list(channels)} sum up to {sum(channels)}"
+        )
+    return _backward(grad, grad.split(list(channels), dim=1), sizes, out, **launch)
+
+
+def sum_upsample_backward(
+    grad: Tensor, sizes: Sequence[Size], out: Sequence[Tensor] | None = None, **launch: int
+) -> list[Tensor]:
+    """Gradients (N, C, *sizes[i]), NHWC, of the added maps, from grad (N, C, H, W).
+
+    The gradient of a map that had the output's size is `grad` itself: leave it out of `sizes`.
+    """
+    check_map("grad", grad)
+    return _backward(grad, [grad] * len(sizes), sizes, out, **launch)
+
+
+@triton.jit
+def _gathered_row(
+    grad_ptr, pitch, batch, row, pixel, channel, mask, w, height, width, taps,
+    UNROLL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(GROUPS, VECTOR): row `row` of the gradient, summed over the outputs that read each pixel.
+
+    `taps` bounds the number of these outputs.
+    """
+    stride = tl.where(width > 1, w - 1, 0)
+    steps = tl.maximum(width - 1, 1)
+    # The first output strictly right of the pixel's left neighbour.
+    first = (tl.maximum(pixel, 1) - 1) * steps // tl.maximum(stride, 1) + 1
+    first = tl.where((pixel > 0) & (stride > 0), first, 0)
+    source = row_pointer(grad_ptr, batch, row, height, width * pitch) + channel
+    total = tl.zeros(channel.shape, ACC)
+    for tap in range(0, taps, UNROLL):
+        for t in tl.static_range(UNROLL):
+            output = first + tap + t
+            near = steps - tl.abs(output * stride - pixel * steps)
+            inside = mask & (near > 0) & (output < width)
+            value = tl.load(source + output * pitch, mask=inside, other=0.0).to(ACC)
+            total += fraction(near, width, ACC) * value
+    return total
+
+
+@triton.jit
+def _gather_strip(
+    grad_ptr, pitch, x_grad_ptr, batch, first, pixel, channel, h, w, C, height, width, taps,
+    ROWS: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Rows `first` .. `first` + ROWS - 1 of one map's gradient (N, h, w, C).
+
+    Every row of the output's gradient between two input rows goes to both of them.
+    """
+    mask = pixel < w
+    upper = tl.zeros(channel.shape, ACC)
+    for row in range(first - 1, tl.minimum(first + ROWS, h)):
+        lower = tl.zeros(channel.shape, ACC)
+        for output in range(first_output(row, h, height), first_output(row + 1, h, height)):
+            gathered = _gathered_row(
+                grad_ptr, pitch, batch, output, pixel, channel, mask, w, height, width, taps,
+                UNROLL, ACC,
+            )  # fmt: skip
+            _, beyond = lower_input(output, h, height)
+            f = fraction(beyond, height, ACC)
+            upper += (1 - f) * gathered
+            lower += f * gathered
+        target = row_pointer(x_grad_ptr, batch, row, h, w * C) + pixel * C + channel
+        tl.store(target, upper.to(x_grad_ptr.dtype.element_ty), mask=mask & (row >= first))
+        upper = lower
+
+
+@triton.jit
+def _copy_strip(
+    grad_ptr, pitch, x_grad_ptr, batch, first, pixel, channel, C, height, width,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    for r in tl.static_range(ROWS):
+        row = first + r
+        mask = (pixel < width) & (row < height)
+        source = row_pointer(grad_ptr, batch, row, height, width * pitch) + pixel * pitch + channel
+        target = row_pointer(x_grad_ptr, batch, row, height, width * C) + pixel * C + channel
+        tl.store(target, tl.load(source, mask=mask).to(x_grad_ptr.dtype.element_ty), mask=mask)
+
+
+_NEVER_CONSTANT = [
+    *("h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "height", "width"),
+    *("taps0", "taps1", "taps2", "taps3"),
+]
+
+
+@triton.jit(do_not_specialize=_NEVER_CONSTANT)
+def _backward_kernel(
+    y0_ptr, y1_ptr, y2_ptr, y3_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr,
+    h0, w0, h1, w1, h2, w2, h3, w3, height, width,
+    vectors0, vectors1, vectors2, vectors3, all_vectors, taps0, taps1, taps2, taps3,
+    MAPS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+    UNROLL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients x of the maps from slices y of the output's; grid (blocks of an input row,
+    strips of ROWS input rows, N x MAPS)."""
+    y_ptrs = (y0_ptr, y1_ptr, y2_ptr, y3_ptr)
+    x_ptrs = (x0_ptr, x1_ptr, x2_ptr, x3_ptr)
+    heights = (h0, h1, h2, h3)
+    widths = (w0, w1, w2, w3)
+    vectors = (vectors0, vectors1, vectors2, vectors3)
+    taps = (taps0, taps1, taps2, taps3)
+    pitch = all_vectors * VECTOR
+    batch = tl.program_id(2) // MAPS
+    first = tl.program_id(1) * ROWS
+    for m in tl.static_range(MAPS):
+        if (tl.program_id(2) % MAPS == m) & (first < heights[m]):
+            pixel, channel = row_vectors(tl.program_id(0), vectors[m], GROUPS, VECTOR)
+            C = vectors[m] * VECTOR
+            if (heights[m] == height) & (widths[m] == width):
+                _copy_strip(
+                    y_ptrs[m], pitch, x_ptrs[m], batch, first, pixel, channel, C, height, width,
+                    ROWS,
+                )  # fmt: skip
+            else:
+                _gather_strip(
+                    y_ptrs[m], pitch, x_ptrs[m], batch, first, pixel, channel,
+                    heights[m], widths[m], C, height, width, taps[m], ROWS, UNROLL, ACC,
+                )  # fmt: skip
+
+
+def _backward(
+    grad: Tensor,
+    slices: Sequence[Tensor],
+    sizes: Sequence[Size],
+    out: Sequence[Tensor] | None,
+    **launch: int,
+) -> list[Tensor]:
+    """The gradient of each map from its slice of `grad`."""
+    pitch, *full = grad.shape[1:]
+    check_size("size of grad", full)
+    if not 1 <= len(sizes) == len(slices) <= MAX_MAPS:
+        raise ValueError(f"sizes: {len(sizes)} for {len(slices)} maps, need 1 to {MAX_MAPS} alike")
+    outs = []
+    for index, (part, size) in enumerate(zip(slices, sizes, strict=True)):
+        check_size(f"sizes[{index}]", size)
+        shape = (*part.shape[:2], *size)
+        outs.append(checked_out(f"out[{index}]", out and out[index], shape, grad))
+    steep = [_is_steep(size, full) for size in sizes]
+    gentle = [index for index, is_steep in enumerate(steep) if not is_steep]
+    if gentle:
+        _launch_backward([slices[i] for i in gentle], pitch, [outs[i] for i in gentle], **launch)
+    for part, x_grad, is_steep in zip(slices, outs, steep, strict=True):
+        if is_steep:
+            _backward_by_axes(part, pitch, x_grad, **launch)
+    return outs
+
+
+def _is_steep(size: Size, full: Sequence[int]) -> bool:
+    return any(whole > _LARGEST_DIRECT_SCALE * part for part, whole in zip(size, full, strict=True))
+
+
+def _backward_by_axes(part: Tensor, pitch: int, x_grad: Tensor, **launch: int) -> None:
+    """Vertically, then horizontally: few pixels with many outputs each would leave a GPU idle."""
+    batch, channels, height, _ = x_grad.shape
+    unrounded = part.new_empty((), dtype=accumulator_dtype(part.dtype))
+    columns = empty_map((batch, channels, height, part.shape[3]), unrounded)
+    _launch_backward([part], pitch, [columns], **launch)
+    _launch_backward([columns], channels, [x_grad], **launch)
+
+
+def _launch_backward(
+    slices: Sequence[Tensor],
+    pitch: int,
+    outs: Sequence[Tensor],
+    block: int = 1024,
+    rows: int = 4,
+    warps: int = 4,
+) -> None:
+    """A program computes `block` elements of each of `rows` rows of one map's gradient.
+
+    slices: of the output's gradient, for each map; their pixels lie `pitch` apart.
+    """
+    batch, _, height, width = slices[0].shape
+    channels = [x.shape[1] for x in outs]
+    vector = vector_width(slices[0].dtype, pitch, *channels)
+    taps = [most_outputs_beside(x.shape[3], width) for x in outs]
+    grid = (
+        max(triton.cdiv(x.shape[3] * x.shape[1], block) for x in outs),
+        triton.cdiv(max(x.shape[2] for x in outs), rows),
+        batch * len(outs),
+    )
+    _backward_kernel[grid](
+        *four(slices), *four(outs), *four_sizes(outs), height, width,
+        *four([c // vector for c in channels]), pitch // vector, *four(taps),
+        MAPS=len(outs), GROUPS=block // vector, VECTOR=vector, ROWS=rows,
+        UNROLL=min(max(taps), 8), ACC=accumulator(slices[0].dtype), num_warps=warps,
+    )  # fmt: skip

@@ -1,0 +1,58 @@
+"""Rows of NHWC maps as runs of vectors of channels, for kernels of up to four maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lgcnet_fast.kernels.common import check_like, check_map, empty_map
+
+MAX_MAPS = 4
+
+
+@triton.jit
+def row_vectors(block, per_pixel, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
+    """Pixels (GROUPS, 1) and channels (GROUPS, VECTOR) of one block of a row of pixels.
+
+    A row is a run of vectors of VECTOR channels, `per_pixel` of them a pixel.
+    """
+    group = block * GROUPS + tl.arange(0, GROUPS)
+    pixel = group // per_pixel
+    channel = (group - pixel * per_pixel) * VECTOR
+    return pixel[:, None], channel[:, None] + tl.arange(0, VECTOR)[None, :]
+
+
+@triton.jit
+def row_pointer(base_ptr, batch, row, rows, row_elements):
+    """Pointer to a row of a map; 64-bit, as a map may hold more than 2^31 elements."""
+    return base_ptr + (batch * rows + row).to(tl.int64) * row_elements
+
+
+def vector_width(dtype: torch.dtype, *channels: int) -> int:
+    """Channels that one thread moves at once: up to 16 bytes, dividing all channel counts."""
+    return math.gcd(16 // dtype.itemsize, *channels)
+
+
+def four(values: Sequence[object]) -> list[object]:
+    """The last one repeated up to MAX_MAPS: a kernel has a fixed number of arguments."""
+    return [*values, *[values[-1]] * (MAX_MAPS - len(values))]
+
+
+def four_sizes(maps: Sequence[Tensor]) -> list[int]:
+    return [length for x in four(maps) for length in x.shape[2:]]
+
+
+def checked_out(name: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """`out`, dense NHWC of this shape, or a new map; dtype and device of `like`."""
+    if out is None:
+        return empty_map(shape, like)
+    check_map(name, out)
+    check_like(name, out, shape, like)
+    if out.dtype != like.dtype:
+        raise ValueError(f"{name}: dtype {out.dtype}, need {like.dtype}")
+    return out
