@@ -21,6 +21,7 @@ LAYERS = (
     {"space"},
     {"nn"},
     {"ops"},
+    {"kernels", "native"},
     {"doctor"},
     {"stack"},
     {"config"},
