@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,11 @@ from lgcnet_fast.errors import UserError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+UNWRITABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR,
+     errno.EEXIST, errno.ENAMETOOLONG}
+)  # fmt: skip
+"""Why a folder or file that the user named cannot be written."""
 
 
 class ReportingGroup(TyperGroup):
@@ -23,6 +29,11 @@ class ReportingGroup(TyperGroup):
             return super().invoke(ctx)
         except UserError as error:
             typer.echo(f"lgcnet: {error}", err=True)
+            raise typer.Exit(USER_ERROR) from None
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            typer.echo(f"lgcnet: {error.filename}: {error.strerror}", err=True)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             typer.echo(

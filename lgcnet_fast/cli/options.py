@@ -11,12 +11,12 @@ from lgcnet_fast.config import PRESETS, RunConfig, load_config
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Argument(metavar="[CONFIG.toml]", help="Configuration; its keys replace the preset's."),
+    typer.Argument(metavar="CONFIG.toml", help="Configuration; its keys replace the preset's."),
 ]
 ConfigOrRun = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[CONFIG.toml|RUN]",
+        metavar="CONFIG.toml|RUN",
         help="Configuration, whose keys replace the preset's; or a run folder to continue.",
     ),
 ]

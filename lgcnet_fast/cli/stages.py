@@ -58,10 +58,10 @@ def run(
     from lgcnet_fast.train.illustrate import illustrate
     from lgcnet_fast.train.pipeline import run_all
 
-    run_all(folder, config)
+    summary = run_all(folder, config)
     runs = open_runs(folder)
-    sheets = [illustrate(run) for run in runs]
-    print_summary(runs, sheets)
+    if runs[0].ranks.first:
+        print_summary(runs, summary, [illustrate(run) for run in runs])
 
 
 def search(

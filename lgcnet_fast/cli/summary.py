@@ -19,11 +19,14 @@ def print_stage(run: Run, stage: str, result: Mapping[str, Any]) -> None:
     console().print(_class_table([run]) if evaluated else _stage_table([(run, stage, result)]))
 
 
-def print_summary(runs: Sequence[Run], sheets: Sequence[Path]) -> None:
-    """Tables of a finished run: its stages, the scores of each class, where the pictures are."""
+def print_summary(runs: Sequence[Run], summary: Mapping[str, Any], sheets: Sequence[Path]) -> None:
+    """Tables of a finished run: its stages, the scores of each class, the mean over several
+    seeds, and where the pictures are."""
     results = [(run, stage, run.stage_result(stage) or {}) for run in runs for stage in STAGES]
     console().print(_stage_table([row for row in results if row[1] != "evaluate"]))
     console().print(_class_table(runs))
+    if len(runs) > 1:
+        console().print(_seeds_table(summary))
     for sheet in sheets:
         console().print(f"pictures: {sheet.parent}", soft_wrap=True)
 
@@ -65,6 +68,14 @@ def _class_table(runs: Sequence[Run]) -> Table:
     table.add_section()
     table.add_row("mean", *(_percent(scores["miou"]) for scores in columns))
     table.add_row("best constant", *(_percent(scores["constant_miou"]) for scores in columns))
+    return table
+
+
+def _seeds_table(summary: Mapping[str, Any]) -> Table:
+    """Mean and standard deviation over the seeds, as in summary.json."""
+    table = Table("", "mean", "std", title=f"{len(summary['seeds'])} seeds")
+    for key, mean in summary["mean"].items():
+        table.add_row(key, f"{mean:.4g}", f"{summary['std'][key]:.4g}")
     return table
 
 
