@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lgcnet_fast.config import FinetuneConfig
+from lgcnet_fast.config import FinetuneConfig, RunConfig
 from lgcnet_fast.data.loader import Batch, EvalLoader, TrainLoader
 from lgcnet_fast.errors import ConfigError
 from lgcnet_fast.ops import upsample_cross_entropy, upsample_ohem
@@ -188,11 +188,17 @@ def _phases(run: Run) -> tuple[Phase, ...]:
     """Coarse labels first, where the configuration asks for them, then fine ones."""
     config = run.config.finetune
     fine = _phase(run, run.config.data.train_splits, config.coarse_epochs, config.epochs)
-    if config.coarse_epochs == 0:
-        return (fine,)
-    if run.config.data.name != COARSE_DATA:
+    coarse = coarse_splits(run.config)
+    return (_phase(run, coarse, 0, config.coarse_epochs), fine) if coarse else (fine,)
+
+
+def coarse_splits(config: RunConfig) -> tuple[str, ...]:
+    """Splits of the phase on coarse labels; empty if there is none. Raises `ConfigError`."""
+    if config.finetune.coarse_epochs == 0:
+        return ()
+    if config.data.name != COARSE_DATA:
         raise ConfigError(f'finetune.coarse_epochs needs data.name = "{COARSE_DATA}"; set it to 0')
-    return (_phase(run, COARSE_SPLITS, 0, config.coarse_epochs), fine)
+    return COARSE_SPLITS
 
 
 def _phase(run: Run, splits: tuple[str, ...], first: int, epochs: int) -> Phase:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lgcnet_fast.config import RunConfig
+from lgcnet_fast.data.class_folder import open_classes
 from lgcnet_fast.errors import RunError
 from lgcnet_fast.train.derive import derive, given_genotype
 from lgcnet_fast.train.evaluate import evaluate
-from lgcnet_fast.train.finetune import finetune
+from lgcnet_fast.train.finetune import coarse_splits, finetune
 from lgcnet_fast.train.prediction import latency_predictor
 from lgcnet_fast.train.pretrain import pretrain
 from lgcnet_fast.train.run import Run, write_json
@@ -59,13 +60,17 @@ def open_runs(folder: Path, config: RunConfig) -> list[Run]:
 
 
 def check(run: Run) -> None:
-    """Raises the error that a later stage would raise: data, genotype, table, latency target."""
-    data = run.config.data
-    for split in (*data.train_splits, data.val_split):
+    """Raises the error that a later stage would raise: data, table, latency target, genotype."""
+    config = run.config
+    splits = (*config.data.train_splits, config.data.val_split, *coarse_splits(config))
+    for split in dict.fromkeys(splits):
         run.dataset(split)
-    if run.config.genotype is not None:
-        given_genotype(run)
-    latency_predictor(run)
+    if config.pretrain.enabled:
+        for split in ("train", "val"):
+            open_classes(config.pretrain, split, config.pretrain.image_size)
+    predictor = latency_predictor(run)
+    if config.genotype is not None:
+        predictor.milliseconds(given_genotype(run))
 
 
 def summarise(runs: list[Run]) -> dict[str, Any]:
