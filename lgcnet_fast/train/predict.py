@@ -126,6 +126,8 @@ def _predict_images(
         else:
             save_pictures(out, item.name, image, labels, predictor.classes)
         progress(done, len(images))
+    if faults and len(images) == 1:
+        raise DataError(faults[0])
     if faults:
         head = f"{len(faults)} of {len(images)} images have no prediction"
         raise DataError("\n  ".join([head, *faults]))
