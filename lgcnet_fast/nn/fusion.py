@@ -48,7 +48,7 @@ class FusionCell(nn.Module):
 
         Returns (N, 48, H, W) at the size of the finest branch.
         """
-        sizes = [tuple(feature.shape[-2:]) for feature in features]
+        sizes = [(feature.shape[-2], feature.shape[-1]) for feature in features]
         values = {
             name: reduce(feature)
             for name, reduce, feature in zip(self.graph.inputs, self.reduce, features, strict=True)
@@ -57,9 +57,8 @@ class FusionCell(nn.Module):
             size = sizes[edge.level]
             sources = [values[source] for source in edge.sources]
             inputs = (sources[0], size) if edge.kind == "up" else (concat_upsample(sources, size),)
-            module = self.edges[edge.name]
-            searched = z is not None and edge.kind != "join"
-            values[edge.name] = module(z[edge.name], *inputs) if searched else module(*inputs)
+            weights = () if z is None or edge.kind == "join" else (z[edge.name],)
+            values[edge.name] = self.edges[edge.name](*weights, *inputs)
         total = upsample(values[self.graph.output[0]], sizes[0])
         for name in self.graph.output[1:]:
             total = total + upsample(values[name], sizes[0])

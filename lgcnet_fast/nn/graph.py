@@ -115,6 +115,8 @@ class CellCommunication(nn.Module):
     matrix and all reduction cells another. Runs in the parameters' precision under autocast too.
     """
 
+    owners: Tensor
+
     def __init__(
         self,
         cells: int,
@@ -141,18 +143,19 @@ class CellCommunication(nn.Module):
         with torch.autocast(self.alpha.device.type, enabled=False):
             alpha = self.alpha[self.owners]
             if self.reasoning is not None and len(alpha) > 1:
-                alpha = self._chained(alpha) if self.chain else self._adjacent(alpha)
+                inform = self._chained if self.chain else self._adjacent
+                alpha = inform(alpha, self.reasoning)
             return alpha.flatten(0, 1)
 
-    def _adjacent(self, alpha: Tensor) -> Tensor:
+    def _adjacent(self, alpha: Tensor, reasoning: nn.Module) -> Tensor:
         previous, current = alpha[:-1], alpha[1:]
-        told = self.reasoning(previous, current, slice(None))
+        told = reasoning(previous, current, slice(None))
         return torch.cat((alpha[:1], current + self.gamma * told))
 
-    def _chained(self, alpha: Tensor) -> Tensor:
+    def _chained(self, alpha: Tensor, reasoning: nn.Module) -> Tensor:
         updated = [alpha[:1]]
         for pair, current in enumerate(alpha[1:].split(1)):
-            told = self.reasoning(updated[-1], current, slice(pair, pair + 1))
+            told = reasoning(updated[-1], current, slice(pair, pair + 1))
             updated.append(current + self.gamma * told)
         return torch.cat(updated)
 

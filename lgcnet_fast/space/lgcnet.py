@@ -190,16 +190,16 @@ class LGCNet(SearchSpace):
         fusion = None
         if self.graph is not None:
             fusion = {"variant": self._variant, "ops": self._fusion_choice(arch)}
-        genotype = self.Genotype(
-            stem=self.options.stem,
-            cells=[[CELL_OPS[option] for option in row] for row in choice],
-            reductions=self.options.reductions,
-            widths=self.options.widths,
-            taps=self.layout.taps,
-            head=self.options.head,
-            fusion=fusion,
-        )
-        return genotype, changes
+        genotype = {
+            "stem": self.options.stem,
+            "cells": [[CELL_OPS[option] for option in row] for row in choice],
+            "reductions": self.options.reductions,
+            "widths": self.options.widths,
+            "taps": self.layout.taps,
+            "head": self.options.head,
+            "fusion": fusion,
+        }
+        return self.Genotype.model_validate(genotype), changes
 
     @property
     def _variant(self) -> str:

@@ -56,9 +56,9 @@ class FusionGenotype(BaseModel):
     @model_validator(mode="after")
     def _fits_the_graph(self) -> FusionGenotype:
         names = {edge.name for edge in (*self.graph.op_edges, *self.graph.up_edges)}
-        for edge in sorted(names ^ self.ops.keys()):
-            fault = "lacks" if edge in names else "has no"
-            raise ValueError(f"ops {fault} edge {edge[:40]!r} of fusion graph {self.variant!r}")
+        for name in sorted(names ^ self.ops.keys()):
+            fault = "lacks" if name in names else "has no"
+            raise ValueError(f"ops {fault} edge {name[:40]!r} of fusion graph {self.variant!r}")
         for edges, options in ((self.graph.op_edges, FUSION_OPS), (self.graph.up_edges, UP_OPS)):
             for edge in edges:
                 try:

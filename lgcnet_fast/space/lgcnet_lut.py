@@ -25,8 +25,8 @@ def lut_module(key: LutKey, stem: StemShape) -> LutModule:
     """Raises `TableError` for a key of another space."""
     family, _, name = key.op.partition(".")
     shape = (1, key.c_in, key.h_in, key.w_in)
-    if family == "cell" and name in CELL_OPS and name != "none":
-        operation = cell_operation(name, key.c_in, key.stride)
+    operation = cell_operation(name, key.c_in, key.stride) if name in CELL_OPS else None
+    if family == "cell" and operation is not None:
         accumulator = (1, key.c_out, -(-key.h_in // key.stride), -(-key.w_in // key.stride))
         return LutModule(_Accumulate(operation), (shape, accumulator))
     if family == "fusion" and name in FUSION_OPS:
