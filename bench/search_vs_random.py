@@ -1,0 +1,170 @@
+"""Does the search beat chance at the same predicted latency?
+
+For each search seed: one searched genotype and two random ones whose predicted latency lies within
+3 % of it (every tap reachable), all trained with the same recipe, steps and initialisation seed;
+the last checkpoint is scored on val. The paired differences are reported with a 90 % interval.
+
+    python bench/search_vs_random.py search CONFIG --data DIR --work DIR --seeds 0 1 2
+    python bench/search_vs_random.py train  CONFIG --data DIR --work DIR --seeds 0 1 2
+    python bench/search_vs_random.py report CONFIG --work DIR --seeds 0 1 2 --out FILE --commit HASH
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+
+import torch
+from experiment import run_together, score
+from results_file import provenance, update_summary, write_json
+
+from lgcnet_fast.space.genotype import Genotype, save_genotype
+from lgcnet_fast.train.prediction import LatencyPredictor, latency_predictor
+from lgcnet_fast.train.run import Run
+
+RANDOM_NAMES = ("random-0", "random-1")
+TOLERANCE = 0.03
+DRAWS = 100_000
+# Two-sided 90 % quantiles of Student's t by degrees of freedom.
+STUDENT_T90 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860}
+
+
+def main() -> None:
+    arguments = _parse()
+    if arguments.phase == "search":
+        _search(arguments)
+    elif arguments.phase == "train":
+        _train(arguments)
+    else:
+        _report(arguments)
+
+
+def _search(arguments: argparse.Namespace) -> None:
+    commands = [
+        _command("search", arguments, _search_folder(arguments, seed), seed)
+        for seed in arguments.seeds
+    ]
+    run_together(_spread(commands), arguments.work / "logs")
+    derive = [["lgcnet", "derive", str(_search_folder(arguments, s))] for s in arguments.seeds]
+    run_together(derive, arguments.work / "logs")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    commands = []
+    for seed in arguments.seeds:
+        search = Run.open(_search_folder(arguments, seed))
+        predictor = latency_predictor(search)
+        searched = search.genotype()
+        generator = torch.Generator().manual_seed(1000 + seed)
+        genotypes = {"searched": searched}
+        for name in RANDOM_NAMES:
+            target = predictor.milliseconds(searched)
+            genotypes[name] = _random_near(predictor, target, generator)
+        for name, genotype in genotypes.items():
+            path = arguments.work / "genotypes" / f"seed-{seed}-{name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_genotype(genotype, path)
+            command = _command("run", arguments, _train_folder(arguments, seed, name), seed)
+            commands.append([*command, "--set", f"genotype={path}"])
+    run_together(_spread(commands), arguments.work / "logs")
+
+
+def _random_near(
+    predictor: LatencyPredictor, target: float, generator: torch.Generator
+) -> Genotype:
+    for _ in range(DRAWS):
+        genotype = predictor.space.random_genotype(generator)
+        if abs(predictor.milliseconds(genotype) / target - 1) <= TOLERANCE:
+            return genotype
+    raise SystemExit(f"no random genotype within {TOLERANCE:.0%} of {target:.3f} ms in {DRAWS}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    rows = [
+        {name: score(_train_folder(arguments, seed, name)) for name in ("searched", *RANDOM_NAMES)}
+        for seed in arguments.seeds
+    ]
+    differences = [
+        [row["searched"]["miou"] - row[name]["miou"] for name in RANDOM_NAMES] for row in rows
+    ]
+    # Two pairs of a seed share their searched network, so the seed is the independent unit.
+    by_seed = interval([statistics.fmean(pair) for pair in differences])
+    by_pair = interval([difference for pair in differences for difference in pair])
+    searched = statistics.fmean(row["searched"]["miou"] for row in rows)
+    random = statistics.fmean(row[name]["miou"] for row in rows for name in RANDOM_NAMES)
+    origin = provenance(arguments.commit)
+    write_json(
+        arguments.out,
+        {
+            **origin,
+            "seeds": dict(zip(map(str, arguments.seeds), rows, strict=True)),
+            "paired_differences": differences,
+            "interval90_by_seed": by_seed,
+            "interval90_by_pair": by_pair,
+            "beats_chance": by_seed[0] > 0,
+            "miou_searched_mean": searched,
+            "miou_random_mean": random,
+        },
+    )
+    update_summary(
+        {
+            "camvid_val_miou_search_mean": (searched, "% mIoU"),
+            "camvid_val_miou_random_mean": (random, "% mIoU"),
+            "camvid_val_difference_low": (by_seed[0], "points of mIoU"),
+            "camvid_seeds": (len(rows), "seeds"),
+        },
+        origin,
+        arguments.out.parent / "summary.json",
+    )
+    print(json.dumps({"differences": differences, "by_seed": by_seed, "by_pair": by_pair}))
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """90 % confidence interval of the mean of `values` (Student's t)."""
+    mean = statistics.fmean(values)
+    half = STUDENT_T90[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def _command(stage: str, arguments: argparse.Namespace, run: Path, seed: int) -> list[str]:
+    overrides = [*_overrides(arguments), f"seeds=[{seed}]"]
+    sets = [part for override in overrides for part in ("--set", override)]
+    return ["lgcnet", stage, str(arguments.config), "--out", str(run), *sets]
+
+
+def _spread(commands: list[list[str]]) -> list[list[str]]:
+    """One GPU a command, in turn."""
+    gpus = torch.cuda.device_count()
+    return [[*c, "--set", f"device=cuda:{i % gpus}"] for i, c in enumerate(commands)]
+
+
+def _overrides(arguments: argparse.Namespace) -> tuple[str, ...]:
+    return (f'data.root="{arguments.data}"', *arguments.set)
+
+
+def _search_folder(arguments: argparse.Namespace, seed: int) -> Path:
+    return arguments.work / "search" / f"seed-{seed}"
+
+
+def _train_folder(arguments: argparse.Namespace, seed: int, name: str) -> Path:
+    return arguments.work / "train" / f"seed-{seed}-{name}"
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("phase", choices=["search", "train", "report"])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("camvid"))
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default="unknown")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
