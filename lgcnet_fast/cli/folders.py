@@ -31,10 +31,10 @@ def open_runs(folder: Path) -> list[Run]:
     return [Run.open(path) for path in seed_folders(folder)]
 
 
-def open_run(folder: Path) -> Run:
-    """The run in `folder`; raises `RunError` if it holds several seeds."""
+def read_run(folder: Path, device: str | None) -> Run:
+    """The run in `folder`, to predict with. Raises `RunError` if it holds several seeds."""
     folders = seed_folders(folder)
     if len(folders) > 1:
         names = ", ".join(str(path) for path in folders)
         raise RunError(f"{folder}: holds several seeds; name one of {names}")
-    return Run.open(folders[0])
+    return Run.read(folders[0], device)

@@ -27,6 +27,9 @@ def predict(
             help="pictures: labels, overlay, side by side; cityscapes: ids for its test server.",
         ),
     ] = "pictures",
+    device: Annotated[
+        str | None, typer.Option(metavar="auto|cpu|cuda:N", help="[default: the run's]")
+    ] = None,
 ) -> None:
     """Segment an image, all images below a folder, or a video with a trained run.
 
@@ -38,10 +41,10 @@ def predict(
     """
     if form not in FORMATS:
         raise ConfigError(f"--format {form}: must be one of {', '.join(FORMATS)}")
-    from lgcnet_fast.cli.folders import open_run
+    from lgcnet_fast.cli.folders import read_run
     from lgcnet_fast.train import predict as prediction
 
-    predictor = prediction.Predictor.open(open_run(folder))
+    predictor = prediction.Predictor.open(read_run(folder, device))
     with counting("predict") as progress:
         done = prediction.predict(predictor, source, out, form, progress)
     typer.echo(f"{done} predicted: {out}")

@@ -15,6 +15,8 @@ from lgcnet_fast.train.run import Run
 
 def print_stage(run: Run, stage: str, result: Mapping[str, Any]) -> None:
     """The headline numbers of one stage; for `evaluate` the scores of each class."""
+    if not run.ranks.first:
+        return
     evaluated = stage == "evaluate"
     console().print(_class_table([run]) if evaluated else _stage_table([(run, stage, result)]))
 

@@ -35,10 +35,13 @@ class Run:
     """One seed of a configuration in one folder.
 
     Creates the folder or continues in it; raises `RunError` if it belongs to another
-    configuration, `ConfigError` or `DeviceError` if space or device cannot be had.
+    configuration, `ConfigError` or `DeviceError` if space or device cannot be had. With
+    `only_reading` the folder, and its record of the machine, stay as they are.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, seed: int) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, seed: int, only_reading: bool = False
+    ) -> None:
         self.folder = folder
         self.config = config.model_copy(update={"seeds": (seed,)})
         self.seed = seed
@@ -49,7 +52,7 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
-        if self.ranks.first:
+        if self.ranks.first and not only_reading:
             self._claim_folder()
         barrier(self.ranks)
 
@@ -58,6 +61,14 @@ class Run:
         """Continues in an existing folder with the configuration stored there."""
         config = read_config(folder)
         return cls(folder, config, config.seeds[0])
+
+    @classmethod
+    def read(cls, folder: Path, device: str | None = None) -> Run:
+        """A finished run to predict with, on `device` or on that of its configuration."""
+        config = read_config(folder)
+        if device is not None:
+            config = config.model_copy(update={"device": device})
+        return cls(folder, config, config.seeds[0], only_reading=True)
 
     # -- data -------------------------------------------------------------------------------
 

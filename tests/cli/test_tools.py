@@ -64,6 +64,13 @@ def test_predict_needs_no_data_set(copied_run: Path, photos: Path, tmp_path: Pat
     call_well("predict", copied_run, photos, "--out", tmp_path / "out")
 
 
+def test_predict_leaves_the_run_as_it_is(finished_run: Path, photos: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
+    call_well("predict", finished_run, photos, "--out", tmp_path / "out", "--device", "cpu")
+    assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
+    assert "gpu" in refusal("predict", finished_run, photos, "--out", tmp_path, "--device", "gpu")
+
+
 def test_predict_mistakes(finished_run: Path, photos: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out")
     assert "missing.png" in refusal("predict", finished_run, tmp_path / "missing.png", *out)
