@@ -49,7 +49,7 @@ def test_override_beats_file_beats_preset(tmp_path: Path) -> None:
     path = write(tmp_path, "[search]\nepochs = 7\nbatch_size = 2\n")
     config = load_config(path, "smoke", ("search.epochs=9",))
     assert (config.search.epochs, config.search.batch_size) == (9, 2)
-    assert config.search.augmentation.crop == (65, 65)
+    assert config.search.augmentation.crop == (97, 97)
 
 
 def test_overrides_are_toml_values_or_bare_strings() -> None:
