@@ -101,6 +101,8 @@ class Segmenter(nn.Module):
     """
 
     output_stride: int
+    backbone: nn.Module
+    """What pretraining trains."""
 
 
 class SearchSpace(ABC):
