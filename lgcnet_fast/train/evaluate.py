@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lgcnet_fast.data.loader import EvalBatch
 from lgcnet_fast.ops import upsample_argmax
 from lgcnet_fast.train.metrics import Confusion
+from lgcnet_fast.train.precision import placed
 from lgcnet_fast.train.run import Run
 from lgcnet_fast.train.sources import eval_loader
 from lgcnet_fast.train.weights import load_weights
@@ -64,7 +65,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     """
     network = run.space.build(run.genotype(), run.num_classes)
     load_weights(network, run.weights_path("finetune"))
-    network = network.to(run.device, memory_format=torch.channels_last)
+    network = placed(network, run.device)
     split, protocols = run.config.data.val_split, run.config.evaluate.protocols
     confusions = score(network, eval_loader(run, split), protocols, run.num_classes, run.device)
     result = {

@@ -21,7 +21,7 @@ from lgcnet_fast.train.ema import moving_average
 from lgcnet_fast.train.evaluate import score
 from lgcnet_fast.train.finite import require_finite, require_finite_parameters
 from lgcnet_fast.train.metrics import MetricsLog
-from lgcnet_fast.train.precision import Precision
+from lgcnet_fast.train.precision import Precision, placed
 from lgcnet_fast.train.progress import StageProgress
 from lgcnet_fast.train.run import Run
 from lgcnet_fast.train.schedules import poly
@@ -175,7 +175,7 @@ def _trainer(run: Run) -> Finetuner:
     pretrained = run.weights_path("pretrain")
     if pretrained.exists():
         load_weights(network.backbone, pretrained)
-    network = network.to(run.device, memory_format=torch.channels_last)
+    network = placed(network, run.device)
     wrapped = parallel(network, run.ranks, run.device, config.sync_bn)
     weights = None
     if config.class_weights == "inverse_log":

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lgcnet_fast.config import RunConfig
 from lgcnet_fast.data.class_folder import open_classes
 from lgcnet_fast.errors import RunError
@@ -30,7 +32,15 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
 def run_stage(run: Run, name: str) -> dict[str, Any]:
     """Headline numbers of one stage; runs it unless it is done, continuing where it stopped."""
     result = run.stage_result(name)
-    return STAGES[name](run) if result is None else result
+    if result is not None:
+        return result
+    try:
+        return STAGES[name](run)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"{name}: {run.device} has not enough memory; lower {name}.batch_size "
+            f"(search and finetune: raise {name}.accumulate by the same factor)"
+        ) from error
 
 
 def run_all(folder: Path, config: RunConfig) -> dict[str, Any]:

@@ -1,8 +1,13 @@
-"""Mixed precision: autocast for the forward pass, a loss scaler where fp16 needs one."""
+"""How a stage computes: device, memory format, autocast, and a loss scaler for fp16."""
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
+from torch import nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -14,6 +19,11 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     # Compute capability 8.0 is the first with bf16 units; older GPUs only emulate it.
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return "bf16" if capable else "fp32"
+
+
+def placed(network: Network, device: torch.device) -> Network:
+    """`network` on the device, channels last, as the loaders deliver images."""
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class Precision:

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from lgcnet_fast.config import PretrainConfig
 from lgcnet_fast.data.class_loader import ClassLoader
-from lgcnet_fast.train.checkpoint import load_checkpoint, save_checkpoint
+from lgcnet_fast.train.checkpoint import Stateful, load_checkpoint, save_checkpoint
 from lgcnet_fast.train.distributed import parallel
 from lgcnet_fast.train.finite import require_finite, require_finite_parameters
 from lgcnet_fast.train.metrics import MetricsLog
-from lgcnet_fast.train.precision import Precision
+from lgcnet_fast.train.precision import Precision, placed
 from lgcnet_fast.train.progress import StageProgress
 from lgcnet_fast.train.run import Run
 from lgcnet_fast.train.schedules import cosine, exponential, warmup
@@ -49,7 +49,7 @@ def pretrain(run: Run) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     loader, validation, num_classes = class_loaders(run)
     network = run.space.build_classifier(run.genotype(), num_classes)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = placed(network, device)
     wrapped = parallel(network, ranks, device, sync_bn=False)
     precision = Precision(run.precision, device)
     optimiser = torch.optim.SGD(
@@ -59,7 +59,11 @@ def pretrain(run: Run) -> dict[str, Any]:
         weight_decay=config.weight_decay,
         fused=device.type == "cuda",
     )
-    parts = {"model": network, "optimiser": optimiser, "scaler": precision.scaler}
+    parts: dict[str, Stateful] = {
+        "model": network,
+        "optimiser": optimiser,
+        "scaler": precision.scaler,
+    }
     path, steps = run.checkpoint_path(STAGE), len(loader)
     first = load_checkpoint(path, STAGE, parts, {}) if path.exists() else 0
     log = MetricsLog(run.stage_folder(STAGE), first, enabled=ranks.first)
@@ -77,7 +81,7 @@ def pretrain(run: Run) -> dict[str, Any]:
                 save_checkpoint(path, STAGE, epoch + 1, parts, {})
     log.close()
     if ranks.first:
-        save_weights(network.backbone, run.weights_path(STAGE))
+        save_weights(network.get_submodule("backbone"), run.weights_path(STAGE))
     return run.finish(
         STAGE, {"epochs": config.epochs, "top1": accuracy(network, validation, precision)}
     )

@@ -71,10 +71,6 @@ class StageProgress:
                 markup=False,
             )
 
-    def say(self, message: str) -> None:
-        """A line that stays above the bar."""
-        self._console.print(f"{self.stage}: {message}", soft_wrap=True, markup=False)
-
 
 class CountProgress:
     """Called with (done, of all) while files are packed; silent if nothing needs packing."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from lgcnet_fast.train.finite import require_finite, require_finite_parameters
 from lgcnet_fast.train.losses import latency_loss, strength
 from lgcnet_fast.train.metrics import Confusion, MetricsLog
 from lgcnet_fast.train.monitor import inspect, masked
-from lgcnet_fast.train.precision import Precision
+from lgcnet_fast.train.precision import Precision, placed
 from lgcnet_fast.train.prediction import LatencyPredictor, latency_predictor
 from lgcnet_fast.train.progress import StageProgress
 from lgcnet_fast.train.run import Run
@@ -35,7 +36,6 @@ from lgcnet_fast.train.sources import optimiser_steps, train_loader
 STAGE = "search"
 LOG_EVERY = 20
 """Optimiser steps between two log lines: fetching a loss waits for the device."""
-MOST_RANKS = 1_000_003
 WHEN_NOT_FINITE = "lower search.weight_lr, or use precision = bf16 or fp32"
 
 
@@ -108,7 +108,7 @@ class Searcher:
 
     def parts(self) -> dict[str, Stateful]:
         """What a checkpoint holds, by name."""
-        parts = {
+        parts: dict[str, Stateful] = {
             "model": self.network.supernet,
             "arch": self.network.arch,
             "weight_optimiser": self.weight_optimiser,
@@ -206,15 +206,20 @@ def _train(run: Run, predictor: LatencyPredictor) -> dict[str, object]:
 def _searcher(run: Run, predictor: LatencyPredictor, total_steps: int) -> Searcher:
     config, ranks, device = run.config.search, run.ranks, run.device
     torch.manual_seed(run.seed)
-    # Every rank draws noise of its own.
-    noise = torch.Generator(device).manual_seed(run.seed * MOST_RANKS + ranks.rank)
+    noise = _noise(run.seed, ranks.rank, device)
     network = SearchNetwork(run.space, run.num_classes, predictor.trained_with(), noise)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = placed(network, device)
     # Fewer than 4 images a device leave too little for batch statistics.
     sync_bn = config.batch_size < 4 * ranks.world
     wrapped = parallel(network, ranks, device, sync_bn)
     precision = Precision(run.precision, device)
     return Searcher(config, network, wrapped, precision, predictor.scale, total_steps)
+
+
+def _noise(seed: int, rank: int, device: torch.device) -> torch.Generator:
+    """The Gumbel noise of a rank: a stream apart from the others', from the weights' and data's."""
+    state = np.random.SeedSequence((seed, rank, 0, 1)).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state[0]))
 
 
 def _inspect(run: Run, network: SearchNetwork, predictor: LatencyPredictor) -> dict[str, float]:

@@ -48,7 +48,7 @@ def test_truncated_file_is_refused(tmp_path, cut):
         read_checkpoint(path, "search")
 
 
-@pytest.mark.parametrize("content", [b"hello", pickle.dumps({"a": 1}), bytes(4096)])
+@pytest.mark.parametrize("content", [b"hello", pickle.dumps({"a": 1}, protocol=2), bytes(4096)])
 def test_foreign_file_is_refused(tmp_path, content):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(content)

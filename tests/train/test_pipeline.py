@@ -304,3 +304,12 @@ def test_tensorboard_gets_the_scalars_where_it_is_installed(new_run):
     run = derived(new_run(finetune__epochs=1))
     finetune(run)
     assert list((run.stage_folder("finetune") / "tensorboard").glob("events.out.*"))
+
+
+def test_too_little_memory_names_the_key(new_run, monkeypatch):
+    def too_large(run):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(STAGES, "finetune", too_large)
+    with pytest.raises(RunError, match=r"lower finetune\.batch_size"):
+        run_stage(new_run(), "finetune")
