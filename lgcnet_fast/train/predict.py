@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from lgcnet_fast.train.predict_files import (
 from lgcnet_fast.train.run import Run
 from lgcnet_fast.train.weights import load_weights
 
-Format = Literal["pictures", "cityscapes"]
+FORMATS = ("pictures", "cityscapes")
 Progress = Callable[[int, int | None], None]
 """Called with the images or frames done and their total, None where unknown."""
 
@@ -84,13 +83,15 @@ def argmax_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.cat(bands, dim=1)
 
 
-def predict(predictor: Predictor, source: Path, out: Path, form: Format, progress: Progress) -> int:
+def predict(predictor: Predictor, source: Path, out: Path, form: str, progress: Progress) -> int:
     """Predicts an image, the images below a folder, or a video; returns how many were done.
 
     `pictures` writes labels, overlay and side by side for each; `cityscapes` the label ids for
     the Cityscapes test server. An image that cannot be read does not keep the others from being
     done; at the end `DataError` names all such images.
     """
+    if form not in FORMATS:
+        raise ConfigError(f"--format {form}: must be one of {', '.join(FORMATS)}")
     if form == "cityscapes" and predictor.classes.name != CITYSCAPES.name:
         raise ConfigError(
             f"--format cityscapes needs the {len(CITYSCAPES)} Cityscapes classes, but this network "
@@ -110,7 +111,7 @@ def _predict_images(
     predictor: Predictor,
     images: Sequence[InputImage],
     out: Path,
-    form: Format,
+    form: str,
     progress: Progress,
 ) -> int:
     faults = []

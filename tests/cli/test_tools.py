@@ -64,6 +64,13 @@ def test_predict_needs_no_data_set(copied_run: Path, photos: Path, tmp_path: Pat
     call_well("predict", copied_run, photos, "--out", tmp_path / "out")
 
 
+def test_the_help_names_the_formats_that_there_are() -> None:
+    from lgcnet_fast.cli import predict as command
+    from lgcnet_fast.train.predict import FORMATS
+
+    assert command.FORMATS == FORMATS
+
+
 def test_predict_leaves_the_run_as_it_is(finished_run: Path, photos: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
     call_well("predict", finished_run, photos, "--out", tmp_path / "out", "--device", "cpu")
