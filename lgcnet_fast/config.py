@@ -234,9 +234,9 @@ def load_config(
     if path is not None:
         source = str(path)
         given = _read_toml(_file_text(path), source)
-        merged = _merge(merged, _resolve_paths(given, path.parent))
+        merged = _lay_over(merged, _resolve_paths(given, path.parent))
     for override in overrides:
-        merged = _merge(merged, _resolve_paths(_parse_override(override), here))
+        merged = _lay_over(merged, _resolve_paths(_parse_override(override), here))
     return validate_config(merged, f"{source} with overrides" if overrides else source)
 
 
@@ -323,12 +323,21 @@ def _override_value(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
+def _lay_over(base: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
+    """Merges, but a plug-in space has options of its own, so those of the layers below go."""
+    space = layer.get("space")
+    if isinstance(space, dict) and ":" in str(space.get("name", "")):
+        base = {key: value for key, value in base.items() if key != "space"}
+    return _merge(base, layer)
+
+
 def _merge(base: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in above.items():
         below = base.get(key)
-        nested = isinstance(value, dict) and isinstance(below, dict)
-        merged[key] = _merge(below, value) if nested else value
+        if isinstance(value, dict) and isinstance(below, dict):
+            value = _merge(below, value)
+        merged[key] = value
     return merged
 
 

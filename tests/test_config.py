@@ -93,6 +93,12 @@ def test_relative_paths_are_meant_from_the_file(
     assert config.data.cache_dir == elsewhere / "cache"
 
 
+def test_a_plug_in_space_keeps_none_of_the_preset_options(tmp_path: Path) -> None:
+    path = write(tmp_path, '[space]\nname = "package.module:Space"\nwidth = 8\n')
+    assert load_config(path, "smoke").space == {"name": "package.module:Space", "width": 8}
+    assert load_config(preset="smoke", overrides=("space.name=gas",)).space["cells"] == 4
+
+
 def test_a_shipped_genotype_is_no_path() -> None:
     assert load_config(preset="smoke", overrides=("genotype=reference",)).genotype == "reference"
 
