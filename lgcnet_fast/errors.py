@@ -2,7 +2,10 @@
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave. The message names the file, key, shape or value and the remedy."""
+    """A mistake in what the user gave.
+
+    The message names the file, key, shape or value and the remedy.
+    """
 
 
 class ConfigError(UserError):
