@@ -284,3 +284,32 @@ def test_lgcnet_meets_a_latency_target(new_run):
     result = derive(run)
     assert result["latency_ms"] == pytest.approx(target, rel=0.05)
     assert all("target" in change or "reached" in change for change in result["changes"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_lgcnet_searches_on_a_gpu(new_run, precision):
+    changes = {"space": SMALL_LGCNET, "device": "cuda", "search__latency_target_ms": None}
+    run = new_run(precision=precision, **changes)
+    search(run)
+    losses = read_metrics(run.stage_folder("search") / "metrics.jsonl")
+    assert all(line["loss"] > 0 for line in losses if "loss" in line)
+    assert derive(run)["latency_ms"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_search_step_does_not_wait_for_the_gpu(new_run):
+    run = new_run(
+        space=SMALL_LGCNET, device="cuda", precision="bf16", search__latency_target_ms=0.5
+    )
+    searcher = make_searcher(run)
+    images = torch.randn(2, 3, 33, 33, device="cuda")
+    batch = [(images, torch.zeros(2, 33, 33, dtype=torch.long, device="cuda"))]
+    searcher.step(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        searcher.step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
