@@ -235,8 +235,10 @@ def load_config(
         source = str(path)
         given = _read_toml(_file_text(path), source)
         merged = _lay_over(merged, _resolve_paths(given, path.parent))
+    above: dict[str, Any] = {}
     for override in overrides:
-        merged = _lay_over(merged, _resolve_paths(_parse_override(override), here))
+        above = _merge(above, _resolve_paths(_parse_override(override), here))
+    merged = _lay_over(merged, above)
     return validate_config(merged, f"{source} with overrides" if overrides else source)
 
 

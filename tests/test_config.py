@@ -96,6 +96,9 @@ def test_relative_paths_are_meant_from_the_file(
 def test_a_plug_in_space_keeps_none_of_the_preset_options(tmp_path: Path) -> None:
     path = write(tmp_path, '[space]\nname = "package.module:Space"\nwidth = 8\n')
     assert load_config(path, "smoke").space == {"name": "package.module:Space", "width": 8}
+    overrides = ("space.width=8", "space.name=package.module:Space")
+    for order in (overrides, overrides[::-1]):
+        assert load_config(preset="smoke", overrides=order).space["width"] == 8
     assert load_config(preset="smoke", overrides=("space.name=gas",)).space["cells"] == 4
 
 
