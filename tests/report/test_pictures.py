@@ -69,7 +69,7 @@ def test_legend_shows_every_class_colour_once(width: int) -> None:
     assert {tuple(colour) for colour in CAMVID.colours.tolist()} <= colours
 
 
-@pytest.mark.parametrize("size", [(4, 5), (500, 3), (3, 700)])
+@pytest.mark.parametrize("size", [(4, 5), (60, 3), (3, 700)])
 def test_contact_sheet_takes_any_size(size: tuple[int, int]) -> None:
     image, labels = np.zeros((*size, 3), np.uint8), np.full(size, 3, np.uint8)
     samples = [("a", image, (labels, labels)), ("b" * 99, image, (labels, labels))]
