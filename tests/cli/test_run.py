@@ -109,17 +109,20 @@ def test_stages_alone_do_what_a_run_does(config: Path, finished_run: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("stage", "missing"),
-    [("derive", "search"), ("pretrain", "derive"), ("finetune", "derive"), ("eval", "derive")],
+    ("stage", "missing", "lost"),
+    [
+        ("derive", "search", ("search/done.json", "derive/done.json")),
+        ("pretrain", "derive", ("genotype.json", "pretrain/done.json")),
+        ("finetune", "derive", ("genotype.json", "finetune/done.json")),
+        ("eval", "finetune", ("finetune/weights.safetensors", "evaluation.json")),
+    ],
 )
-def test_a_stage_names_the_one_before(config: Path, stage: str, missing: str) -> None:
-    call_well("search", *new(config, "--set", "search.strategy=random"))
-    run = config.parent / "new"
-    if stage == "derive":
-        (run / "search" / "done.json").unlink()
-        call("derive", run)
-        return
-    assert f"run the stage {missing} first" in refusal(stage, run)
+def test_a_stage_names_the_one_before(
+    copied_run: Path, stage: str, missing: str, lost: tuple[str, ...]
+) -> None:
+    for name in lost:
+        (copied_run / name).unlink()
+    assert f"run the stage {missing} first" in refusal(stage, copied_run)
 
 
 def test_an_interrupted_run_continues(config: Path) -> None:
