@@ -16,12 +16,14 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from lgcnet_fast.data.painting.camera import Camera, Point
 from lgcnet_fast.data.painting.textures import (
+    Floats,
     Frame,
     Pattern,
     Texture,
     evaluate,
     frame_coordinates,
     noise_tile,
+    sample,
 )
 
 Colour = tuple[float, float, float]
@@ -59,8 +61,10 @@ class Difficulty:
 
     colour_swap: float = 0.4
     """Share of surfaces whose colour comes from the palette shared by all classes."""
-    texture_swap: float = 0.4
+    texture_swap: float = 0.25
     """Share of textured surfaces that wear another class's pattern."""
+    grain: float = 0.3
+    """Largest contrast of the fine streaks that every surface has, whatever its class."""
     noise: float = 14.0
     """Largest amplitude of the sensor noise, grey levels."""
     blur: float = 0.9
@@ -80,6 +84,8 @@ class _Surface:
     scale: float
     """Metres a unit of the frame's coordinates."""
     phase: tuple[float, float]
+    grain: tuple[float, float, float]
+    """Features a pixel along columns and rows, and contrast."""
 
 
 class Canvas:
@@ -126,8 +132,15 @@ class Canvas:
         if worn.contrast > 0 and self.chance(self.difficulty.texture_swap):
             worn = replace(worn, pattern=Pattern(int(self.rng.integers(1, len(Pattern)))))
         phase = (self.uniform(0, 16), self.uniform(0, 16))
-        self._surfaces.append(_Surface(int(label), colour, worn, frame, scale, phase))
+        surface = _Surface(int(label), colour, worn, frame, scale, phase, self._grain())
+        self._surfaces.append(surface)
         return len(self._surfaces) - 1
+
+    def _grain(self) -> tuple[float, float, float]:
+        """Features 3 to 12 pixels long on each axis, in an image 256 pixels high."""
+        unit = 256 / self.camera.height
+        contrast = self.uniform(0, self.difficulty.grain)
+        return unit / self.uniform(3, 12), unit / self.uniform(3, 12), contrast
 
     def polygon(self, points: Sequence[Point], surface: int, light: float = 1.0) -> None:
         self._index_draw.polygon(points, fill=surface)
@@ -160,27 +173,35 @@ class Canvas:
         labels = np.array([surface.label for surface in self._surfaces], dtype=np.uint8)
         colours = np.array([surface.colour for surface in self._surfaces], dtype=np.float32)
         light = np.asarray(self._light, dtype=np.float32) / 255
-        radiance = colours[index] * (light * (1 + self._texture(index)))[..., None]
-        return self._expose(radiance), labels[index]
+        tile = noise_tile(self.rng)
+        relief = 1 + self._patterns(index, tile) + self._streaks(index, tile)
+        return self._expose(colours[index] * (light * relief)[..., None]), labels[index]
 
-    def _texture(self, index: NDArray[np.int32]) -> NDArray[np.float32]:
+    def _patterns(self, index: NDArray[np.int32], tile: Floats) -> Floats:
         coordinates = frame_coordinates(self.camera)
         frames = np.array([surface.frame for surface in self._surfaces], dtype=np.intp)[index]
-        rows = np.arange(self.camera.height)[:, None]
-        columns = np.arange(self.camera.width)[None, :]
+        rows, columns = self._pixels()
         first = coordinates.first[frames, rows, columns]
         second = coordinates.second[frames, rows, columns]
         axes = np.array([_axes(surface) for surface in self._surfaces], dtype=np.float32)
         a, b, u0, c, d, v0, contrast, frequency = (column[index] for column in axes.T)
         patterns = np.array([s.texture.pattern for s in self._surfaces], dtype=np.uint8)[index]
-        value = evaluate(
-            patterns, a * first + b * second + u0, c * first + d * second + v0, noise_tile(self.rng)
-        )
+        u, v = a * first + b * second + u0, c * first + d * second + v0
         # Beyond half a period a pixel the pattern would alias: fade it out before.
         cycles = frequency * coordinates.footprint[frames, rows, columns]
-        return value * contrast * np.clip(2 - 4 * cycles, 0, 1)
+        return evaluate(patterns, u, v, tile) * contrast * np.clip(2 - 4 * cycles, 0, 1)
 
-    def _expose(self, radiance: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def _streaks(self, index: NDArray[np.int32], tile: Floats) -> Floats:
+        grain = np.array([surface.grain for surface in self._surfaces], dtype=np.float32)
+        across, down, contrast = (column[index] for column in grain.T)
+        rows, columns = self._pixels()
+        return contrast * sample(tile, across * columns, down * rows)
+
+    def _pixels(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Row and column numbers that broadcast to the image."""
+        return np.arange(self.camera.height)[:, None], np.arange(self.camera.width)[None, :]
+
+    def _expose(self, radiance: Floats) -> NDArray[np.uint8]:
         d = self.difficulty
         height, width = self.camera.height, self.camera.width
         gain = 1 + self.uniform(-d.light, d.light / 2)

@@ -6,8 +6,8 @@ from lgcnet_fast.data.painting import palette
 from lgcnet_fast.data.painting.canvas import Canvas, Street
 from lgcnet_fast.data.painting.textures import Pattern, Texture
 
-KNIT = Texture(Pattern.STRIPES, (0.25, 0.25), 0.3, (0.0, 1.0))
-SPOKES = Texture(Pattern.CHECKER, (0.3, 0.3), 0.5)
+KNIT = Texture(Pattern.STRIPES, (0.35, 0.35), 0.25, (0.0, 1.0))
+SPOKES = Texture(Pattern.CHECKER, (0.35, 0.35), 0.4)
 
 
 def person(canvas: Canvas, x: float, z: float) -> None:

@@ -10,14 +10,13 @@ from lgcnet_fast.data.painting.textures import Frame, Pattern, Texture
 FAR = 90.0
 """Depth where the street ends, metres."""
 
-BRICKS = Texture(Pattern.BRICKS, (1.2, 0.55), 0.3)
-PICKETS = Texture(Pattern.STRIPES, (0.45, 0.45), 0.45)
+BRICKS = Texture(Pattern.BRICKS, (2.0, 0.9), 0.3)
+PICKETS = Texture(Pattern.STRIPES, (1.0, 1.0), 0.4)
 WINDOWS = Texture(Pattern.WINDOWS, (2.4, 3.0), 0.4)
-LEAVES = Texture(Pattern.BLOBS, (0.8, 0.8), 0.4)
-GRASS = Texture(Pattern.BLOBS, (0.35, 0.35), 0.3)
-PAVING = Texture(Pattern.CHECKER, (1.1, 1.1), 0.22)
+LEAVES = Texture(Pattern.BLOBS, (1.4, 1.4), 0.4)
+GRASS = Texture(Pattern.BLOBS, (0.8, 0.8), 0.3)
+PAVING = Texture(Pattern.CHECKER, (1.6, 1.6), 0.2)
 ASPHALT = Texture(Pattern.BLOBS, (2.5, 6.0), 0.12)
-RAILS = Texture(Pattern.STRIPES, (1.4, 1.4), 0.3)
 CLOUDS = Texture(Pattern.BLOBS, (120.0, 45.0), 0.16)
 UPRIGHT = {
     Street.BUILDING: WINDOWS,

@@ -18,8 +18,8 @@ from lgcnet_fast.data.painting.camera import EYE, Camera
 Floats = NDArray[np.float32]
 TILE = 128
 """Side of the periodic noise tile."""
-GRAIN = 8
-"""Tile cells a blob."""
+BLOB = 8
+"""Tile cells across one feature."""
 
 
 class Pattern(IntEnum):
@@ -80,14 +80,21 @@ def _stack(parts: tuple[ArrayLike, ...], shape: tuple[int, int]) -> Floats:
 
 
 def noise_tile(rng: np.random.Generator) -> Floats:
-    """Smooth periodic noise, (TILE, TILE) in -1..1, with features GRAIN cells wide."""
-    cells = TILE // GRAIN
+    """Smooth periodic noise, (TILE, TILE) in -1..1, with features BLOB cells wide."""
+    cells = TILE // BLOB
     coarse = rng.integers(0, 256, (cells, cells), dtype=np.uint8)
     wrapped = np.pad(coarse, 1, mode="wrap")
     smooth = Image.fromarray(wrapped).resize(
         (TILE, TILE), Image.Resampling.BICUBIC, box=(1, 1, cells + 1, cells + 1)
     )
     return np.asarray(smooth, dtype=np.float32) / 127.5 - 1
+
+
+def sample(tile: Floats, u: Floats, v: Floats) -> Floats:
+    """The tile's noise at (u, v), in features."""
+    columns = (u * BLOB).astype(np.int32) % TILE
+    rows = (v * BLOB).astype(np.int32) % TILE
+    return tile[rows, columns]
 
 
 def evaluate(pattern: NDArray[np.uint8], u: Floats, v: Floats, tile: Floats) -> Floats:
@@ -124,9 +131,7 @@ def _bricks(u: Floats, v: Floats, tile: Floats) -> Floats:
 
 
 def _blobs(u: Floats, v: Floats, tile: Floats) -> Floats:
-    columns = (u * GRAIN).astype(np.int32) % TILE
-    rows = (v * GRAIN).astype(np.int32) % TILE
-    return np.clip(1.8 * tile[rows, columns], -1, 1)
+    return np.clip(1.8 * sample(tile, u, v), -1, 1)
 
 
 def _zigzag(u: Floats, v: Floats, tile: Floats) -> Floats:

@@ -8,7 +8,7 @@ from lgcnet_fast.data.painting import palette
 from lgcnet_fast.data.painting.canvas import Canvas, Street
 from lgcnet_fast.data.painting.textures import Frame, Pattern, Texture
 
-RIBS = Texture(Pattern.STRIPES, (0.6, 0.6), 0.28)
+RIBS = Texture(Pattern.STRIPES, (1.0, 1.0), 0.25)
 BAND = Texture(Pattern.WINDOWS, (1.6, 3.2), 0.45)
 LIVERY = Texture(Pattern.ZIGZAG, (1.2, 1.0), 0.3)
 
