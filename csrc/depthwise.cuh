@@ -95,14 +95,14 @@ __global__ void __launch_bounds__(kForwardThreads)
   for (int j = 0; j < kInRows; ++j) {
     const int iy = S * oy + (j - 1) * d;
     const bool row_inside = static_cast<unsigned>(iy) < static_cast<unsigned>(a.in_height);
-    const T* row = pixel_row<const T>(a.x, image, row_inside ? iy : 0) + channel;
+    const T* row = pixel_row<const T>(a.x, image, iy) + channel;
     float in[kInColumns][V];
 #pragma unroll
     for (int i = 0; i < kInColumns; ++i) {
       const int ix = S * ox + (i - 1) * d;
       const bool inside =
           row_inside && static_cast<unsigned>(ix) < static_cast<unsigned>(a.in_width);
-      load_at_least<T, V>(row + (inside ? ix * x_pixel : 0), inside, bound, in[i]);
+      load_at_least<T, V>(row + ix * x_pixel, inside, bound, in[i]);
     }
 #pragma unroll
     for (int t = 0; t < Rows; ++t) {
@@ -188,23 +188,23 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     for (int j = 0; j < Rows + 2; ++j) {  // dy row j feeds the inputs of rows j - 2, j - 1 and j
       if (j < Rows) {
         const bool row_inside = iy + j * d < a.in_height;
-        const T* row = pixel_row<const T>(a.x, image, row_inside ? iy + j * d : 0) + channel;
+        const T* row = pixel_row<const T>(a.x, image, iy + j * d) + channel;
 #pragma unroll
         for (int i = 0; i < Columns; ++i) {
           const bool inside = row_inside && ix + i * d < a.in_width;
-          load_at_least<T, V>(row + (inside ? (ix + i * d) * x_pixel : 0), inside, bound, r[j][i]);
+          load_at_least<T, V>(row + (ix + i * d) * x_pixel, inside, bound, r[j][i]);
         }
       }
       const int oy = iy + (j - 1) * d;
       const bool row_inside = static_cast<unsigned>(oy) < static_cast<unsigned>(a.out_height);
-      const T* row = pixel_row<const T>(a.dy, image, row_inside ? oy : 0) + channel;
+      const T* row = pixel_row<const T>(a.dy, image, oy) + channel;
       float g[Columns + 2][V];
 #pragma unroll
       for (int i = 0; i < Columns + 2; ++i) {
         const int ox = ix + (i - 1) * d;
         const bool inside =
             row_inside && static_cast<unsigned>(ox) < static_cast<unsigned>(a.out_width);
-        load<T, V>(row + (inside ? ox * dy_pixel : 0), inside, g[i]);
+        load<T, V>(row + ox * dy_pixel, inside, g[i]);
       }
 #pragma unroll
       for (int t = 0; t < Rows; ++t) {
@@ -283,9 +283,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
                 static_cast<unsigned>(oy) < static_cast<unsigned>(a.out_height) &&
                 static_cast<unsigned>(ox) < static_cast<unsigned>(a.out_width);
             float g[V];
-            load<T, V>(pixel_row<const T>(a.dy, image, inside ? oy : 0) +
-                           (inside ? ox : 0) * a.dy.pixel_stride + channel,
-                       inside, g);
+            load<T, V>(
+                pixel_row<const T>(a.dy, image, oy) + ox * a.dy.pixel_stride + channel, inside, g);
 #pragma unroll
             for (int v = 0; v < V; ++v) {
               sum[v] = fmaf(w[3 * ky + kx][v], g[v], sum[v]);
