@@ -1,12 +1,13 @@
 # make demo: the whole pipeline on built-in data.  make test: the test suite.
-# Both create .venv first, with the torch that runs on the GPU found here (none: the CPU build).
+# make compile-check: the CUDA kernels for a GPU that nobody here has (part of make test).
+# All create .venv first, with the torch that runs on the GPU found here (none: the CPU build).
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint compile-check clean
 
 install: $(VENV)/.installed
 
@@ -19,12 +20,21 @@ $(VENV)/.installed: pyproject.toml tools/choose_stack.py
 demo: install
 	$(BIN)/lgcnet run --preset smoke --out $(RUN)
 
-test: install lint
+test: install lint compile-check
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Every CUDA kernel for the Titan Xp, without a GPU; NVRTC apart from the one that torch pins.
+compile-check: $(VENV)/compile-check/.installed
+	$(VENV)/compile-check/bin/python tools/compile_check.py
+
+$(VENV)/compile-check/.installed: | install
+	$(PYTHON) -m venv $(VENV)/compile-check
+	$(VENV)/compile-check/bin/python -m pip install --quiet --disable-pip-version-check "nvidia-cuda-nvrtc-cu12==12.9.*"
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
