@@ -52,7 +52,7 @@ def check_dense(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor)
 
 
 def empty_map(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An uninitialised (..., C, H, W) tensor whose maps are dense NHWC, dtype and device of `like`."""
+    """An uninitialised (..., C, H, W), dense NHWC, with the dtype and device of `like`."""
     *outer, channels, height, width = shape
     return like.new_empty(*outer, height, width, channels).movedim(-1, -3)
 

@@ -2,9 +2,10 @@
 
 Branch b has dilation d_b, edge e its own weights; all of them read the same x:
 
-    y[e, b, n, i, j, c] = sum_{u, v in {-1, 0, 1}} w[e, b, u, v, c] r(x[n, s i + u d_b, s j + v d_b, c])
+    y[e, b, n, i, j, c] = sum_{u, v} w[e, b, u, v, c] r(x[n, s i + u d_b, s j + v d_b, c])
 
-with stride s, zero padding d_b, r = ReLU or the identity, and ceil(H / s) x ceil(W / s) outputs.
+with u, v in {-1, 0, 1}, stride s, zero padding d_b, r = ReLU or the identity, and
+ceil(H / s) x ceil(W / s) outputs.
 
 How the kernel saves work: output rows that lie `step` apart (d / s, or d where s does not divide
 d) share input rows. A program walks down such a chain, loads the three horizontal taps of each
@@ -19,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -141,6 +141,7 @@ def _walk_chains(
     # Input row u of the chain is the bottom row of output (u - 2) / HOP, the centre row of
     # (u - 1) / HOP and the top row of u / HOP, where these are whole and among the ROWS outputs.
     last_top: tl.constexpr = HOP * (ROWS - 1)
+    one_row, two_rows = 0.0, 0.0
     for u in tl.static_range(last_top + 3):
         inside = x_mask & (in_row >= 0) & (in_row < H)
         taps = load_taps(x, tap, inside & left, inside, inside & right, RELU, ACC)

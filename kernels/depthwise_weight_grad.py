@@ -76,13 +76,13 @@ def _walk_chains(
     left = in_column >= dilation
     right = in_column + dilation < W
     last_top: tl.constexpr = HOP * (ROWS - 1)
+    g_one_ago, g_two_ago = 0.0, 0.0
     for u in tl.static_range(last_top + 3):
         inside = mask & (in_row >= 0) & (in_row < H)
         taps = load_taps(x, tap, inside & left, inside, inside & right, RELU, ACC)
         if u >= 2 and u % HOP == 0:
             bottom = _add_products(bottom, taps, g_two_ago)
-        if u >= 1:
-            g_two_ago = g_one_ago
+        g_two_ago = g_one_ago
         if u % HOP == 1 % HOP and (u >= 1 and u <= last_top + 1):
             centre = _add_products(centre, taps, g_one_ago)
         if u % HOP == 0 and u <= last_top:

@@ -1,6 +1,7 @@
 """The same tests run compiled on a CUDA GPU and interpreted elsewhere."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,7 +10,29 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+CANARIES = 64
+
 
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What launchers allocate holds NaN, and lies between canaries that must survive the test."""
+    buffers = []
+
+    def new_empty(like, *shape, dtype=None, **options):
+        shape = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+        size = shape.numel()
+        dtype = dtype or like.dtype
+        buffer = torch.full((size + 2 * CANARIES,), torch.nan, dtype=dtype, device=like.device)
+        buffers.append(buffer)
+        return buffer[CANARIES : CANARIES + size].view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield
+    assert buffers, "nothing was allocated under guard"
+    for buffer in buffers:
+        assert buffer[:CANARIES].isnan().all() and buffer[-CANARIES:].isnan().all()

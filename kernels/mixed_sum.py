@@ -1,0 +1,252 @@
+"""The Gumbel-weighted sum of normalised branches that a mixed node computes, forward.
+
+For the branches y_k of all edges that end in a node, and the plain terms x_j (skips):
+
+    out = sum_k z_k r_k (y_k - mean_k) + sum_j zp_j x_j,   r_k = 1 / sqrt(var_k + eps)
+
+mean_k and var_k (biased) are per channel over the M = N H W positions; batch norm without affine
+parameters, as in the search. All maps are (N, C, H, W) in channels_last memory.
+
+The statistics come in two stages. A program takes a tile of positions, its mean and then its M2 =
+sum (y - mean)^2 from the values it holds; the tiles merge by Chan's rule
+
+    M2 = sum_t M2_t + sum_t n_t (mean_t - mean)^2
+
+so that no sum of squares of a large mean is ever formed.
+
+Least traffic of K branches and J plain terms, in maps: K for the statistics (none where the
+producers deliver them), K + J + 1 for the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lgcnet_fast.kernels.common import (
+    accumulator,
+    accumulator_dtype,
+    check_dense,
+    check_like,
+    check_map,
+    empty_map,
+)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile of one program: `block_m` positions, `block_c` channels."""
+
+    block_m: int
+    block_c: int
+    warps: int
+
+    @classmethod
+    def streaming(cls, channels: int) -> TileConfig:
+        """For kernels that write maps: 32 bytes of 16-bit storage a thread and map."""
+        block_c = min(64, triton.next_power_of_2(channels))
+        return cls(block_m=2048 // block_c, block_c=block_c, warps=4)
+
+    @classmethod
+    def reducing(cls, channels: int) -> TileConfig:
+        """For kernels that reduce a tile: taller, for fewer partial results."""
+        block_c = min(32, triton.next_power_of_2(channels))
+        return cls(block_m=8192 // block_c, block_c=block_c, warps=8)
+
+
+@triton.jit
+def tile_of(M, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's (tile, channel (1, c), offsets (m, c), mask (m, c), positions inside)."""
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    tile = tl.program_id(0) // channel_blocks
+    first = tile.to(tl.int64) * BLOCK_M
+    position = first + tl.arange(0, BLOCK_M)[:, None]
+    mask = (position < M) & (channel < C)
+    return tile, channel, position * C + channel, mask, tl.minimum(M - first, BLOCK_M)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _tile_statistics_kernel(
+    y_ptrs, partial_ptr, M, C,
+    K: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """partial[tile, k] = (mean, M2) of the tile's positions, per channel."""
+    tile, channel, offset, mask, count = tile_of(M, C, BLOCK_M, BLOCK_C)
+    partial = partial_ptr + tile.to(tl.int64) * (2 * K * C) + channel
+    following = tl.load(y_ptrs[0] + offset, mask=mask, other=0.0)
+    for k in tl.static_range(K):
+        y = following.to(ACC)
+        if k + 1 < K:
+            # Before the barriers of the sums below, so that they overlap.
+            following = tl.load(y_ptrs[k + 1] + offset, mask=mask, other=0.0)
+        mean = tl.sum(y, axis=0)[None, :] / count.to(ACC)
+        centred = tl.where(mask, y - mean, 0.0)
+        square = tl.sum(centred * centred, axis=0)[None, :]
+        tl.store(partial + 2 * k * C, mean, mask=channel < C)
+        tl.store(partial + (2 * k + 1) * C, square, mask=channel < C)
+
+
+@triton.jit(do_not_specialize=["M", "tiles", "K", "eps"])
+def _merge_statistics_kernel(
+    partial_ptr, mean_ptr, variance_ptr, r_ptr, eps, M, tiles, tile_size, K, C,
+    ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """mean, variance and r (K, C) from the tiles' mean and M2; one program for BLOCK_C channels."""
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.program_id(0) // channel_blocks
+    lane = tl.arange(0, BLOCK_T)[:, None]
+    partial = partial_ptr + (2 * k * C + channel)[None, :]
+
+    total = tl.zeros((BLOCK_T, BLOCK_C), dtype=ACC)
+    for first in range(0, tiles, BLOCK_T):
+        tile = (first + lane).to(tl.int64)
+        mask = (tile < tiles) & (channel < C)[None, :]
+        count = tl.minimum(M - tile * tile_size, tile_size).to(ACC)
+        total += count * tl.load(partial + tile * (2 * K * C), mask=mask, other=0.0)
+    mean = tl.sum(total, axis=0) / M.to(ACC)
+
+    total = tl.zeros((BLOCK_T, BLOCK_C), dtype=ACC)
+    for first in range(0, tiles, BLOCK_T):
+        tile = (first + lane).to(tl.int64)
+        mask = (tile < tiles) & (channel < C)[None, :]
+        count = tl.minimum(M - tile * tile_size, tile_size).to(ACC)
+        tile_mean = tl.load(partial + tile * (2 * K * C), mask=mask, other=0.0)
+        square = tl.load(partial + tile * (2 * K * C) + C, mask=mask, other=0.0)
+        distance = tl.where(mask, tile_mean - mean[None, :], 0.0)
+        total += square + count * distance * distance
+    variance = tl.sum(total, axis=0) / M.to(ACC)
+    tl.store(mean_ptr + k * C + channel, mean, mask=channel < C)
+    tl.store(variance_ptr + k * C + channel, variance, mask=channel < C)
+    tl.store(r_ptr + k * C + channel, 1.0 / tl.sqrt(variance + eps), mask=channel < C)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _mixed_sum_kernel(
+    y_ptrs, x_ptrs, z_ptr, plain_z_ptr, mean_ptr, r_ptr, out_ptr, M, C,
+    K: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out = sum_k z_k r_k (y_k - mean_k) + sum_j zp_j x_j on one tile."""
+    _, channel, offset, mask, _ = tile_of(M, C, BLOCK_M, BLOCK_C)
+    total = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
+    for k in tl.static_range(K):
+        mean = tl.load(mean_ptr + k * C + channel, mask=channel < C, other=0.0)
+        r = tl.load(r_ptr + k * C + channel, mask=channel < C, other=0.0)
+        y = tl.load(y_ptrs[k] + offset, mask=mask, other=0.0).to(ACC)
+        total += (tl.load(z_ptr + k).to(ACC) * r) * (y - mean)
+    for j in tl.static_range(J):
+        x = tl.load(x_ptrs[j] + offset, mask=mask, other=0.0).to(ACC)
+        total += tl.load(plain_z_ptr + j).to(ACC) * x
+    tl.store(out_ptr + offset, total, mask=mask)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of K maps, each (K, C) in the accumulator dtype and contiguous."""
+
+    mean: Tensor
+    variance: Tensor
+    """Biased, for the running statistics; the sums need only the other two."""
+    inverse_deviation: Tensor
+    """r = 1 / sqrt(variance + eps)."""
+
+
+def batch_statistics(
+    ys: Sequence[Tensor], eps: float = 1e-5, config: TileConfig | None = None
+) -> Statistics:
+    """Statistics of each map over its N H W positions.
+
+    ys: K maps (N, C, H, W), channels_last, of one shape and dtype. Raises `ValueError` for other
+    arguments and for a single value a channel, which has no variance.
+    """
+    check_maps("ys", ys, ys[0] if ys else None)
+    images, channels, height, width = ys[0].shape
+    positions, count = images * height * width, len(ys)
+    if positions == 1:
+        raise ValueError(f"ys: one value a channel in shape {tuple(ys[0].shape)}, need more")
+    config = config or TileConfig.reducing(channels)
+    tiles = triton.cdiv(positions, config.block_m)
+    acc = accumulator_dtype(ys[0].dtype)
+    partial = ys[0].new_empty(tiles, count, 2, channels, dtype=acc)
+    statistics = Statistics(*ys[0].new_empty(3, count, channels, dtype=acc).unbind())
+    _tile_statistics_kernel[(tiles * triton.cdiv(channels, config.block_c),)](
+        tuple(ys), partial, positions, channels, K=count, ACC=accumulator(ys[0].dtype),
+        BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.warps,
+    )  # fmt: skip
+    # As in `sum_rows`: 8 columns of float32 fill one memory transaction.
+    block_t, block_c = min(256, triton.next_power_of_2(tiles)), 8
+    _merge_statistics_kernel[(count * triton.cdiv(channels, block_c),)](
+        partial, statistics.mean, statistics.variance, statistics.inverse_deviation, eps,
+        positions, tiles, config.block_m, count, channels,
+        ACC=accumulator(ys[0].dtype), BLOCK_T=block_t, BLOCK_C=block_c,
+    )  # fmt: skip
+    return statistics
+
+
+def mixed_sum(
+    ys: Sequence[Tensor],
+    z: Tensor,
+    statistics: Statistics,
+    xs: Sequence[Tensor] = (),
+    plain_z: Tensor | None = None,
+    config: TileConfig | None = None,
+) -> Tensor:
+    """The weighted sum of K normalised and J plain maps; like ys[0].
+
+    ys: K >= 1 maps (N, C, H, W), channels_last; z: (K,), contiguous; statistics: of the ys;
+    xs: J plain maps like ys; plain_z: (J,), contiguous. Weights of any float dtype. Raises
+    `ValueError` naming the argument at fault.
+    """
+    check_maps("ys", ys, ys[0] if ys else None)
+    check_maps("xs", xs, ys[0])
+    channels = ys[0].shape[1]
+    plain_z = check_weights(z, plain_z, ys, xs)
+    check_statistics(statistics, ys)
+    config = config or TileConfig.streaming(channels)
+    positions = ys[0].numel() // channels
+    out = empty_map(tuple(ys[0].shape), ys[0])
+    blocks = triton.cdiv(positions, config.block_m) * triton.cdiv(channels, config.block_c)
+    _mixed_sum_kernel[(blocks,)](
+        tuple(ys), tuple(xs), z, plain_z, statistics.mean, statistics.inverse_deviation, out,
+        positions, channels, K=len(ys), J=len(xs), ACC=accumulator(ys[0].dtype),
+        BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.warps,
+    )  # fmt: skip
+    return out
+
+
+def check_maps(name: str, maps: Sequence[Tensor], like: Tensor | None) -> None:
+    """Raises `ValueError` unless all are dense NHWC maps of the shape, dtype, device of `like`."""
+    if like is None:
+        raise ValueError(f"{name}: need at least one map")
+    for index, feature_map in enumerate(maps):
+        check_map(f"{name}[{index}]", feature_map)
+        check_like(f"{name}[{index}]", feature_map, tuple(like.shape), like)
+        if feature_map.dtype != like.dtype:
+            raise ValueError(f"{name}[{index}]: dtype {feature_map.dtype}, need {like.dtype}")
+
+
+def check_weights(
+    z: Tensor, plain_z: Tensor | None, ys: Sequence[Tensor], xs: Sequence[Tensor]
+) -> Tensor:
+    """The weights of the plain terms, of which there may be none; raises `ValueError`."""
+    check_dense("z", z, (len(ys),), ys[0])
+    if plain_z is None:
+        plain_z = z.new_empty(0)
+    check_dense("plain_z", plain_z, (len(xs),), ys[0])
+    return plain_z
+
+
+def check_statistics(statistics: Statistics, ys: Sequence[Tensor]) -> None:
+    """Raises `ValueError` unless mean and inverse deviation are (K, C), accumulator dtype."""
+    shape, acc = (len(ys), ys[0].shape[1]), accumulator_dtype(ys[0].dtype)
+    for name in ("mean", "inverse_deviation"):
+        statistic = getattr(statistics, name)
+        check_dense(f"statistics.{name}", statistic, shape, ys[0])
+        if statistic.dtype != acc:
+            raise ValueError(f"statistics.{name}: dtype {statistic.dtype}, need {acc}")

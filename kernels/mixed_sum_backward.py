@@ -1,0 +1,171 @@
+"""Gradients of the mixed sum, through the batch statistics.
+
+With g = dout, yhat_k = r_k (y_k - mean_k), r_k = 1 / sqrt(var_k + eps), M positions, and per
+channel
+
+    S0 = sum g,   S1_k = sum g yhat_k,   P_j = sum g x_j
+
+the gradients are
+
+    dy_k = z_k r_k (g - S0 / M - yhat_k S1_k / M)
+    dz_k = sum_c S1_k,   dx_j = zp_j g,   dzp_j = sum_c P_j
+
+One pass reduces g against every map in two stages, a second pass writes all dy_k: an affine in
+(g, y_k) per channel. Under synchronised batch norm the sums of the ranks are added in between.
+
+Least traffic of K branches and J plain terms, in maps: K + J + 1 for the sums, 2 K + J + 1 for
+the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lgcnet_fast.kernels.common import (
+    accumulator,
+    accumulator_dtype,
+    check_dense,
+    empty_map,
+    sum_rows,
+)
+from lgcnet_fast.kernels.mixed_sum import (
+    Statistics,
+    TileConfig,
+    check_maps,
+    check_statistics,
+    check_weights,
+    tile_of,
+)
+
+
+@dataclass(frozen=True)
+class GradientSums:
+    """Sums over all positions, accumulator dtype: of g, g yhat_k and g x_j, per channel."""
+
+    gradient: Tensor
+    """(C,): S0."""
+    normalised: Tensor
+    """(K, C): S1; its sum over the channels is dz."""
+    plain: Tensor
+    """(J, C): P; its sum over the channels is the gradient of the plain weights."""
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gradient_sums_kernel(
+    g_ptr, map_ptrs, mean_ptr, r_ptr, partial_ptr, M, C,
+    K: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """partial[tile] = S0, S1_1 to S1_K, P_1 to P_J of the tile's positions, per channel.
+
+    The maps are y_1 to y_K, x_1 to x_J.
+    """
+    tile, channel, offset, mask, _ = tile_of(M, C, BLOCK_M, BLOCK_C)
+    inside = channel < C
+    partial = partial_ptr + tile.to(tl.int64) * ((1 + K + J) * C) + channel
+    g = tl.load(g_ptr + offset, mask=mask, other=0.0).to(ACC)
+    following = tl.load(map_ptrs[0] + offset, mask=mask, other=0.0)
+    tl.store(partial, tl.sum(g, axis=0)[None, :], mask=inside)
+    for k in tl.static_range(K + J):
+        y = following.to(ACC)
+        if k + 1 < K + J:
+            # Before the barriers of the sum below, so that they overlap.
+            following = tl.load(map_ptrs[k + 1] + offset, mask=mask, other=0.0)
+        if k < K:
+            y -= tl.load(mean_ptr + k * C + channel, mask=inside, other=0.0)
+        total = tl.sum(g * y, axis=0)[None, :]
+        if k < K:
+            total *= tl.load(r_ptr + k * C + channel, mask=inside, other=0.0)
+        tl.store(partial + (1 + k) * C, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "count"])
+def _mixed_sum_grad_kernel(
+    g_ptr, y_ptrs, dy_ptrs, dx_ptrs, z_ptr, plain_z_ptr, mean_ptr, r_ptr, s0_ptr, s1_ptr, count,
+    M, C,
+    K: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dy_k = z_k r_k ((g - S0 / M) - (r_k S1_k / M) (y_k - mean_k)), dx_j = zp_j g on one tile."""
+    _, channel, offset, mask, _ = tile_of(M, C, BLOCK_M, BLOCK_C)
+    inside = channel < C
+    g = tl.load(g_ptr + offset, mask=mask, other=0.0).to(ACC)
+    for j in tl.static_range(J):
+        tl.store(dx_ptrs[j] + offset, tl.load(plain_z_ptr + j).to(ACC) * g, mask=mask)
+    share = 1.0 / count.to(ACC)
+    g -= tl.load(s0_ptr + channel, mask=inside, other=0.0) * share
+    for k in tl.static_range(K):
+        mean = tl.load(mean_ptr + k * C + channel, mask=inside, other=0.0)
+        r = tl.load(r_ptr + k * C + channel, mask=inside, other=0.0)
+        s1 = tl.load(s1_ptr + k * C + channel, mask=inside, other=0.0)
+        scale = tl.load(z_ptr + k).to(ACC) * r
+        slope = r * s1 * share
+        y = tl.load(y_ptrs[k] + offset, mask=mask, other=0.0).to(ACC)
+        tl.store(dy_ptrs[k] + offset, scale * (g - slope * (y - mean)), mask=mask)
+
+
+def mixed_sum_gradient_sums(
+    g: Tensor,
+    ys: Sequence[Tensor],
+    statistics: Statistics,
+    xs: Sequence[Tensor] = (),
+    config: TileConfig | None = None,
+) -> GradientSums:
+    """The sums over g = dout that the gradients need; arguments as in `mixed_sum`."""
+    check_maps("ys", ys, ys[0] if ys else None)
+    check_maps("g", (g,), ys[0])
+    check_maps("xs", xs, ys[0])
+    check_statistics(statistics, ys)
+    channels = g.shape[1]
+    positions, maps = g.numel() // channels, (len(ys), len(xs))
+    config = config or TileConfig.reducing(channels)
+    tiles = triton.cdiv(positions, config.block_m)
+    partial = g.new_empty(tiles, 1 + sum(maps), channels, dtype=accumulator_dtype(g.dtype))
+    _gradient_sums_kernel[(tiles * triton.cdiv(channels, config.block_c),)](
+        g, (*ys, *xs), statistics.mean, statistics.inverse_deviation, partial, positions, channels,
+        K=len(ys), J=len(xs), ACC=accumulator(g.dtype),
+        BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.warps,
+    )  # fmt: skip
+    gradient, normalised, plain = sum_rows(partial).split((1, *maps))
+    return GradientSums(gradient[0], normalised, plain)
+
+
+def mixed_sum_grad(
+    g: Tensor,
+    ys: Sequence[Tensor],
+    z: Tensor,
+    statistics: Statistics,
+    sums: GradientSums,
+    plain_z: Tensor | None = None,
+    count: int | None = None,
+    config: TileConfig | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients (dys, dxs) of the K normalised and J plain maps, given the sums.
+
+    count: the positions that the statistics were taken over, N H W unless several ranks share
+    them. There is one dx for each of the plain weights. Raises `ValueError`.
+    """
+    check_maps("ys", ys, ys[0] if ys else None)
+    check_maps("g", (g,), ys[0])
+    check_statistics(statistics, ys)
+    channels = g.shape[1]
+    check_dense("sums.gradient", sums.gradient, (channels,), g)
+    check_dense("sums.normalised", sums.normalised, (len(ys), channels), g)
+    dxs = [empty_map(tuple(g.shape), g) for _ in range(0 if plain_z is None else len(plain_z))]
+    plain_z = check_weights(z, plain_z, ys, dxs)
+    dys = [empty_map(tuple(g.shape), g) for _ in ys]
+    config = config or TileConfig.streaming(channels)
+    positions = g.numel() // channels
+    blocks = triton.cdiv(positions, config.block_m) * triton.cdiv(channels, config.block_c)
+    _mixed_sum_grad_kernel[(blocks,)](
+        g, tuple(ys), tuple(dys), tuple(dxs), z, plain_z, statistics.mean,
+        statistics.inverse_deviation, sums.gradient, sums.normalised, count or positions,
+        positions, channels, K=len(ys), J=len(dxs), ACC=accumulator(g.dtype),
+        BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.warps,
+    )  # fmt: skip
+    return dys, dxs

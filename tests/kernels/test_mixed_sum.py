@@ -1,0 +1,268 @@
+"""The mixed sum and its gradients against float64 batch norms, element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lgcnet_fast.kernels.mixed_sum import Statistics, TileConfig, batch_statistics, mixed_sum
+from lgcnet_fast.kernels.mixed_sum_backward import (
+    GradientSums,
+    mixed_sum_grad,
+    mixed_sum_gradient_sums,
+)
+
+EPS = 1e-5
+TILE = TileConfig(block_m=16, block_c=16, warps=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: tuple[int, int, int, int]
+    branches: int
+    plain: int = 0
+    config: TileConfig | None = None
+
+
+SMALL = [
+    Case((2, 1, 1, 1), 1),
+    Case((1, 3, 3, 5), 2, 1, TILE),
+    Case((2, 17, 5, 7), 3, 2, TILE),
+    Case((2, 48, 4, 3), 18, 3),
+]
+LARGE = [Case((4, channels, 49, 97), 6, 1) for channels in (1, 3, 17, 48, 64, 255)] + [
+    Case((2, 32, 193, 385), 20, 3),
+    Case((16, 128, 16, 32), 12, 2),
+]
+CASES = SMALL + (LARGE if torch.cuda.is_available() else [])
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def random_map(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, mean: float = 1.0
+) -> Tensor:
+    images, channels, height, width = shape
+    values = torch.randn(images, height, width, channels, dtype=torch.float64) + mean
+    return values.to(device, dtype).movedim(-1, 1)
+
+
+def random_maps(case: Case, count: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    return [random_map(case.shape, dtype, device) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    ys: list[Tensor]
+    xs: list[Tensor]
+    z: Tensor
+    plain_z: Tensor
+    g: Tensor
+
+
+def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
+    torch.manual_seed(0)
+    z = torch.rand(case.branches + case.plain, dtype=torch.float64)
+    z = z.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    return Inputs(
+        random_maps(case, case.branches, dtype, device),
+        random_maps(case, case.plain, dtype, device),
+        z[: case.branches].contiguous(),
+        z[case.branches :].contiguous(),
+        random_map(case.shape, dtype, device),
+    )
+
+
+def reference(ys: Sequence[Tensor], xs: Sequence[Tensor], z: Tensor, plain_z: Tensor) -> Tensor:
+    terms = [z[k] * F.batch_norm(y, None, None, training=True, eps=EPS) for k, y in enumerate(ys)]
+    return sum(terms + [plain_z[j] * x for j, x in enumerate(xs)], torch.zeros_like(ys[0]))
+
+
+def reference_gradients(values: Inputs) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """float64 gradients of ys, xs, z, plain_z."""
+    ys = [y.double().requires_grad_() for y in values.ys]
+    xs = [x.double().requires_grad_() for x in values.xs]
+    weights = [z.double().requires_grad_() for z in (values.z, values.plain_z)]
+    out = reference(ys, xs, *weights)
+    leaves = [*ys, *xs, *weights]
+    gradients = torch.autograd.grad(out, leaves, values.g.double(), allow_unused=True)
+    return list(gradients[: len(ys)]), list(gradients[len(ys) : -2]), *gradients[-2:]
+
+
+def assert_close(result: Tensor, truth: Tensor, rounding: float) -> None:
+    """One rounding to the storage dtype, and `rounding` absolute of the float32 arithmetic."""
+    bound = torch.finfo(result.dtype).eps * truth.abs() + rounding
+    assert result.shape == truth.shape and not result.isnan().any()
+    assert not ((result.double() - truth).abs() > bound).any()
+
+
+def rounding_of(case: Case) -> float:
+    """Of two values a channel, which can lie so close that r is large, or of many."""
+    return 1e-5 * (100 if case.shape[0] * case.shape[2] * case.shape[3] < 4 else 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case: Case, dtype: torch.dtype, device: torch.device, guarded: None) -> None:
+    values = inputs(case, dtype, device)
+    statistics = batch_statistics(values.ys, EPS, case.config)
+    for k, y in enumerate(values.ys):
+        y = y.double()
+        assert_close(statistics.mean[k], y.mean((0, 2, 3)), 1e-6)
+        assert_close(statistics.variance[k], y.var((0, 2, 3), correction=0), 1e-6)
+    out = mixed_sum(values.ys, values.z, statistics, values.xs, values.plain_z, config=case.config)
+    truth = reference(
+        [y.double() for y in values.ys],
+        [x.double() for x in values.xs],
+        values.z.double(),
+        values.plain_z.double(),
+    )
+    assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
+    assert_close(out, truth, rounding_of(case) * max(1, case.branches / 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.shape[2] > 1], ids=str)
+def test_gradients(case: Case, dtype: torch.dtype, device: torch.device, guarded: None) -> None:
+    values = inputs(case, dtype, device)
+    statistics = batch_statistics(values.ys, EPS, case.config)
+    sums = mixed_sum_gradient_sums(values.g, values.ys, statistics, values.xs, case.config)
+    dys, dxs = mixed_sum_grad(
+        values.g, values.ys, values.z, statistics, sums, values.plain_z, config=case.config
+    )
+    truth_dys, truth_dxs, truth_dz, truth_plain_dz = reference_gradients(values)
+    for dy, truth in zip(dys, truth_dys, strict=True):
+        assert dy.dtype == dtype and dy.is_contiguous(memory_format=torch.channels_last)
+        assert_close(dy, truth, 2e-5)
+    for dx, truth in zip(dxs, truth_dxs, strict=True):
+        assert_close(dx, truth, 1e-6)
+    size = 1e-7 * values.g.numel() + 1e-5
+    assert_close(sums.normalised.sum(1), truth_dz, size)
+    if case.plain:
+        assert_close(sums.plain.sum(1), truth_plain_dz, 4 * size)
+
+
+@pytest.mark.parametrize("mean", [1e3, -1e4])
+def test_a_large_mean_does_not_cancel(mean: float, device: torch.device) -> None:
+    torch.manual_seed(0)
+    y = random_map((4, 5, 16, 16), torch.float32, device, mean)
+    statistics = batch_statistics([y], EPS, TileConfig(block_m=64, block_c=8, warps=1))
+    truth = y.double().var((0, 2, 3), correction=0)
+    # Linear in the mean, where the difference of mean square and squared mean is quadratic.
+    assert ((statistics.variance[0] - truth).abs() < 2**-24 * abs(mean)).all()
+    out = mixed_sum([y], torch.ones(1, device=device), statistics)
+    normalised = F.batch_norm(y.double(), None, None, training=True, eps=EPS)
+    assert (out - normalised).abs().max() < 4 * 2**-24 * abs(mean)
+
+
+def test_a_constant_map_becomes_zero(device: torch.device) -> None:
+    y = torch.full((2, 3, 4, 2), 7.5, device=device).contiguous(memory_format=torch.channels_last)
+    statistics = batch_statistics([y], EPS, TILE)
+    assert (statistics.variance == 0).all()
+    assert (mixed_sum([y], torch.ones(1, device=device), statistics) == 0).all()
+
+
+def test_statistics_of_two_ranks_merge(device: torch.device) -> None:
+    """Half the batch each; the sums added and the whole count give the whole batch's gradient."""
+    case = Case((4, 3, 3, 2), 2)
+    whole = inputs(case, torch.float32, device)
+    statistics = batch_statistics(whole.ys, EPS, TILE)
+    sums = mixed_sum_gradient_sums(whole.g, whole.ys, statistics, config=TILE)
+    dys, _ = mixed_sum_grad(whole.g, whole.ys, whole.z, statistics, sums, config=TILE)
+
+    halves = [(whole.g[half], [y[half] for y in whole.ys]) for half in (slice(2), slice(2, 4))]
+    parts = [mixed_sum_gradient_sums(g, ys, statistics, config=TILE) for g, ys in halves]
+    added = GradientSums(
+        parts[0].gradient + parts[1].gradient, parts[0].normalised + parts[1].normalised, sums.plain
+    )
+    for half, (g, ys) in enumerate(halves):
+        merged, _ = mixed_sum_grad(g, ys, whole.z, statistics, added, count=24, config=TILE)
+        for part, dy in zip(merged, dys, strict=True):
+            torch.testing.assert_close(part, dy[2 * half : 2 * half + 2])
+
+
+def test_same_inputs_same_bits(device: torch.device) -> None:
+    case = LARGE[-1] if torch.cuda.is_available() else Case((2, 3, 5, 4), 2, 1, TILE)
+    values = inputs(case, torch.bfloat16, device)
+    runs = []
+    for _ in range(3):
+        statistics = batch_statistics(values.ys, EPS, case.config)
+        sums = mixed_sum_gradient_sums(values.g, values.ys, statistics, values.xs, case.config)
+        dys, _ = mixed_sum_grad(values.g, values.ys, values.z, statistics, sums)
+        runs.append([statistics.mean, statistics.variance, sums.normalised, sums.plain, *dys])
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+class _MixedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, plain_z, x, *ys):  # type: ignore[no-untyped-def]
+        statistics = batch_statistics(ys, EPS, TILE)
+        ctx.save_for_backward(z, plain_z, x, *ys)
+        ctx.statistics = statistics
+        return mixed_sum(ys, z, statistics, (x,), plain_z, config=TILE)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        z, plain_z, x, *ys = ctx.saved_tensors
+        g = g.contiguous(memory_format=torch.channels_last)
+        sums = mixed_sum_gradient_sums(g, ys, ctx.statistics, (x,), TILE)
+        dys, dxs = mixed_sum_grad(g, ys, z, ctx.statistics, sums, plain_z, config=TILE)
+        return sums.normalised.sum(1), sums.plain.sum(1), *dxs, *dys
+
+
+def test_gradcheck(device: torch.device) -> None:
+    values = inputs(Case((2, 2, 3, 2), 2, 1), torch.float64, device)
+    leaves = [values.z, values.plain_z, *values.xs, *values.ys]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(_MixedSum.apply, leaves, fast_mode=True)
+
+
+def test_bad_arguments_are_named(device: torch.device) -> None:
+    values = inputs(Case((2, 3, 4, 5), 2, 1), torch.float32, device)
+    ys, z = values.ys, values.z
+    statistics = batch_statistics(ys)
+    with pytest.raises(ValueError, match="ys: need at least one"):
+        batch_statistics([])
+    with pytest.raises(ValueError, match="ys: one value a channel"):
+        batch_statistics([random_map((1, 3, 1, 1), torch.float32, device)])
+    with pytest.raises(ValueError, match=r"ys\[1\]: shape"):
+        batch_statistics([ys[0], random_map((2, 3, 4, 4), torch.float32, device)])
+    with pytest.raises(ValueError, match=r"ys\[1\]: dtype"):
+        batch_statistics([ys[0], ys[1].half()])
+    with pytest.raises(ValueError, match=r"ys\[0\]: strides"):
+        batch_statistics([ys[0].contiguous()])
+    with pytest.raises(ValueError, match=r"z: shape \(1,\), need \(2,\)"):
+        mixed_sum(ys, z[:1], statistics)
+    with pytest.raises(ValueError, match=r"plain_z: shape \(0,\), need \(1,\)"):
+        mixed_sum(ys, z, statistics, values.xs)
+    with pytest.raises(ValueError, match=r"xs\[0\]: dtype"):
+        mixed_sum(ys, z, statistics, [values.xs[0].double()], values.plain_z)
+    with pytest.raises(ValueError, match=r"statistics.mean: dtype"):
+        mixed_sum(ys, z, replace(statistics, mean=statistics.mean.double()))
+    with pytest.raises(ValueError, match=r"statistics.inverse_deviation: shape"):
+        mixed_sum(ys, z, Statistics(statistics.mean, z, z))
+    with pytest.raises(ValueError, match=r"g\[0\]: shape"):
+        mixed_sum_gradient_sums(values.g[:1], ys, statistics)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements(device: torch.device) -> None:
+    y = torch.randn(3, 4096, 2816, 64, device=device, dtype=torch.bfloat16).movedim(-1, 1)
+    assert y.numel() > 2**31
+    z = torch.ones(1, device=device)
+    statistics = batch_statistics([y])
+    out = mixed_sum([y], z, statistics)
+    sums = mixed_sum_gradient_sums(y, [y], statistics)
+    dys, _ = mixed_sum_grad(y, [y], z, statistics, sums)
+    # g = y: S1 = M / r var, so dy = r (y - mean) (1 - r^2 var) vanishes but for eps.
+    assert dys[0].abs().max() < 1e-2
+    mean, r = statistics.mean[0], statistics.inverse_deviation[0]
+    last = y[2, :, -4:].float()
+    truth = (last - mean[:, None, None]) * r[:, None, None]
+    torch.testing.assert_close(out[2, :, -4:].float(), truth, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(r, torch.ones_like(r), rtol=1e-2, atol=1e-2)
