@@ -1,0 +1,73 @@
+"""Label map at full size from low-resolution logits, without full-resolution logits.
+
+Bilinear with aligned corners, interpolated in float32 (float64 for float64); ties go to the
+lowest class. Least traffic: the logits once, one byte a pixel; 4 operations a class and pixel.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lgcnet_fast.kernels.bilinear import Size, first_output
+from lgcnet_fast.kernels.common import accumulator, check_like
+from lgcnet_fast.kernels.upsample_cells import (
+    across,
+    check_logits,
+    class_rows,
+    columns_of_cells,
+    logits_along_row,
+    logits_at,
+    most_columns,
+)
+
+
+def upsample_argmax_forward(
+    logits: Tensor, size: Size, out: Tensor | None = None, lanes: int = 64, warps: int = 2
+) -> Tensor:
+    """Logits (N, classes, h, w), NHWC, at most 32 classes -> uint8 labels (N, *size).
+
+    A program labels the pixels of `lanes` neighbouring cells. Raises `ValueError`.
+    """
+    check_logits(logits, size)
+    batch, classes, h, w = logits.shape
+    if out is None:
+        out = logits.new_empty((batch, *size), dtype=torch.uint8)
+    check_like("out", out, (batch, *size), logits)
+    if out.dtype != torch.uint8 or not out.is_contiguous():
+        raise ValueError(f"out: {out.dtype} of strides {out.stride()}, need contiguous uint8")
+    rows = class_rows(logits)
+    _argmax_kernel[(triton.cdiv(w, lanes), h, batch)](
+        rows, out, h, w, *size, most_columns(w, size[1]),
+        CLASSES=classes, PITCH=rows.shape[3], LANES=lanes, ACC=accumulator(logits.dtype),
+        num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["h", "w", "height", "width", "columns"])
+def _argmax_kernel(
+    rows_ptr, out_ptr, h, w, height, width, columns,
+    CLASSES: tl.constexpr, PITCH: tl.constexpr, LANES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of cell columns, cell rows, N)."""
+    cell = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    i = tl.program_id(1)
+    batch = tl.program_id(2)
+    first, end = columns_of_cells(cell, w, width)
+    for row in range(first_output(i, h, height), first_output(i + 1, h, height)):
+        lefts, slopes = logits_along_row(
+            rows_ptr, batch, row, cell, h, w, height, CLASSES, PITCH, ACC
+        )
+        out_row_ptr = out_ptr + (batch * height + row).to(tl.int64) * width
+        for step in range(columns):
+            column = first + step
+            logits = logits_at(lefts, slopes, across(column, cell, w, width, ACC))
+            best = logits[0]
+            label = tl.zeros((LANES,), tl.int32)
+            for c in tl.static_range(1, CLASSES):
+                label = tl.where(logits[c] > best, c, label)
+                best = tl.maximum(best, logits[c])
+            tl.store(out_row_ptr + column, label.to(tl.uint8), mask=(column < end) & (cell < w))
