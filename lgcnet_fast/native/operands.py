@@ -32,25 +32,19 @@ def check_map(name: str, feature_map: Tensor, launcher: Launcher) -> None:
         raise ValueError(f"{name}: dtype {feature_map.dtype} is not one of {known}")
     if feature_map.device.type != launcher.device_type:
         raise ValueError(f"{name}: on {feature_map.device}, need a {launcher.device_type} tensor")
-    if not _channels_adjacent(feature_map):
-        raise ValueError(
-            f"{name}: strides {feature_map.stride()} of shape {shape} are not NHWC (channels of a "
-            "pixel adjacent); call .contiguous(memory_format=torch.channels_last)"
-        )
-    pixels, pixel_stride = shape[3], feature_map.stride(3)
-    if pixels * pixel_stride >= 2**31:
-        raise ValueError(f"{name}: a row of {pixels} x {pixel_stride} elements is too long")
+    _check_nhwc(name, feature_map)
 
 
 def check_output(name: str, feature_map: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Raises `ValueError` unless `name` has this shape, dtype and device and no shared elements."""
+    """Raises `ValueError` unless `name` can take an NHWC map of this shape, typed as `like`."""
     check_same(name, feature_map, shape, like.dtype, like.device)
+    _check_nhwc(name, feature_map)
     _, channels, height, width = shape
     pixel = feature_map.stride(3) if width > 1 else channels
     row = feature_map.stride(2) if height > 1 else width * pixel
     image = feature_map.stride(0) if shape[0] > 1 else height * row
     if pixel < channels or row < (width - 1) * pixel + channels or image < (height - 1) * row:
-        raise ValueError(f"{name}: strides {feature_map.stride()} are not those of an NHWC map")
+        raise ValueError(f"{name}: with strides {feature_map.stride()} its elements overlap")
 
 
 def check_same(
@@ -96,8 +90,15 @@ def block_of(vectors: int, threads: int) -> tuple[int, int, int]:
     return across, max(1, threads // across), tiles
 
 
-def _channels_adjacent(feature_map: Tensor) -> bool:
-    return feature_map.shape[1] == 1 or feature_map.stride(1) == 1
+def _check_nhwc(name: str, feature_map: Tensor) -> None:
+    shape, strides = tuple(feature_map.shape), feature_map.stride()
+    if shape[1] > 1 and strides[1] != 1:
+        raise ValueError(
+            f"{name}: strides {strides} of shape {shape} are not NHWC (channels of a pixel "
+            "adjacent); call .contiguous(memory_format=torch.channels_last)"
+        )
+    if shape[3] * strides[3] >= 2**31:
+        raise ValueError(f"{name}: a row of {shape[3]} x {strides[3]} elements is too long")
 
 
 def _fits(vector: int, feature_map: Tensor) -> bool:

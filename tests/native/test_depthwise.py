@@ -1,0 +1,270 @@
+"""The depthwise kernels against float64, on every route that this machine has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lgcnet_fast.native import instances
+from lgcnet_fast.native.depthwise import Tile, depthwise_backward, depthwise_forward
+from lgcnet_fast.native.launcher import Launcher
+from lgcnet_fast.native.operands import STORAGE
+
+ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+SHAPES = [(2, 8, 9, 13), (1, 3, 5, 3), (1, 17, 1, 1), (2, 16, 12, 11), (1, 1, 4, 1)]
+LARGE = [(4, 48, 49, 97), (1, 255, 33, 7), (2, 64, 97, 193), (16, 32, 64, 128)]
+DILATIONS = (1, 2, 4, 8, 12)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Inputs as the kernels get them, results in float64."""
+
+    x: Tensor
+    weight: Tensor
+    dy: Tensor
+    y: Tensor
+    dx: Tensor
+    dw: Tensor
+
+
+def truth(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    dilation: int = 1,
+    stride: int = 1,
+    relu: bool = False,
+) -> Truth:
+    generator = torch.Generator().manual_seed(sum(shape) + dilation)
+    images, channels, height, width = shape
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(dtype)
+
+    x = random(*shape)
+    weight = random(3, 3, channels).float()
+    dy = random(images, channels, -(-height // stride), -(-width // stride))
+    exact_x = x.double().requires_grad_()
+    exact_w = weight.double().requires_grad_()
+    y = F.conv2d(
+        exact_x.relu() if relu else exact_x,
+        exact_w.permute(2, 0, 1).unsqueeze(1),
+        stride=stride,
+        padding=dilation,
+        dilation=dilation,
+        groups=channels,
+    )
+    dx, dw = torch.autograd.grad(y, (exact_x, exact_w), dy.double())
+    nhwc = torch.channels_last
+    return Truth(
+        x.to(device).contiguous(memory_format=nhwc),
+        weight.to(device),
+        dy.to(device).contiguous(memory_format=nhwc),
+        y.detach(),
+        dx,
+        dw,
+    )
+
+
+def assert_close(found: Tensor, exact: Tensor, dtype: torch.dtype, terms: int = 9) -> None:
+    """Every element within one rounding to `dtype` and the float32 error of summing `terms`."""
+    error = (found.double().cpu() - exact).abs()
+    scale = exact.abs().max() + 1
+    bound = ROUNDING[dtype] * 1.01 * exact.abs() + 2**-24 * terms * scale
+    assert not found.isnan().any()
+    assert (error <= bound).all(), f"error {error.max():.3g}, {(error / bound).max():.3g} x allowed"
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A slice of a NaN-filled NHWC map; what lies around it are canaries."""
+    images, channels, height, width = shape
+    whole = torch.full((images, height + 2, width + 1, channels + 16), float("nan"), dtype=dtype)
+    return whole.to(device).permute(0, 3, 1, 2)[:, 8:-8, 1:-1, 1:]
+
+
+def assert_canaries_live(part: Tensor) -> None:
+    """Nothing but `part` of its storage was written."""
+    base = part._base
+    assert base is not None
+    part.fill_(float("nan"))
+    assert base.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_forward_and_backward(
+    launcher: Launcher,
+    device: torch.device,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    stride: int,
+) -> None:
+    for dilation in DILATIONS:
+        for relu in (False, True):
+            geometry = {"dilation": dilation, "stride": stride, "relu": relu}
+            case = truth(shape, dtype, device, **geometry)
+            y = depthwise_forward(case.x, case.weight, **geometry, launcher=launcher)
+            dx, dw = depthwise_backward(case.x, case.weight, case.dy, **geometry, launcher=launcher)
+            assert_close(y, case.y, dtype)
+            assert_close(dx, case.dx, dtype)
+            assert_close(dw, case.dw, torch.float32, case.dy.numel() // shape[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_large_maps(
+    launcher: Launcher,
+    device: torch.device,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    stride: int,
+) -> None:
+    test_forward_and_backward(launcher, device, shape, dtype, stride)
+
+
+def forward_tiles(storage: str, stride: int) -> list[Tile]:
+    return [
+        Tile(int(one.parameters[1]), int(one.parameters[3]), int(one.parameters[4]), 256)
+        for one in instances.all_instances()
+        if one.kernel == "depthwise_forward"
+        and storage in one.parameters[0]
+        and one.parameters[2] == str(stride)
+    ]
+
+
+def backward_tiles(storage: str, stride: int) -> list[Tile]:
+    kernel = "depthwise_backward" if stride == 1 else "depthwise_backward_stride2"
+    found = []
+    for one in instances.all_instances():
+        if one.kernel == kernel and storage in one.parameters[0]:
+            vector, *walk = map(int, one.parameters[1:])
+            columns, rows = walk or (1, 1)
+            found.append(Tile(vector, columns, rows, threads=128, blocks=2))
+    return found
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_every_tile_gives_the_same(
+    launcher: Launcher, device: torch.device, dtype: torch.dtype, stride: int
+) -> None:
+    geometry = {"dilation": 3, "stride": stride, "relu": True}
+    case = truth((2, 24, 11, 14), dtype, device, **geometry)
+    forward = forward_tiles(STORAGE[dtype], stride)
+    backward = backward_tiles(STORAGE[dtype], stride)
+    assert len(forward) >= 5 and len(backward) >= 3
+    for tile in forward:
+        y = depthwise_forward(case.x, case.weight, **geometry, tile=tile, launcher=launcher)
+        assert_close(y, case.y, dtype)
+    for tile in backward:
+        dx, dw = depthwise_backward(
+            case.x, case.weight, case.dy, **geometry, tile=tile, launcher=launcher
+        )
+        assert_close(dx, case.dx, dtype)
+        assert_close(dw, case.dw, torch.float32, case.dy.numel())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [5, 16])
+def test_slices_are_read_and_written_in_place(
+    launcher: Launcher, device: torch.device, stride: int, channels: int
+) -> None:
+    for dilation in (1, 2):
+        geometry = {"dilation": dilation, "stride": stride, "relu": True}
+        case = truth((2, channels, 6, 7), torch.float32, device, **geometry)
+        x = poisoned(tuple(case.x.shape), torch.float32, device)
+        x.copy_(case.x)
+        dy = poisoned(tuple(case.dy.shape), torch.float32, device)
+        dy.copy_(case.dy)
+        y = poisoned(tuple(case.y.shape), torch.float32, device)
+        dx = poisoned(tuple(case.x.shape), torch.float32, device)
+        given = depthwise_forward(x, case.weight, **geometry, out=y, launcher=launcher)
+        assert given is y
+        assert_close(y, case.y, torch.float32)
+        assert_canaries_live(y)
+        given, dw = depthwise_backward(x, case.weight, dy, **geometry, out=dx, launcher=launcher)
+        assert given is dx
+        assert_close(dx, case.dx, torch.float32)
+        assert_close(dw, case.dw, torch.float32, 100)
+        assert_canaries_live(dx)
+
+
+def test_the_same_inputs_give_the_same_bits(launcher: Launcher, device: torch.device) -> None:
+    case = truth((3, 12, 10, 9), torch.bfloat16, device, dilation=2, relu=True)
+    runs = [
+        depthwise_backward(case.x, case.weight, case.dy, dilation=2, relu=True, launcher=launcher)
+        for _ in range(2)
+    ]
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_relu_keeps_nan_and_blocks_the_gradient_at_zero(
+    launcher: Launcher, device: torch.device, dtype: torch.dtype
+) -> None:
+    x = torch.tensor([float("nan"), -1.0, 0.0, 2.0], dtype=dtype, device=device)
+    x = x.reshape(1, 1, 1, 4).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(3, 3, 1, device=device)
+    weight[1, 1] = 1
+    y = depthwise_forward(x, weight, relu=True, launcher=launcher).flatten().tolist()
+    assert y[0] != y[0] and y[2:] == [0.0, 2.0]
+    dx, _ = depthwise_backward(x, weight, torch.ones_like(x), relu=True, launcher=launcher)
+    assert dx.flatten().tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements(launcher: Launcher, device: torch.device) -> None:
+    shape = (2, 64, 4100, 4100)
+    x = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    x[1, :, -2:, -2:] = 1
+    weight = torch.ones(3, 3, 64, device=device)
+    y = depthwise_forward(x, weight, launcher=launcher)
+    assert (y[1, :, -1, -1] == 4).all() and (y[0, :, -1, -1] == 0).all()
+    dx, dw = depthwise_backward(x, weight, y, launcher=launcher)
+    assert (dx[1, :, -1, -1] == 16).all()
+    assert (dw[1, 1] == 16).all()
+
+
+def good() -> dict[str, object]:
+    x = torch.zeros(1, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    return {"x": x, "weight": torch.zeros(3, 3, 4)}
+
+
+BAD = {
+    "x: need a map": {"x": torch.zeros(4, 5, 6)},
+    "x: empty map": {"x": torch.zeros(0, 4, 5, 6)},
+    "x: dtype torch.float64": {"x": torch.zeros(1, 4, 5, 6, dtype=torch.float64)},
+    "x: strides": {"x": torch.zeros(1, 4, 5, 6)},
+    "x: on meta": {"x": torch.zeros(1, 4, 5, 6, device="meta")},
+    "weight: shape": {"weight": torch.zeros(4, 1, 3, 3)},
+    "weight: dtype": {"weight": torch.zeros(3, 3, 4, dtype=torch.bfloat16)},
+    "weight: strides": {"weight": torch.zeros(3, 4, 3).transpose(1, 2)},
+    "stride: 3": {"stride": 3},
+    "dilation: 0": {"dilation": 0},
+    "out: shape": {"out": torch.zeros(1, 4, 5, 5)},
+    "out: strides": {"out": torch.zeros(1, 4, 5, 6)},
+    "out: with strides": {"out": torch.zeros(1, 1, 1, 4).permute(0, 3, 1, 2).expand(1, 4, 5, 6)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments_are_named(emulated: Launcher, message: str) -> None:
+    arguments = {**good(), **BAD[message], "launcher": emulated}
+    with pytest.raises(ValueError, match=message):
+        depthwise_forward(**arguments)
+
+
+def test_a_gradient_of_another_shape_is_refused(emulated: Launcher) -> None:
+    dy = torch.zeros(1, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="dy: shape"):
+        depthwise_backward(**good(), dy=dy, launcher=emulated)
