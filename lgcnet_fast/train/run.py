@@ -30,6 +30,11 @@ MACHINE_KEYS = frozenset({"device", "data.cache", "data.cache_dir"})
 PREPARATIONS = frozenset({"config.json", "environment.json", "classes.json", "latency_table.json"})
 """Files that are written before any stage begins."""
 
+FEW_THREADS = 2
+"""Up to so many cores, CPU stages use one thread. The operations of a small network are too short
+to share: a second thread that other work keeps from running made a search step 10 times slower.
+"""
+
 
 class Run:
     """One seed of a configuration in one folder.
@@ -49,9 +54,7 @@ class Run:
         self.space = make_space(config.space)
         self.device = self._own_device()
         self.precision = resolve_precision(config.precision, self.device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-            torch.backends.cudnn.benchmark = True
+        _prepare(self.device)
         if self.ranks.first and not only_reading:
             self._claim_folder()
         barrier(self.ranks)
@@ -177,6 +180,14 @@ class Run:
             "processes": self.ranks.world,
             "precision": self.precision,
         }
+
+
+def _prepare(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    elif torch.get_num_threads() <= FEW_THREADS:
+        torch.set_num_threads(1)
 
 
 def read_config(folder: Path) -> RunConfig:
