@@ -178,7 +178,7 @@ def write_shards(folder: Path, shards: int = SHARDS) -> list[Path]:
 
 def kernel_instances() -> tuple[Any, ...]:
     """All of lgcnet_fast/native/instances.py, which is run on its own."""
-    return runpy.run_path(str(NATIVE / "instances.py"))["all_instances"]()
+    return tuple(runpy.run_path(str(NATIVE / "instances.py"))["all_instances"]())
 
 
 def source_digest() -> str:

@@ -23,6 +23,7 @@ from lgcnet_fast.native.operands import (
     check_output,
     check_same,
     empty_map,
+    pack,
     view_of,
     widest_vector,
 )
@@ -61,6 +62,11 @@ BACKWARD_ARGUMENTS = np.dtype(
 )
 
 SUM_ARGUMENTS = np.dtype([("partial", "u8"), ("total", "u8"), ("count", "i4"), ("width", "i4")])
+
+FORWARD_THREADS = 256
+"""kForwardThreads of the kernels: the most that a block may have."""
+BACKWARD_THREADS = 128
+"""kBackwardThreads."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +108,10 @@ def depthwise_forward(
         check_output("out", out, shape, x)
     seen, dilation, stride = _even_pixels(x, dilation, stride)
     tile = tile or forward_tile(seen, y)
-    storage = STORAGE[x.dtype]
-    instance = instances.depthwise_forward(storage, tile.vector, stride, tile.columns, tile.rows)
+    instance = instances.depthwise_forward(
+        STORAGE[x.dtype], tile.vector, stride, tile.columns, tile.rows
+    )
+    _check_tile(tile, instance, FORWARD_THREADS, seen, y)
 
     images, channels, out_height, out_width = shape
     across, pixels, tiles = block_of(channels // tile.vector, tile.threads)
@@ -117,7 +125,7 @@ def depthwise_forward(
         *(view_of(seen), view_of(y), weight.data_ptr(), channels),
         *(*seen.shape[2:], out_height, out_width, dilation, int(relu), tiles),
     )
-    arguments = np.array(fields, dtype=FORWARD_ARGUMENTS)[()]
+    arguments = pack(FORWARD_ARGUMENTS, fields)
     launcher.launch(instance, grid, (across, pixels, 1), arguments, x.device)
     return y
 
@@ -149,6 +157,8 @@ def depthwise_backward(
     seen, dilation_seen, stride_seen = _even_pixels(x, dilation, stride)
     written = dx if stride_seen == stride else dx.zero_()[:, :, ::2, ::2]
     tile = tile or backward_tile(seen, dy, written, stride_seen)
+    instance = _backward_instance(STORAGE[x.dtype], tile, stride_seen)
+    _check_tile(tile, instance, BACKWARD_THREADS, seen, dy, written)
 
     images, channels, height, width = seen.shape
     if stride_seen == 2:  # walks of one 2 x 2 square
@@ -167,8 +177,7 @@ def depthwise_backward(
         *(view_of(seen), view_of(dy), view_of(written), weight.data_ptr(), partial.data_ptr()),
         *(images, channels, height, width, *shape[2:], dilation_seen, int(relu), rows),
     )
-    arguments = np.array(fields, dtype=BACKWARD_ARGUMENTS)[()]
-    instance = _backward_instance(STORAGE[x.dtype], tile, stride_seen)
+    arguments = pack(BACKWARD_ARGUMENTS, fields)
     launcher.launch(instance, grid, (across, pixels, 1), arguments, x.device)
     return dx, _sum_partials(partial, launcher)
 
@@ -176,13 +185,13 @@ def depthwise_backward(
 def forward_tile(x: Tensor, y: Tensor) -> Tile:
     """Default division of the forward: 8 bytes of channels a thread, 4 x 2 outputs a walk."""
     _, narrow, single = instances.vectors(STORAGE[x.dtype])
-    return Tile(widest_vector((narrow, single), x, y), columns=2, rows=4, threads=256)
+    return Tile(widest_vector((narrow, single), x, y), columns=2, rows=4, threads=FORWARD_THREADS)
 
 
 def backward_tile(x: Tensor, dy: Tensor, dx: Tensor, stride: int) -> Tile:
     """Default division of the backward: narrower vectors, for it holds 18 numbers a channel."""
     vector = widest_vector((2, 1), x, dy, dx)
-    return Tile(vector, columns=1 if stride == 2 else 2, rows=4, threads=128)
+    return Tile(vector, columns=1 if stride == 2 else 2, rows=4, threads=BACKWARD_THREADS)
 
 
 def _check(
@@ -199,6 +208,14 @@ def _check(
     if not 1 <= dilation < 2**15:
         raise ValueError(f"dilation: {dilation} is not between 1 and {2**15 - 1}")
     return images, channels, -(-height // stride), -(-width // stride)
+
+
+def _check_tile(tile: Tile, instance: Instance, threads: int, *maps: Tensor) -> None:
+    if instance not in instances.all_instances():
+        raise ValueError(f"tile: {tile} has no compiled kernel {instance.expression}")
+    if not 1 <= tile.threads <= threads or tile.blocks < 1:
+        raise ValueError(f"tile: {tile} needs 1 to {threads} threads and some blocks")
+    widest_vector((tile.vector,), *maps)
 
 
 def _even_pixels(x: Tensor, dilation: int, stride: int) -> tuple[Tensor, int, int]:
@@ -234,7 +251,7 @@ def _sum_partials(partial: Tensor, launcher: Launcher) -> Tensor:
         instances.sum_partials(),
         (-(-width // 32), 1, 1),
         (32, instances.SUM_LANES, 1),
-        np.array(fields, dtype=SUM_ARGUMENTS)[()],
+        pack(SUM_ARGUMENTS, fields),
         partial.device,
     )
     return total

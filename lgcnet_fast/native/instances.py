@@ -8,6 +8,7 @@ standard library.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 NAMESPACE = "lgcnet"
@@ -67,8 +68,9 @@ def vectors(storage: str) -> tuple[int, ...]:
     return (16 // BYTES[storage], 8 // BYTES[storage], 1)
 
 
-def all_instances() -> tuple[Instance, ...]:
-    """Everything that a launcher can ask for."""
+@cache
+def all_instances() -> dict[Instance, None]:
+    """Everything that a launcher can ask for, as an ordered set."""
     found = [sum_partials()]
     for storage in BYTES:
         wide, narrow, single = vectors(storage)
@@ -88,7 +90,7 @@ def all_instances() -> tuple[Instance, ...]:
         for vector in (4, single):
             found.append(upsample_backward_axis(storage, "float", vector))
             found.append(upsample_backward_axis("float", storage, vector))
-    return tuple(dict.fromkeys(found))
+    return dict.fromkeys(found)
 
 
 def _instance(source: str, kernel: str, *parameters: str | int) -> Instance:

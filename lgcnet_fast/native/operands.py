@@ -72,12 +72,17 @@ def view_of(feature_map: Tensor) -> tuple[int, int, int, int]:
     return feature_map.data_ptr(), image, row, pixel
 
 
+def pack(dtype: np.dtype, fields: tuple[object, ...]) -> np.void:
+    """A kernel's argument struct."""
+    return np.array([fields], dtype=dtype)[0]
+
+
 def widest_vector(options: Iterable[int], *maps: Tensor) -> int:
     """The first of the vector widths (channels a thread, widest first) that suits all the maps."""
     for vector in options:
         if vector == 1 or all(_fits(vector, feature_map) for feature_map in maps):
             return vector
-    raise ValueError(f"none of the vector widths {tuple(options)} suits the maps")
+    raise ValueError(f"no vector of {tuple(options)} channels fits all the maps' strides")
 
 
 def block_of(vectors: int, threads: int) -> tuple[int, int, int]:

@@ -23,6 +23,7 @@ from lgcnet_fast.native.operands import (
     check_output,
     check_same,
     empty_map,
+    pack,
     view_of,
     widest_vector,
 )
@@ -182,7 +183,7 @@ def _launch_pixels(
         *(view_of(source), view_of(target), channels),
         *(*source.shape[2:], *target.shape[2:], tiles),
     )
-    arguments = np.array(fields, dtype=ARGUMENTS)[()]
+    arguments = pack(ARGUMENTS, fields)
     launcher.launch(instance, grid, (across, pixels, 1), arguments, source.device)
 
 
@@ -208,5 +209,5 @@ def _gather_rows(dy: Tensor, dx: Tensor, launcher: Launcher) -> None:
     check_grid("upsample_backward_axis", grid)
     fields = (view_of(dy), view_of(dx), dy.shape[2], sources, pixels, channels, tiles)
     instance = instances.upsample_backward_axis(STORAGE[dy.dtype], STORAGE[dx.dtype], vector)
-    arguments = np.array(fields, dtype=AXIS_ARGUMENTS)[()]
+    arguments = pack(AXIS_ARGUMENTS, fields)
     launcher.launch(instance, grid, (across, beside, LANES), arguments, dy.device)

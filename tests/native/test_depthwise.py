@@ -250,6 +250,12 @@ BAD = {
     "weight: dtype": {"weight": torch.zeros(3, 3, 4, dtype=torch.bfloat16)},
     "weight: strides": {"weight": torch.zeros(3, 4, 3).transpose(1, 2)},
     "stride: 3": {"stride": 3},
+    "tile: .* no compiled kernel": {"tile": Tile(3, 1, 4, 128)},
+    "tile: .* 1 to 256 threads": {"tile": Tile(2, 1, 4, 512)},
+    "no vector of": {
+        "tile": Tile(4, 1, 4, 128),
+        "x": torch.zeros(1, 5, 6, 5).permute(0, 3, 1, 2)[:, 1:],
+    },
     "dilation: 0": {"dilation": 0},
     "out: shape": {"out": torch.zeros(1, 4, 5, 5)},
     "out: strides": {"out": torch.zeros(1, 4, 5, 6)},
