@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "build_info.h"  // written by the build
 #include "launch.h"
 
 namespace py = pybind11;

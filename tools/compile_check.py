@@ -52,7 +52,7 @@ class Nvrtc:
 
     def __init__(self) -> None:
         spec = importlib.util.find_spec("nvidia")
-        folders = [Path(place) for place in spec.submodule_search_locations] if spec else []
+        folders = map(Path, (spec and spec.submodule_search_locations) or ())
         found = [
             path for folder in folders for path in folder.glob("cuda_nvrtc/lib/libnvrtc.so.12")
         ]

@@ -191,6 +191,11 @@ def compile_extension(plan: Plan, folder: Path, extension: Path) -> None:
     ninja = _find_ninja()
     folder = folder.resolve()
     sources = [SOURCES / "launch.cu", *write_shards(folder), SOURCES / "bindings.cpp"]
+    (folder / "build_info.h").write_text(
+        f'#define LGCNET_ARCHITECTURES "{plan.label}"\n'
+        f'#define LGCNET_SOURCES "{source_digest()}"\n',
+        encoding="utf-8",
+    )
     rules = folder / "build.ninja"
     rules.write_text(_ninja_file(plan, sources, extension.resolve()), encoding="utf-8")
     extension.parent.mkdir(parents=True, exist_ok=True)
@@ -203,10 +208,6 @@ def _ninja_file(plan: Plan, sources: list[Path], extension: Path) -> str:
     newest = plan.architectures[-1]
     codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     includes = [SOURCES, Path(_pybind11_include()), Path(sysconfig.get_path("include"))]
-    definitions = [
-        f'-DLGCNET_ARCHITECTURES=\\"{plan.label}\\"',
-        f'-DLGCNET_SOURCES=\\"{source_digest()}\\"',
-    ]
     objects = [f"{source.stem}.o" for source in sources]
     rules = [
         f"nvcc = {_escaped(plan.toolkit.nvcc)}",
@@ -216,7 +217,7 @@ def _ninja_file(plan: Plan, sources: list[Path], extension: Path) -> str:
         " -Xcompiler -fvisibility=hidden $headers -c $in -o $out",
         "rule host",
         "  command = $nvcc -std=c++17 -O2 -Xcompiler -fPIC -Xcompiler -fvisibility=hidden"
-        f" {_escaped(' '.join(definitions))} $headers -c $in -o $out",
+        " -I. $headers -c $in -o $out",
         "rule link",
         "  command = $nvcc -shared -cudart static -Xlinker --exclude-libs,ALL -Xlinker -s"
         " $in -o $out",

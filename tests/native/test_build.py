@@ -177,7 +177,7 @@ def copy_of_the_sources(folder: Path) -> Path:
 def test_sdist_and_wheel_work(tmp_path: Path, with_cuda: bool) -> None:
     if with_cuda and not shutil.which("nvcc"):
         pytest.skip("needs nvcc")
-    switch = {native_build.SWITCH: "1" if with_cuda else "0"}
+    switch = {native_build.SWITCH: "1" if with_cuda else "0", native_build.WANTED: "75;80"}
     dist, site = tmp_path / "dist", tmp_path / "site"
     dist.mkdir()
     build = f"import setuptools.build_meta as build; build.build_sdist({str(dist)!r})"
@@ -195,5 +195,6 @@ def test_sdist_and_wheel_work(tmp_path: Path, with_cuda: bool) -> None:
     if with_cuda:
         assert found["kernels"] == len(native_build.kernel_instances())
         assert found["record"]["built"] == "yes"
+        assert found["record"]["architectures"] == "75;80+PTX"
     else:
         assert found["kernels"] == "no extension was compiled: LGCNET_FAST_BUILD_CUDA=0"
