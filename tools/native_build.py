@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -44,7 +45,6 @@ class Toolkit:
     """A CUDA toolkit."""
 
     nvcc: Path
-    root: Path
     version: str
     offered: tuple[int, ...]
     """Architectures that it compiles for, such as 75 for sm_75."""
@@ -96,13 +96,10 @@ def find_toolkit(environ: Mapping[str, str] = os.environ) -> Toolkit:
         raise BuildError(f"no nvcc in {home}/bin" if home else "no nvcc on the path")
     nvcc = Path(found)
     version = re.search(r"release ([\d.]+)", _output([found, "--version"]))
-    # nvcc may be a wrapper script far from the toolkit, so ask it rather than its path.
-    top = re.search(r"TOP=(.+)", _output([found, "--dryrun", "-x", "cu", os.devnull]))
     offered = re.findall(r"compute_(\d+)\b", _output([found, "--list-gpu-arch"]))
-    if not (version and top and offered):
+    if not (version and offered):
         raise BuildError(f"{nvcc} does not answer like nvcc")
-    root = Path(top[1].strip()).resolve()
-    return Toolkit(nvcc, root, version[1], tuple(sorted(map(int, offered))))
+    return Toolkit(nvcc, version[1], tuple(sorted(map(int, offered))))
 
 
 def gpus() -> tuple[int, ...]:
@@ -208,32 +205,37 @@ def _ninja_file(plan: Plan, sources: list[Path], extension: Path) -> str:
     newest = plan.architectures[-1]
     codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     includes = [SOURCES, Path(_pybind11_include()), Path(sysconfig.get_path("include"))]
-    objects = [f"{source.stem}.o" for source in sources]
-    rules = [
-        f"nvcc = {_escaped(plan.toolkit.nvcc)}",
-        f"headers = {' '.join(f'-I{_escaped(path)}' for path in includes)}",
+    common = (
+        f"{_in_command(plan.toolkit.nvcc)} -std=c++17 -Xcompiler -fPIC"
+        " -Xcompiler -fvisibility=hidden -I. " + " ".join(f"-I{_in_command(i)}" for i in includes)
+    )
+    lines = [
         "rule cuda",
-        f"  command = $nvcc -std=c++17 -O3 {' '.join(codes)} -Xcompiler -fPIC"
-        " -Xcompiler -fvisibility=hidden $headers -c $in -o $out",
+        f"  command = {common} -O3 {' '.join(codes)} -c $in -o $out",
         "rule host",
-        "  command = $nvcc -std=c++17 -O2 -Xcompiler -fPIC -Xcompiler -fvisibility=hidden"
-        " -I. $headers -c $in -o $out",
+        f"  command = {common} -O2 -c $in -o $out",
         "rule link",
-        "  command = $nvcc -shared -cudart static -Xlinker --exclude-libs,ALL -Xlinker -s"
-        " $in -o $out",
+        f"  command = {_in_command(plan.toolkit.nvcc)} -shared -cudart static"
+        " -Xlinker --exclude-libs,ALL -Xlinker -s $in -o $out",
     ]
-    for source, target in zip(sources, objects, strict=True):
+    headers = " ".join(_as_target(path) for path in sorted(SOURCES.glob("*.*h")))
+    objects = []
+    for source in sources:
         rule = "host" if source.suffix == ".cpp" else "cuda"
-        rules.append(f"build {target}: {rule} {_escaped(source, target=True)}")
-    rules.append(f"build {_escaped(extension, target=True)}: link {' '.join(objects)}")
-    return "\n".join(rules) + "\n"
+        objects.append(f"{source.stem}.o")
+        lines.append(f"build {objects[-1]}: {rule} {_as_target(source)} | build_info.h {headers}")
+    lines.append(f"build {_as_target(extension)}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
 
 
-def _escaped(text: Path | str, target: bool = False) -> str:
-    """As ninja and, in commands, its shell read it."""
-    characters = "$ :" if target else "$"
-    escaped = "".join("$" + c if c in characters else c for c in str(text))
-    return f"'{escaped}'" if isinstance(text, Path) and not target else escaped
+def _in_command(path: Path) -> str:
+    """A path as ninja and its shell read it in a command."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def _as_target(path: Path) -> str:
+    """A path as ninja reads it among inputs and outputs."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def _pybind11_include() -> str:
