@@ -20,12 +20,11 @@ from lgcnet_fast.kernels.upsample_cells import (
     columns_of_cells,
     logits_along_row,
     logits_at,
-    most_columns,
 )
 
 
 def upsample_argmax_forward(
-    logits: Tensor, size: Size, out: Tensor | None = None, lanes: int = 64, warps: int = 2
+    logits: Tensor, size: Size, out: Tensor | None = None, lanes: int = 32, warps: int = 1
 ) -> Tensor:
     """Logits (N, classes, h, w), NHWC, at most 32 classes -> uint8 labels (N, *size).
 
@@ -40,16 +39,16 @@ def upsample_argmax_forward(
         raise ValueError(f"out: {out.dtype} of strides {out.stride()}, need contiguous uint8")
     rows = class_rows(logits)
     _argmax_kernel[(triton.cdiv(w, lanes), h, batch)](
-        rows, out, h, w, *size, most_columns(w, size[1]),
+        rows, out, h, w, *size,
         CLASSES=classes, PITCH=rows.shape[3], LANES=lanes, ACC=accumulator(logits.dtype),
         num_warps=warps,
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["h", "w", "height", "width", "columns"])
+@triton.jit(do_not_specialize=["h", "w", "height", "width"])
 def _argmax_kernel(
-    rows_ptr, out_ptr, h, w, height, width, columns,
+    rows_ptr, out_ptr, h, w, height, width,
     CLASSES: tl.constexpr, PITCH: tl.constexpr, LANES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of cell columns, cell rows, N)."""
@@ -62,7 +61,7 @@ def _argmax_kernel(
             rows_ptr, batch, row, cell, h, w, height, CLASSES, PITCH, ACC
         )
         out_row_ptr = out_ptr + (batch * height + row).to(tl.int64) * width
-        for step in range(columns):
+        for step in range(tl.max(end - first)):
             column = first + step
             logits = logits_at(lefts, slopes, across(column, cell, w, width, ACC))
             best = logits[0]

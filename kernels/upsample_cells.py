@@ -97,11 +97,6 @@ def class_rows(logits: Tensor) -> Tensor:
     return rows
 
 
-def most_columns(w: int, width: int) -> int:
-    """The most pixel columns of one cell."""
-    return width if w == 1 else -(-max(width - 1, 1) // (w - 1))
-
-
 def check_logits(logits: Tensor, size: tuple[int, int]) -> None:
     """Raises `ValueError` unless these are NHWC logits that the cell kernels can upsample."""
     check_map("logits", logits)

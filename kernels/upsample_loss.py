@@ -14,7 +14,7 @@ program going down a band of cell rows stores two sums, left and right, a low-re
 are added up in the backward pass. No atomics: the same inputs give the same bits.
 
 Least traffic: logits and labels once; with the gradient 2 (1 + 1 / CELL_ROWS) float32 values
-written and read again for each logit. Arithmetic: about 12 operations a class and pixel, one of
+written and read again for each logit. Arithmetic: about 11 operations a class and pixel, one of
 them an exponential.
 """
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from lgcnet_fast.kernels.common import accumulator, check_like
 from lgcnet_fast.kernels.order_statistic import hardest_loss
 from lgcnet_fast.kernels.rows import checked_out
-from lgcnet_fast.kernels.upsample_cells import check_logits, class_rows, most_columns
+from lgcnet_fast.kernels.upsample_cells import check_logits, class_rows
 from lgcnet_fast.kernels.upsample_loss_kernels import (
     logits_gradient_kernel,
     losses_kernel,
@@ -158,7 +158,7 @@ def _launch_losses(
     height, width = target.shape[1:]
     losses = target.new_empty(target.shape, dtype=torch.float32)
     losses_kernel[(triton.cdiv(w, lanes), h, batch)](
-        rows, target, losses, h, w, height, width, most_columns(w, width), ignore_index,
+        rows, target, losses, h, w, height, width, ignore_index,
         CLASSES=classes, PITCH=rows.shape[3], LANES=lanes, ACC=accumulator(logits.dtype),
         num_warps=warps,
     )  # fmt: skip
@@ -186,7 +186,7 @@ def _launch_sums(
     losses, hardest, easy = hard or _HardPixels(sums, sums, 0.0)
     sums_kernel[grid](
         rows, target, sums if weight is None else weight, losses, hardest, corners, sums,
-        h, w, height, width, most_columns(w, width), ignore_index, easy,
+        h, w, height, width, ignore_index, easy,
         CLASSES=classes, PITCH=rows.shape[3], LANES=lanes, CELL_ROWS=CELL_ROWS,
         WEIGHTED=weight is not None, HARD_ONLY=hard is not None, GRADIENT=gradient,
         ACC=accumulator(logits.dtype), num_warps=warps,

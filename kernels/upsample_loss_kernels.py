@@ -14,7 +14,9 @@ from lgcnet_fast.kernels.upsample_cells import (
     zeros_of_classes,
 )
 
-_SHAPE = ["h", "w", "height", "width", "columns", "ignore_index"]
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+_SHAPE = ["h", "w", "height", "width", "ignore_index"]
 
 
 @triton.jit
@@ -26,7 +28,8 @@ def _exponentials(logits):
     total = tl.zeros(top.shape, top.dtype)
     exponentials = ()
     for c in tl.static_range(len(logits)):
-        exponential = tl.exp(logits[c] - top)
+        # One multiply-add and the hardware's exponential.
+        exponential = tl.exp2(logits[c] * LOG2_E - top * LOG2_E)
         exponentials = exponentials + (exponential,)
         total += exponential
     return exponentials, total, top
@@ -53,18 +56,18 @@ def _add_scaled(totals, values, factor):
 
 
 @triton.jit
-def _add_softmax_gradient(totals, exponentials, label, scale, at_label):
-    """totals[c] + scale exp_c - at_label [c = label] for every class."""
-    sums = ()
-    for c in tl.static_range(len(totals)):
-        one_hot = tl.where(label == c, at_label, 0)
-        sums = sums + (totals[c] + (scale * exponentials[c] - one_hot),)
-    return sums
+def _softmax_gradient(exponentials, total, label, v):
+    """v (softmax_c - [c = label]) for every class."""
+    scale = v / total
+    gradient = ()
+    for c in tl.static_range(len(exponentials)):
+        gradient = gradient + (scale * exponentials[c] - tl.where(label == c, v, 0),)
+    return gradient
 
 
 @triton.jit(do_not_specialize=_SHAPE)
 def losses_kernel(
-    rows_ptr, target_ptr, losses_ptr, h, w, height, width, columns, ignore_index,
+    rows_ptr, target_ptr, losses_ptr, h, w, height, width, ignore_index,
     CLASSES: tl.constexpr, PITCH: tl.constexpr, LANES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Loss of every pixel, -1 where it is ignored. Grid (blocks of cell columns, cell rows, N)."""
@@ -77,7 +80,7 @@ def losses_kernel(
             rows_ptr, batch, row, cell, h, w, height, CLASSES, PITCH, ACC
         )
         start = (batch * height + row).to(tl.int64) * width
-        for step in range(columns):
+        for step in range(tl.max(end - first)):
             column = first + step
             inside = (column < end) & (cell < w)
             label = tl.load(target_ptr + start + column, mask=inside, other=0).to(tl.int32)
@@ -97,7 +100,7 @@ def _store_classes(pointer, values, inside, CLASSES: tl.constexpr, pitch):
 @triton.jit(do_not_specialize=[*_SHAPE, "easy"])
 def sums_kernel(
     rows_ptr, target_ptr, weight_ptr, losses_ptr, hardest_ptr, corners_ptr, sums_ptr,
-    h, w, height, width, columns, ignore_index, easy,
+    h, w, height, width, ignore_index, easy,
     CLASSES: tl.constexpr, PITCH: tl.constexpr, LANES: tl.constexpr, CELL_ROWS: tl.constexpr,
     WEIGHTED: tl.constexpr, HARD_ONLY: tl.constexpr, GRADIENT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +132,7 @@ def sums_kernel(
             # Gradient of the row's logits, summed with weight 1 and g.
             level = zeros_of_classes(CLASSES, LANES, ACC)
             moment = zeros_of_classes(CLASSES, LANES, ACC)
-            for step in range(columns):
+            for step in range(tl.max(end - first)):
                 column = first + step
                 inside = (column < end) & (cell < w)
                 label = tl.load(target_ptr + start + column, mask=inside, other=0).to(tl.int32)
@@ -150,9 +153,9 @@ def sums_kernel(
                 loss_sum += tl.where(counted, v * loss, 0)
                 mass += v
                 if GRADIENT:
-                    scale = v / total
-                    level = _add_softmax_gradient(level, exponentials, label, scale, v)
-                    moment = _add_softmax_gradient(moment, exponentials, label, scale * g, v * g)
+                    gradient = _softmax_gradient(exponentials, total, label, v)
+                    level = _add_scaled(level, gradient, 1)
+                    moment = _add_scaled(moment, gradient, g)
             if GRADIENT:
                 _, beyond = lower_input(row, h, height)
                 f = fraction(beyond, height, ACC)
