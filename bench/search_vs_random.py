@@ -21,9 +21,13 @@ import torch
 from experiment import run_together, score
 from results_file import provenance, update_summary, write_json
 
-from lgcnet_fast.space.genotype import Genotype, save_genotype
-from lgcnet_fast.train.prediction import LatencyPredictor, latency_predictor
-from lgcnet_fast.train.run import Run
+from lgcnet_fast.config import load_config
+from lgcnet_fast.data.dataset import open_dataset
+from lgcnet_fast.latency.build import open_table
+from lgcnet_fast.latency.predict import predict_ms
+from lgcnet_fast.space.base import LatencyModel, SearchSpace
+from lgcnet_fast.space.genotype import Genotype, load_genotype, save_genotype
+from lgcnet_fast.space.registry import make_space
 
 RANDOM_NAMES = ("random-0", "random-1")
 TOLERANCE = 0.03
@@ -53,31 +57,35 @@ def _search(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, overrides=_overrides(arguments))
+    space = make_space(config.space)
+    classes = len(open_dataset(config.data, config.data.val_split).classes.names)
+    latency = config.latency
+    table, _ = open_table(latency.table, space, latency.size, classes, torch.device("cpu"))
+    model = space.latency_model(table.milliseconds, latency.size, classes)
     commands = []
     for seed in arguments.seeds:
-        search = Run.open(_search_folder(arguments, seed))
-        predictor = latency_predictor(search)
-        searched = search.genotype()
+        searched = load_genotype(_search_folder(arguments, seed) / "genotype.json")
+        target = predict_ms(space, model, searched)
         generator = torch.Generator().manual_seed(1000 + seed)
         genotypes = {"searched": searched}
         for name in RANDOM_NAMES:
-            target = predictor.milliseconds(searched)
-            genotypes[name] = _random_near(predictor, target, generator)
+            genotypes[name] = _random_near(space, model, target, generator)
         for name, genotype in genotypes.items():
             path = arguments.work / "genotypes" / f"seed-{seed}-{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             save_genotype(genotype, path)
             command = _command("run", arguments, _train_folder(arguments, seed, name), seed)
-            commands.append([*command, "--set", f"genotype={path}"])
+            commands.append([*command, "--genotype", str(path)])
     run_together(_spread(commands), arguments.work / "logs")
 
 
 def _random_near(
-    predictor: LatencyPredictor, target: float, generator: torch.Generator
+    space: SearchSpace, model: LatencyModel, target: float, generator: torch.Generator
 ) -> Genotype:
     for _ in range(DRAWS):
-        genotype = predictor.space.random_genotype(generator)
-        if abs(predictor.milliseconds(genotype) / target - 1) <= TOLERANCE:
+        genotype = space.random_genotype(generator)
+        if abs(predict_ms(space, model, genotype) / target - 1) <= TOLERANCE:
             return genotype
     raise SystemExit(f"no random genotype within {TOLERANCE:.0%} of {target:.3f} ms in {DRAWS}")
 
