@@ -15,8 +15,10 @@
 
 namespace lgcnet {
 
-constexpr int kForwardThreads = 256;
-constexpr int kBackwardThreads = 128;
+// The most threads that a block may have: 16 bytes of channels a thread take more registers.
+template <typename T, int V>
+constexpr int kForwardThreads = V * sizeof(T) > 8 ? 256 : 512;
+constexpr int kBackwardThreads = 256;
 
 struct DepthwiseForwardArguments {
   View x;               // T (images, in_height, in_width, channels)
@@ -73,7 +75,7 @@ __device__ __forceinline__ void load_weights(const float* weight, int channels, 
 
 // Grid: x column tiles, y row walks, z images x channel tiles.
 template <typename T, int V, int S, int Columns, int Rows>
-__global__ void __launch_bounds__(kForwardThreads)
+__global__ void __launch_bounds__(kForwardThreads<T, V>)
     depthwise_forward(const DepthwiseForwardArguments a) {
   constexpr int kInColumns = S * (Columns - 1) + 3;
   constexpr int kInRows = S * (Rows - 1) + 3;
@@ -128,31 +130,32 @@ __global__ void __launch_bounds__(kForwardThreads)
   }
 }
 
-// Sums the weight gradients of the block's columns and writes them to its place in `partial`.
+// Sums the weight gradients of the block's columns and writes them to its place in `partial`; one
+// row of the window at a time, which needs a third of the shared memory.
 template <int V>
 __device__ __forceinline__ void write_partial(const DepthwiseBackwardArguments& a,
                                               const float (&dw)[9][V]) {
-  __shared__ float shared[9 * V][kBackwardThreads];
-  const int threads = blockDim.x * blockDim.y;
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-#pragma unroll
-  for (int k = 0; k < 9; ++k) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) shared[k * V + v][thread] = dw[k][v];
-  }
-  __syncthreads();
+  __shared__ float shared[3 * V][kBackwardThreads];
+  const int across = blockDim.x;
+  const int threads = across * blockDim.y;
+  const int thread = threadIdx.y * across + threadIdx.x;
   const long long block = static_cast<long long>(blockIdx.y) * gridDim.x + blockIdx.x;
-  float* partial = a.partial + block * 9 * a.channels;
-  for (int item = thread; item < 9 * V * static_cast<int>(blockDim.x); item += threads) {
-    const int vector = item % blockDim.x;
-    const int value = item / blockDim.x;
-    const int channel = (blockIdx.z * blockDim.x + vector) * V + value % V;
-    if (channel >= a.channels) continue;
-    float total = 0.0f;
-    for (int y = 0; y < static_cast<int>(blockDim.y); ++y) {
-      total += shared[value][y * blockDim.x + vector];
+#pragma unroll
+  for (int ky = 0; ky < 3; ++ky) {
+#pragma unroll
+    for (int i = 0; i < 3 * V; ++i) shared[i][thread] = dw[3 * ky + i / V][i % V];
+    __syncthreads();
+    float* partial = a.partial + (block * 9 + 3 * ky) * a.channels;
+    for (int item = thread; item < 3 * V * across; item += threads) {
+      const int value = item / across;
+      const int vector = item % across;
+      const int channel = (blockIdx.z * across + vector) * V + value % V;
+      if (channel >= a.channels) continue;
+      float total = 0.0f;
+      for (int first = vector; first < threads; first += across) total += shared[value][first];
+      partial[value / V * a.channels + channel] = total;
     }
-    partial[value / V * a.channels + channel] = total;
+    __syncthreads();
   }
 }
 
@@ -162,7 +165,7 @@ __device__ __forceinline__ void write_partial(const DepthwiseBackwardArguments& 
 //
 // Grid: x column tiles, y workers that take (image, row walk) pairs in turn, z channel tiles.
 template <typename T, int V, int Columns, int Rows>
-__global__ void __launch_bounds__(kBackwardThreads, 2)
+__global__ void __launch_bounds__(kBackwardThreads, 1)
     depthwise_backward(const DepthwiseBackwardArguments a) {
   const int d = a.dilation;
   const int channel = (blockIdx.z * blockDim.x + threadIdx.x) * V;
@@ -246,7 +249,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
 //
 // Grid as depthwise_backward, with one column and one row of squares a walk.
 template <typename T, int V>
-__global__ void __launch_bounds__(kBackwardThreads, 2)
+__global__ void __launch_bounds__(kBackwardThreads, 1)
     depthwise_backward_stride2(const DepthwiseBackwardArguments a) {
   const int channel = (blockIdx.z * blockDim.x + threadIdx.x) * V;
   const int qx = blockIdx.x * blockDim.y + threadIdx.y;

@@ -63,10 +63,8 @@ BACKWARD_ARGUMENTS = np.dtype(
 
 SUM_ARGUMENTS = np.dtype([("partial", "u8"), ("total", "u8"), ("count", "i4"), ("width", "i4")])
 
-FORWARD_THREADS = 256
-"""kForwardThreads of the kernels: the most that a block may have."""
-BACKWARD_THREADS = 128
-"""kBackwardThreads."""
+BACKWARD_THREADS = 256
+"""kBackwardThreads of the kernels: the most that a block may have."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def depthwise_forward(
     instance = instances.depthwise_forward(
         STORAGE[x.dtype], tile.vector, stride, tile.columns, tile.rows
     )
-    _check_tile(tile, instance, FORWARD_THREADS, seen, y)
+    _check_tile(tile, instance, _forward_threads(x.dtype, tile.vector), seen, y)
 
     images, channels, out_height, out_width = shape
     across, pixels, tiles = block_of(channels // tile.vector, tile.threads)
@@ -185,13 +183,13 @@ def depthwise_backward(
 def forward_tile(x: Tensor, y: Tensor) -> Tile:
     """Default division of the forward: 8 bytes of channels a thread, 4 x 2 outputs a walk."""
     _, narrow, single = instances.vectors(STORAGE[x.dtype])
-    return Tile(widest_vector((narrow, single), x, y), columns=2, rows=4, threads=FORWARD_THREADS)
+    return Tile(widest_vector((narrow, single), x, y), columns=2, rows=4, threads=256)
 
 
 def backward_tile(x: Tensor, dy: Tensor, dx: Tensor, stride: int) -> Tile:
     """Default division of the backward: narrower vectors, for it holds 18 numbers a channel."""
     vector = widest_vector((2, 1), x, dy, dx)
-    return Tile(vector, columns=1 if stride == 2 else 2, rows=4, threads=BACKWARD_THREADS)
+    return Tile(vector, columns=1 if stride == 2 else 2, rows=4, threads=128)
 
 
 def _check(
@@ -208,6 +206,11 @@ def _check(
     if not 1 <= dilation < 2**15:
         raise ValueError(f"dilation: {dilation} is not between 1 and {2**15 - 1}")
     return images, channels, -(-height // stride), -(-width // stride)
+
+
+def _forward_threads(dtype: torch.dtype, vector: int) -> int:
+    """kForwardThreads of the kernels."""
+    return 256 if vector * dtype.itemsize > 8 else 512
 
 
 def _check_tile(tile: Tile, instance: Instance, threads: int, *maps: Tensor) -> None:

@@ -63,6 +63,10 @@ SUM_LANES = 16
 """Threads that share one sum of `sum_partials`."""
 
 
+BACKWARD_WALKS = ((4, 1, 4), (2, 1, 4), (2, 2, 4), (2, 2, 8), (2, 4, 4))
+"""Channels a thread, columns and rows of its walk: what the tuning may choose from."""
+
+
 def vectors(storage: str) -> tuple[int, ...]:
     """Channels a thread may own, widest first: 16 or 8 bytes, or a single channel."""
     return (16 // BYTES[storage], 8 // BYTES[storage], 1)
@@ -80,8 +84,8 @@ def all_instances() -> dict[Instance, None]:
                 depthwise_forward(storage, vector, 1, columns, 8),
                 depthwise_forward(storage, vector, 2, columns, 4),
             ]
-        for vector, columns in ((4, 1), (2, 1), (2, 2)):
-            found.append(depthwise_backward(storage, vector, columns, 4))
+        for vector, columns, rows in BACKWARD_WALKS:
+            found.append(depthwise_backward(storage, vector, columns, rows))
         found += [depthwise_backward_stride2(storage, vector) for vector in (4, 2, single)]
         found += [depthwise_forward(storage, single, stride, 2, 4) for stride in (1, 2)]
         found.append(depthwise_backward(storage, single, 2, 4))

@@ -79,6 +79,8 @@ GPU_ROUTES = {"prebuilt": Prebuilt, "run_time": RunTime}
 def launcher(request: pytest.FixtureRequest) -> Launcher:
     if request.param == "emulated":
         return request.getfixturevalue("emulated")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
     return GPU_ROUTES[request.param]()
 
 

@@ -147,7 +147,7 @@ def backward_tiles(storage: str, stride: int) -> list[Tile]:
         if one.kernel == kernel and storage in one.parameters[0]:
             vector, *walk = map(int, one.parameters[1:])
             columns, rows = walk or (1, 1)
-            found.append(Tile(vector, columns, rows, threads=128, blocks=2))
+            found.append(Tile(vector, columns, rows, threads=256, blocks=2))
     return found
 
 
@@ -251,7 +251,7 @@ BAD = {
     "weight: strides": {"weight": torch.zeros(3, 4, 3).transpose(1, 2)},
     "stride: 3": {"stride": 3},
     "tile: .* no compiled kernel": {"tile": Tile(3, 1, 4, 128)},
-    "tile: .* 1 to 256 threads": {"tile": Tile(2, 1, 4, 512)},
+    "tile: .* 1 to 512 threads": {"tile": Tile(2, 1, 4, 513)},
     "no vector of": {
         "tile": Tile(4, 1, 4, 128),
         "x": torch.zeros(1, 5, 6, 5).permute(0, 3, 1, 2)[:, 1:],
