@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.kernels.timing import (
+    alternatives_seconds,
     arguments,
-    best_seconds,
     copy_bandwidth,
     gate,
     print_row,
@@ -146,18 +146,20 @@ def measure(case: Case, gradients: bool, bandwidth: float) -> dict[str, Any]:
     ours: Kernel = backward if gradients else forward
     seconds = seconds_a_call([lambda i=i: ours(case, i, None) for i in sets])
     layouts = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-    stock, name = best_seconds(
+    stock = alternatives_seconds(
         {
             layout: stock_calls(case, sets, gradients, memory_format)
             for layout, memory_format in layouts.items()
         }
     )
+    best = min(stock, key=stock.__getitem__)
     return {
         "case": f"{'backward' if gradients else 'forward '} {case}",
         "floor_us": moved / bandwidth * 1e6,
         "ours_us": seconds * 1e6,
-        "stock_us": stock * 1e6,
-        "stock": name,
+        "stock_us": stock[best] * 1e6,
+        "stock": best,
+        "alternatives_us": {name: seconds * 1e6 for name, seconds in stock.items()},
         "bytes": moved,
         "multiply_adds": 9 * case.y_bytes // case.dtype.itemsize * (2 if gradients else 1),
     }
@@ -200,12 +202,14 @@ def tiles(case: Case, gradients: bool) -> Iterator[Tile]:
         if vector == 1:
             continue
         if one.kernel == "depthwise_forward" and not gradients and walk[0] == stride:
-            yield from (Tile(vector, *walk[1:], threads) for threads in (128, 256))
+            narrow = vector * case.dtype.itemsize <= 8
+            yield from (Tile(vector, *walk[1:], n) for n in (128, 256, *((512,) if narrow else ())))
         elif gradients and one.kernel == (
             "depthwise_backward" if stride == 1 else "depthwise_backward_stride2"
         ):
             columns, rows = walk or (1, 1)
-            yield from (Tile(vector, columns, rows, 128, blocks) for blocks in (2, 4, 8, 16))
+            for threads, blocks in ((128, 2), (128, 4), (128, 8), (256, 1), (256, 2), (256, 4)):
+                yield Tile(vector, columns, rows, threads, blocks)
 
 
 def sweep(case: Case, gradients: bool, bandwidth: float) -> dict[str, Any]:
