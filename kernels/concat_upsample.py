@@ -23,6 +23,7 @@ from lgcnet_fast.kernels.bilinear import Size, check_size, fraction, lower_input
 from lgcnet_fast.kernels.common import accumulator, check_like, check_map
 from lgcnet_fast.kernels.rows import (
     MAX_MAPS,
+    StripConfig,
     checked_out,
     four,
     four_sizes,
@@ -31,30 +32,39 @@ from lgcnet_fast.kernels.rows import (
     vector_width,
 )
 
+FORWARD = StripConfig(block=1024, rows=2, warps=4)
+"""One vector of 16 bytes a thread and row."""
+
 
 def concat_upsample_forward(
-    maps: Sequence[Tensor], size: Size, out: Tensor | None = None, **launch: int
+    maps: Sequence[Tensor],
+    size: Size,
+    out: Tensor | None = None,
+    config: StripConfig = FORWARD,
 ) -> Tensor:
     """One to four maps (N, C_i, h_i, w_i), each resized to `size`: (N, sum C_i, *size), NHWC.
 
-    `launch`: see `_launch_forward`. Raises `ValueError`.
+    Raises `ValueError`.
     """
     _check_maps(maps, size)
     channels = [x.shape[1] for x in maps]
     out = checked_out("out", out, (maps[0].shape[0], sum(channels), *size), maps[0])
-    _launch_forward(maps, out.split(channels, dim=1), out.shape[1], add=False, **launch)
+    _launch_forward(maps, out.split(channels, dim=1), out.shape[1], False, config)
     return out
 
 
 def sum_upsample_forward(
-    maps: Sequence[Tensor], size: Size, out: Tensor | None = None, **launch: int
+    maps: Sequence[Tensor],
+    size: Size,
+    out: Tensor | None = None,
+    config: StripConfig = FORWARD,
 ) -> Tensor:
     """As `concat_upsample_forward`, but maps (N, C, h_i, w_i) are added: (N, C, *size), NHWC."""
     _check_maps(maps, size)
     for index, x in enumerate(maps):
         check_like(f"maps[{index}]", x, (*maps[0].shape[:2], *x.shape[2:]), maps[0])
     out = checked_out("out", out, (*maps[0].shape[:2], *size), maps[0])
-    _launch_forward(maps, [out], out.shape[1], add=True, **launch)
+    _launch_forward(maps, [out], out.shape[1], True, config)
     return out
 
 
@@ -151,25 +161,21 @@ def _launch_forward(
     outs: Sequence[Tensor],
     pitch: int,
     add: bool,
-    block: int = 1024,
-    rows: int = 2,
-    warps: int = 4,
+    config: StripConfig,
 ) -> None:
-    """A program computes `block` elements of each of `rows` rows of one map, or of the sum.
-
-    outs: the slice of the output for each map, or the one sum; its pixels lie `pitch` apart.
-    """
+    """outs: the slice of the output for each map, or the one sum; its pixels lie `pitch` apart."""
     batch, _, height, width = outs[0].shape
     channels = [x.shape[1] for x in maps]
     vector = vector_width(outs[0].dtype, pitch, *channels)
     grid = (
-        triton.cdiv(width * max(channels), block),
-        triton.cdiv(height, rows),
+        triton.cdiv(width * max(channels), config.block),
+        triton.cdiv(height, config.rows),
         batch * len(outs),
     )
     _forward_kernel[grid](
         *four(maps), *four(outs), *four_sizes(maps), height, width,
         *four([c // vector for c in channels]), pitch // vector,
-        MAPS=len(maps), ADD=add, GROUPS=block // vector, VECTOR=vector, ROWS=rows,
-        ACC=accumulator(outs[0].dtype), num_warps=warps,
+        MAPS=len(maps), ADD=add, GROUPS=config.block // vector, VECTOR=vector,
+        ROWS=config.rows,
+        ACC=accumulator(outs[0].dtype), num_warps=config.warps,
     )  # fmt: skip

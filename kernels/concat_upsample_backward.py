@@ -27,6 +27,7 @@ from lgcnet_fast.kernels.bilinear import (
 from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, check_map, empty_map
 from lgcnet_fast.kernels.rows import (
     MAX_MAPS,
+    StripConfig,
     checked_out,
     four,
     four_sizes,
@@ -34,6 +35,9 @@ from lgcnet_fast.kernels.rows import (
     row_vectors,
     vector_width,
 )
+
+BACKWARD = StripConfig(block=1024, rows=4, warps=4)
+"""One vector of 16 bytes a thread and tap; `rows` + 1 intervals of output rows for `rows` rows."""
 
 _LARGEST_DIRECT_SCALE = 8
 """Beyond it the gradient is summed along one axis after the other."""
@@ -44,29 +48,32 @@ def concat_upsample_backward(
     channels: Sequence[int],
     sizes: Sequence[Size],
     out: Sequence[Tensor] | None = None,
-    **launch: int,
+    config: StripConfig = BACKWARD,
 ) -> list[Tensor]:
     """Gradients (N, channels[i], *sizes[i]), NHWC, of the maps, from grad (N, sum channels, H, W).
 
-    `launch`: see `_launch_backward`. Raises `ValueError`.
+    Raises `ValueError`.
     """
     check_map("grad", grad)
     if sum(channels) != grad.shape[1]:
         raise ValueError(
             f"grad: {grad.shape[1]} channels, the maps' {list(channels)} sum up to {sum(channels)}"
         )
-    return _backward(grad, grad.split(list(channels), dim=1), sizes, out, **launch)
+    return _backward(grad, grad.split(list(channels), dim=1), sizes, out, config)
 
 
 def sum_upsample_backward(
-    grad: Tensor, sizes: Sequence[Size], out: Sequence[Tensor] | None = None, **launch: int
+    grad: Tensor,
+    sizes: Sequence[Size],
+    out: Sequence[Tensor] | None = None,
+    config: StripConfig = BACKWARD,
 ) -> list[Tensor]:
     """Gradients (N, C, *sizes[i]), NHWC, of the added maps, from grad (N, C, H, W).
 
     The gradient of a map that had the output's size is `grad` itself: leave it out of `sizes`.
     """
     check_map("grad", grad)
-    return _backward(grad, [grad] * len(sizes), sizes, out, **launch)
+    return _backward(grad, [grad] * len(sizes), sizes, out, config)
 
 
 @triton.jit
@@ -181,7 +188,7 @@ def _backward(
     slices: Sequence[Tensor],
     sizes: Sequence[Size],
     out: Sequence[Tensor] | None,
-    **launch: int,
+    config: StripConfig,
 ) -> list[Tensor]:
     """The gradient of each map from its slice of `grad`."""
     pitch, *full = grad.shape[1:]
@@ -196,10 +203,10 @@ def _backward(
     steep = [_is_steep(size, full) for size in sizes]
     gentle = [index for index, is_steep in enumerate(steep) if not is_steep]
     if gentle:
-        _launch_backward([slices[i] for i in gentle], pitch, [outs[i] for i in gentle], **launch)
+        _launch_backward([slices[i] for i in gentle], pitch, [outs[i] for i in gentle], config)
     for part, x_grad, is_steep in zip(slices, outs, steep, strict=True):
         if is_steep:
-            _backward_by_axes(part, pitch, x_grad, **launch)
+            _backward_by_axes(part, pitch, x_grad, config)
     return outs
 
 
@@ -207,39 +214,34 @@ def _is_steep(size: Size, full: Sequence[int]) -> bool:
     return any(whole > _LARGEST_DIRECT_SCALE * part for part, whole in zip(size, full, strict=True))
 
 
-def _backward_by_axes(part: Tensor, pitch: int, x_grad: Tensor, **launch: int) -> None:
+def _backward_by_axes(part: Tensor, pitch: int, x_grad: Tensor, config: StripConfig) -> None:
     """Vertically, then horizontally: few pixels with many outputs each would leave a GPU idle."""
     batch, channels, height, _ = x_grad.shape
     unrounded = part.new_empty((), dtype=accumulator_dtype(part.dtype))
     columns = empty_map((batch, channels, height, part.shape[3]), unrounded)
-    _launch_backward([part], pitch, [columns], **launch)
-    _launch_backward([columns], channels, [x_grad], **launch)
+    _launch_backward([part], pitch, [columns], config)
+    _launch_backward([columns], channels, [x_grad], config)
 
 
 def _launch_backward(
     slices: Sequence[Tensor],
     pitch: int,
     outs: Sequence[Tensor],
-    block: int = 1024,
-    rows: int = 4,
-    warps: int = 4,
+    config: StripConfig,
 ) -> None:
-    """A program computes `block` elements of each of `rows` rows of one map's gradient.
-
-    slices: of the output's gradient, for each map; their pixels lie `pitch` apart.
-    """
+    """slices: of the output's gradient, for each map; their pixels lie `pitch` apart."""
     batch, _, height, width = slices[0].shape
     channels = [x.shape[1] for x in outs]
     vector = vector_width(slices[0].dtype, pitch, *channels)
     taps = [most_outputs_beside(x.shape[3], width) for x in outs]
     grid = (
-        max(triton.cdiv(x.shape[3] * x.shape[1], block) for x in outs),
-        triton.cdiv(max(x.shape[2] for x in outs), rows),
+        max(triton.cdiv(x.shape[3] * x.shape[1], config.block) for x in outs),
+        triton.cdiv(max(x.shape[2] for x in outs), config.rows),
         batch * len(outs),
     )
     _backward_kernel[grid](
         *four(slices), *four(outs), *four_sizes(outs), height, width,
         *four([c // vector for c in channels]), pitch // vector, *four(taps),
-        MAPS=len(outs), GROUPS=block // vector, VECTOR=vector, ROWS=rows,
-        UNROLL=min(max(taps), 8), ACC=accumulator(slices[0].dtype), num_warps=warps,
+        MAPS=len(outs), GROUPS=config.block // vector, VECTOR=vector, ROWS=config.rows,
+        UNROLL=min(max(taps), 8), ACC=accumulator(slices[0].dtype), num_warps=config.warps,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -13,6 +14,15 @@ from torch import Tensor
 from lgcnet_fast.kernels.common import check_like, check_map, empty_map
 
 MAX_MAPS = 4
+
+
+@dataclass(frozen=True)
+class StripConfig:
+    """Work of one program: `block` elements of each of `rows` rows of a map."""
+
+    block: int
+    rows: int
+    warps: int
 
 
 @triton.jit

@@ -14,6 +14,8 @@ from torch import Tensor
 from lgcnet_fast.kernels.bilinear import Size, first_output
 from lgcnet_fast.kernels.common import accumulator, check_like
 from lgcnet_fast.kernels.upsample_cells import (
+    CELLS,
+    CellConfig,
     across,
     check_logits,
     class_rows,
@@ -24,11 +26,11 @@ from lgcnet_fast.kernels.upsample_cells import (
 
 
 def upsample_argmax_forward(
-    logits: Tensor, size: Size, out: Tensor | None = None, lanes: int = 32, warps: int = 1
+    logits: Tensor, size: Size, out: Tensor | None = None, config: CellConfig = CELLS
 ) -> Tensor:
     """Logits (N, classes, h, w), NHWC, at most 32 classes -> uint8 labels (N, *size).
 
-    A program labels the pixels of `lanes` neighbouring cells. Raises `ValueError`.
+    Raises `ValueError`.
     """
     check_logits(logits, size)
     batch, classes, h, w = logits.shape
@@ -38,10 +40,10 @@ def upsample_argmax_forward(
     if out.dtype != torch.uint8 or not out.is_contiguous():
         raise ValueError(f"out: {out.dtype} of strides {out.stride()}, need contiguous uint8")
     rows = class_rows(logits)
-    _argmax_kernel[(triton.cdiv(w, lanes), h, batch)](
+    _argmax_kernel[(triton.cdiv(w, config.lanes), h, batch)](
         rows, out, h, w, *size,
-        CLASSES=classes, PITCH=rows.shape[3], LANES=lanes, ACC=accumulator(logits.dtype),
-        num_warps=warps,
+        CLASSES=classes, PITCH=rows.shape[3], LANES=config.lanes, ACC=accumulator(logits.dtype),
+        num_warps=config.warps,
     )  # fmt: skip
     return out
 

@@ -12,6 +12,8 @@ are neighbours in memory, and the constant distance between classes costs no add
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,16 @@ from lgcnet_fast.kernels.bilinear import (
 )
 from lgcnet_fast.kernels.common import accumulator_dtype, check_map
 
+
+@dataclass(frozen=True)
+class CellConfig:
+    """Work of one program: `lanes` neighbouring columns of cells, one a lane."""
+
+    lanes: int
+    warps: int
+
+
+CELLS = CellConfig(lanes=32, warps=1)
 MAX_CLASSES = 32
 """More would not fit into registers."""
 

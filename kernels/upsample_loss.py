@@ -30,7 +30,7 @@ from torch import Tensor
 from lgcnet_fast.kernels.common import accumulator, check_like
 from lgcnet_fast.kernels.order_statistic import hardest_loss
 from lgcnet_fast.kernels.rows import checked_out
-from lgcnet_fast.kernels.upsample_cells import check_logits, class_rows
+from lgcnet_fast.kernels.upsample_cells import CELLS, CellConfig, check_logits, class_rows
 from lgcnet_fast.kernels.upsample_loss_kernels import (
     logits_gradient_kernel,
     losses_kernel,
@@ -67,18 +67,18 @@ def upsample_cross_entropy_forward(
     weight: Tensor | None = None,
     ignore_index: int = 255,
     gradient: bool = True,
-    **launch: int,
+    config: CellConfig = CELLS,
 ) -> tuple[Tensor, LossSums | None]:
     """Scalar loss, the weighted mean over the valid pixels, and the sums for the backward pass.
 
     logits (N, classes, h, w), NHWC, at most 32 classes; target (N, H, W) of an integer dtype;
     weight (classes,) float. The loss is float32 (float64 for float64 logits), 0 where no pixel is
     valid, and NaN where a label is neither a class nor `ignore_index`. Without `gradient` there
-    are no sums. `launch`: see `_launch_sums`. Raises `ValueError`.
+    are no sums. Raises `ValueError`.
     """
     _check(logits, target, weight)
     rows = class_rows(logits)
-    return _launch_sums(rows, logits, target, weight, ignore_index, None, gradient, **launch)
+    return _launch_sums(rows, logits, target, weight, ignore_index, None, gradient, config)
 
 
 def upsample_ohem_forward(
@@ -89,7 +89,7 @@ def upsample_ohem_forward(
     weight: Tensor | None = None,
     ignore_index: int = 255,
     gradient: bool = True,
-    **launch: int,
+    config: CellConfig = CELLS,
 ) -> tuple[Tensor, LossSums | None]:
     """As `upsample_cross_entropy_forward`, over the hard pixels only.
 
@@ -101,10 +101,10 @@ def upsample_ohem_forward(
         if not 0 <= share <= 1:
             raise ValueError(f"{name}: {share}, need a number from 0 to 1")
     rows = class_rows(logits)
-    losses = _launch_losses(rows, logits, target, ignore_index)
+    losses = _launch_losses(rows, logits, target, ignore_index, config)
     easy = math.inf if threshold == 0 else -math.log(threshold)
     hard = _HardPixels(losses, hardest_loss(losses, keep), easy)
-    return _launch_sums(rows, logits, target, weight, ignore_index, hard, gradient, **launch)
+    return _launch_sums(rows, logits, target, weight, ignore_index, hard, gradient, config)
 
 
 def upsample_loss_backward(
@@ -150,17 +150,16 @@ def _launch_losses(
     logits: Tensor,
     target: Tensor,
     ignore_index: int,
-    lanes: int = 32,
-    warps: int = 1,
+    config: CellConfig,
 ) -> Tensor:
     """Loss of every pixel, float32 (N, H, W), -1 where it is ignored."""
     batch, classes, h, w = logits.shape
     height, width = target.shape[1:]
     losses = target.new_empty(target.shape, dtype=torch.float32)
-    losses_kernel[(triton.cdiv(w, lanes), h, batch)](
+    losses_kernel[(triton.cdiv(w, config.lanes), h, batch)](
         rows, target, losses, h, w, height, width, ignore_index,
-        CLASSES=classes, PITCH=rows.shape[3], LANES=lanes, ACC=accumulator(logits.dtype),
-        num_warps=warps,
+        CLASSES=classes, PITCH=rows.shape[3], LANES=config.lanes, ACC=accumulator(logits.dtype),
+        num_warps=config.warps,
     )  # fmt: skip
     return losses
 
@@ -173,13 +172,12 @@ def _launch_sums(
     ignore_index: int,
     hard: _HardPixels | None,
     gradient: bool,
-    lanes: int = 32,
-    warps: int = 1,
+    config: CellConfig,
 ) -> tuple[Tensor, LossSums | None]:
-    """A program serves `lanes` columns of cells, CELL_ROWS rows of them."""
+    """A program serves CELL_ROWS rows of the cells of its lanes."""
     batch, classes, h, w = logits.shape
     height, width = target.shape[1:]
-    grid = (triton.cdiv(w, lanes), triton.cdiv(h, CELL_ROWS), batch)
+    grid = (triton.cdiv(w, config.lanes), triton.cdiv(h, CELL_ROWS), batch)
     sums = rows.new_empty(2, math.prod(grid))
     corners = rows.new_empty(batch, grid[1], CELL_ROWS + 1, 2, classes, w) if gradient else sums
     # Arguments that a variant of the kernel does not read are filled with others of their kind.
@@ -187,9 +185,9 @@ def _launch_sums(
     sums_kernel[grid](
         rows, target, sums if weight is None else weight, losses, hardest, corners, sums,
         h, w, height, width, ignore_index, easy,
-        CLASSES=classes, PITCH=rows.shape[3], LANES=lanes, CELL_ROWS=CELL_ROWS,
+        CLASSES=classes, PITCH=rows.shape[3], LANES=config.lanes, CELL_ROWS=CELL_ROWS,
         WEIGHTED=weight is not None, HARD_ONLY=hard is not None, GRADIENT=gradient,
-        ACC=accumulator(logits.dtype), num_warps=warps,
+        ACC=accumulator(logits.dtype), num_warps=config.warps,
     )  # fmt: skip
     loss, mass = rows.new_empty(()), rows.new_empty(())
     mean_kernel[(1,)](

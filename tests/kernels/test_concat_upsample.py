@@ -14,7 +14,9 @@ from lgcnet_fast.kernels.concat_upsample_backward import (
     concat_upsample_backward,
     sum_upsample_backward,
 )
+from lgcnet_fast.kernels.rows import StripConfig
 
+SMALL = StripConfig(block=128, rows=2, warps=4)
 CUDA = torch.cuda.is_available()
 Size = tuple[int, int]
 
@@ -91,7 +93,7 @@ def test_forward_is_float64_interpolation(layout, dtype, add, device):
     maps = random_maps(sizes, widths(layout, add), dtype, device)
     expected = truth(maps, size, add)
     out, canaries = poisoned(expected.shape, dtype, device)
-    (sum_upsample_forward if add else concat_upsample_forward)(maps, size, out, block=128)
+    (sum_upsample_forward if add else concat_upsample_forward)(maps, size, out, SMALL)
     scale = truth([x.abs() for x in maps], size, add)
     assert_rounded(out, expected, scale)
     assert (canaries == 7).all()
@@ -108,21 +110,21 @@ def test_backward_is_float64_gradient(layout, dtype, add, device):
     scales = torch.autograd.grad(truth(leaves, size, add), leaves, grad.double().abs())
     outs, canaries = zip(*(poisoned(x.shape, dtype, device) for x in leaves), strict=True)
     if add:
-        sum_upsample_backward(grad, sizes, outs, block=128)
+        sum_upsample_backward(grad, sizes, outs, SMALL)
     else:
-        concat_upsample_backward(grad, channels, sizes, outs, block=128)
+        concat_upsample_backward(grad, channels, sizes, outs, SMALL)
     for actual, wanted, scale, canary in zip(outs, expected, scales, canaries, strict=True):
         assert_rounded(actual, wanted, scale)
         assert (canary == 7).all()
 
 
-@pytest.mark.parametrize(("block", "rows"), [(16, 1), (32, 3)])
-def test_launch_parameters_do_not_change_the_result(block, rows, device):
+@pytest.mark.parametrize("config", [StripConfig(16, 1, 1), StripConfig(32, 3, 2)], ids=str)
+def test_tile_sizes_do_not_change_the_result(config, device):
     sizes = [(4, 5), (3, 4)]
     maps = random_maps(sizes, [8, 4], torch.float32, device)
-    out = concat_upsample_forward(maps, (4, 5), block=block, rows=rows)
+    out = concat_upsample_forward(maps, (4, 5), config=config)
     assert torch.equal(out, concat_upsample_forward(maps, (4, 5)))
-    grads = concat_upsample_backward(out, [8, 4], sizes, block=block, rows=rows)
+    grads = concat_upsample_backward(out, [8, 4], sizes, config=config)
     again = concat_upsample_backward(out, [8, 4], sizes)
     assert all(torch.equal(one, other) for one, other in zip(grads, again, strict=True))
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lgcnet_fast.kernels.order_statistic import hardest_loss
 from lgcnet_fast.kernels.upsample_argmax import upsample_argmax_forward
+from lgcnet_fast.kernels.upsample_cells import CELLS, CellConfig
 from lgcnet_fast.kernels.upsample_loss import (
     upsample_cross_entropy_forward,
     upsample_loss_backward,
@@ -222,14 +223,14 @@ def test_without_gradient(device):
 
 
 @pytest.mark.parametrize("lanes", [2, 16])
-def test_launch_parameters_do_not_change_the_gradient(lanes, device):
+def test_tile_sizes_do_not_change_the_gradient(lanes, device):
     logits, labels = (
         random_logits(SHAPES[0], torch.float32, device),
         random_labels(SHAPES[0], device),
     )
     grads = []
-    for launch in ({}, {"lanes": lanes}):
-        loss, sums = upsample_cross_entropy_forward(logits, labels, **launch)
+    for config in (CELLS, CellConfig(lanes, warps=1)):
+        loss, sums = upsample_cross_entropy_forward(logits, labels, config=config)
         grads.append(upsample_loss_backward(sums, one(loss), logits))
     torch.testing.assert_close(*grads, rtol=1e-5, atol=0)
 
