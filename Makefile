@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml tools/choose_stack.py
+$(VENV)/.installed: pyproject.toml setup.py tools/choose_stack.py tools/native_build.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$($(PYTHON) tools/choose_stack.py)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[all,test]"
