@@ -114,7 +114,7 @@ def load_taps(x, tap, left, middle, right, RELU: tl.constexpr, ACC: tl.constexpr
 
 
 @triton.jit
-def _window_row(w, x, total):
+def window_row(w, x, total):
     """total + the three products of one window row, as multiply-adds."""
     return total + w[0] * x[0] + w[1] * x[1] + w[2] * x[2]
 
@@ -146,13 +146,13 @@ def _walk_chains(
         inside = x_mask & (in_row >= 0) & (in_row < H)
         taps = load_taps(x, tap, inside & left, inside, inside & right, RELU, ACC)
         if u >= 2 and u % HOP == 0:
-            tl.store(y, _window_row(w_bottom, taps, two_rows), mask=y_mask & (out_row < HO))
+            tl.store(y, window_row(w_bottom, taps, two_rows), mask=y_mask & (out_row < HO))
             y += y_pitch
             out_row += step
         if u % HOP == 1 % HOP and (u >= 1 and u <= last_top + 1):
-            two_rows = _window_row(w_centre, taps, one_row)
+            two_rows = window_row(w_centre, taps, one_row)
         if u % HOP == 0 and u <= last_top:
-            one_row = _window_row(w_top, taps, 0.0)
+            one_row = window_row(w_top, taps, 0.0)
         x += x_pitch
         in_row += dilation
 

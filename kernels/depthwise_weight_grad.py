@@ -34,7 +34,7 @@ from lgcnet_fast.kernels.depthwise import (
 
 @dataclass(frozen=True)
 class WeightGradConfig:
-    """Tile: `block_p` chains of `rows` outputs, `block_c` channels; `programs` share a map."""
+    """Tile: `block_p` chains of `rows` outputs, `block_c` channels; `programs` to a map of dy."""
 
     rows: int
     block_p: int
@@ -44,18 +44,18 @@ class WeightGradConfig:
 
     @classmethod
     def default(cls, dy_shape: tuple[int, ...]) -> WeightGradConfig:
-        """8 bytes of 16-bit storage a thread and load; about 16 programs for each of 132 cores."""
+        """8 bytes of 16-bit storage a thread and load; 4 programs for each of 132 cores."""
         edges, branches, images, channels, height, width = dy_shape
         block_c = min(64, triton.next_power_of_2(channels))
         block_p = 512 // block_c
-        rows = 4 if height >= 16 else 2
+        rows = 8 if height * width >= 4096 else 4 if height >= 16 else 2
         tiles = triton.cdiv(images * width * triton.cdiv(height, rows), block_p)
         others = edges * branches * triton.cdiv(channels, block_c)
-        return cls(rows, block_p, block_c, warps=4, programs=min(tiles, max(2048 // others, 1)))
+        return cls(rows, block_p, block_c, warps=4, programs=min(tiles, max(528 // others, 1)))
 
 
 @triton.jit
-def _add_products(total, taps, g):
+def add_products(total, taps, g):
     return total[0] + taps[0] * g, total[1] + taps[1] * g, total[2] + taps[2] * g
 
 
@@ -81,13 +81,13 @@ def _walk_chains(
         inside = mask & (in_row >= 0) & (in_row < H)
         taps = load_taps(x, tap, inside & left, inside, inside & right, RELU, ACC)
         if u >= 2 and u % HOP == 0:
-            bottom = _add_products(bottom, taps, g_two_ago)
+            bottom = add_products(bottom, taps, g_two_ago)
         g_two_ago = g_one_ago
         if u % HOP == 1 % HOP and (u >= 1 and u <= last_top + 1):
-            centre = _add_products(centre, taps, g_one_ago)
+            centre = add_products(centre, taps, g_one_ago)
         if u % HOP == 0 and u <= last_top:
             g_one_ago = tl.load(dy, mask=mask & (out_row < HO), other=0.0).to(ACC)
-            top = _add_products(top, taps, g_one_ago)
+            top = add_products(top, taps, g_one_ago)
             dy += y_pitch
             out_row += step
         x += x_pitch
@@ -115,7 +115,7 @@ def _add_tile(
 
 
 @triton.jit
-def _store_row(share, row, channel_mask, C, WINDOW_ROW: tl.constexpr):
+def store_window_row(share, row, channel_mask, C, WINDOW_ROW: tl.constexpr):
     """Sums a window row of dw over the positions of the tile and writes it."""
     for tap in tl.static_range(3):
         total = tl.sum(row[tap], axis=0)[None, :]
@@ -155,9 +155,9 @@ def _weight_grad_kernel(
             )  # fmt: skip
 
     share = share_ptr + (program * maps + k).to(tl.int64) * 9 * C + channel
-    _store_row(share, top, channel < C, C, 0)
-    _store_row(share, centre, channel < C, C, 1)
-    _store_row(share, bottom, channel < C, C, 2)
+    store_window_row(share, top, channel < C, C, 0)
+    store_window_row(share, centre, channel < C, C, 1)
+    store_window_row(share, bottom, channel < C, C, 2)
 
 
 def depthwise_multi_weight_grad(

@@ -34,6 +34,7 @@ from bench.kernels.timing import (
 )
 from bench.results_file import provenance, write_json
 from lgcnet_fast.kernels.depthwise import ForwardConfig, depthwise_multi
+from lgcnet_fast.kernels.depthwise_backward import depthwise_backward
 from lgcnet_fast.kernels.depthwise_input_grad import (
     InputGradConfig,
     depthwise_multi_input_grad,
@@ -172,7 +173,19 @@ def weight_grad(case: Case, i: Inputs, config: WeightGradConfig | None = None) -
     return depthwise_multi_weight_grad(i.dy, i.x, i.weights, *arguments, config=config)
 
 
+def fused_backward(
+    case: Case, i: Inputs, config: WeightGradConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    (dilation,) = case.dilations
+    dx, dw = depthwise_backward(
+        i.dy[0, 0], i.x, i.weights[0, 0], dilation, case.stride, config=config
+    )
+    return dx, dw[None, None]
+
+
 def backward(case: Case, i: Inputs) -> tuple[Tensor, Tensor]:
+    if case.maps == 1:
+        return fused_backward(case, i)
     return input_grad(case, i), weight_grad(case, i)
 
 
@@ -251,23 +264,27 @@ def tiles(kernel: Callable[..., Any], case: Case) -> Iterator[Any]:
             yield InputGradConfig(p, c, warps)
     else:
         yield WeightGradConfig.default(y_shape)
-        blocks = [(16, 32, 4), (8, 64, 4), (16, 64, 4)]
+        blocks = [(16, 32, 4), (8, 64, 4), (8, 32, 4)]
         for rows, (p, c, warps) in itertools.product((2, 4, 8), blocks):
-            for programs in (64, 256):
+            for programs in (132, 528):
                 yield WeightGradConfig(rows, p, c, warps, programs)
 
 
 def sweep(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
     sets = [make_inputs(case) for _ in range(rotations(case.x_bytes + case.y_bytes))]
-    for kernel in (forward, input_grad, weight_grad):
+    kernels = [forward, input_grad, weight_grad]
+    if case.maps == 1 and case.dilations[0] % case.stride == 0:
+        kernels.append(fused_backward)
+    for kernel in kernels:
         rows = []
         for config in tiles(kernel, case):
             calls = [lambda i=i, c=config, k=kernel: k(case, i, c) for i in sets]
             rows.append({"config": str(config), "us": seconds_a_call(calls, replays=5) * 1e6})
         default = rows[0]["us"]
         rows.sort(key=lambda row: row["us"])
-        floor = (case.x_bytes + case.y_bytes) / bandwidth * 1e6
-        print(f"{kernel.__name__:<12} {case}: floor {floor:.1f}, default {default:.1f}", flush=True)
+        x_maps = 2 if kernel is fused_backward else 1
+        floor = (x_maps * case.x_bytes + case.y_bytes) / bandwidth * 1e6
+        print(f"{kernel.__name__:<14} {case}: floor {floor:.1f}, default {default:.1f}", flush=True)
         for row in rows[:3]:
             print(f"    {row['us']:7.1f} {row['config']}", flush=True)
         yield {"kernel": kernel.__name__, "case": str(case), "default_us": default, "tiles": rows}
