@@ -14,7 +14,6 @@ from torch import Tensor
 from lgcnet_fast.kernels.bilinear import Size, first_output
 from lgcnet_fast.kernels.common import accumulator, check_like
 from lgcnet_fast.kernels.upsample_cells import (
-    CELLS,
     CellConfig,
     across,
     check_logits,
@@ -24,9 +23,11 @@ from lgcnet_fast.kernels.upsample_cells import (
     logits_at,
 )
 
+ARGMAX = CellConfig(lanes=32, rows=1, warps=1)
+
 
 def upsample_argmax_forward(
-    logits: Tensor, size: Size, out: Tensor | None = None, config: CellConfig = CELLS
+    logits: Tensor, size: Size, out: Tensor | None = None, config: CellConfig = ARGMAX
 ) -> Tensor:
     """Logits (N, classes, h, w), NHWC, at most 32 classes -> uint8 labels (N, *size).
 
@@ -40,10 +41,11 @@ def upsample_argmax_forward(
     if out.dtype != torch.uint8 or not out.is_contiguous():
         raise ValueError(f"out: {out.dtype} of strides {out.stride()}, need contiguous uint8")
     rows = class_rows(logits)
-    _argmax_kernel[(triton.cdiv(w, config.lanes), h, batch)](
+    grid = (triton.cdiv(w, config.lanes), triton.cdiv(h, config.rows), batch)
+    _argmax_kernel[grid](
         rows, out, h, w, *size,
-        CLASSES=classes, PITCH=rows.shape[3], LANES=config.lanes, ACC=accumulator(logits.dtype),
-        num_warps=config.warps,
+        CLASSES=classes, PITCH=rows.shape[3], LANES=config.lanes, ROWS=config.rows,
+        ACC=accumulator(logits.dtype), num_warps=config.warps,
     )  # fmt: skip
     return out
 
@@ -51,14 +53,15 @@ def upsample_argmax_forward(
 @triton.jit(do_not_specialize=["h", "w", "height", "width"])
 def _argmax_kernel(
     rows_ptr, out_ptr, h, w, height, width,
-    CLASSES: tl.constexpr, PITCH: tl.constexpr, LANES: tl.constexpr, ACC: tl.constexpr,
+    CLASSES: tl.constexpr, PITCH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of cell columns, cell rows, N)."""
+    """Grid (blocks of cell columns, bands of ROWS cell rows, N)."""
     cell = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    i = tl.program_id(1)
+    i = tl.program_id(1) * ROWS
     batch = tl.program_id(2)
     first, end = columns_of_cells(cell, w, width)
-    for row in range(first_output(i, h, height), first_output(i + 1, h, height)):
+    for row in range(first_output(i, h, height), first_output(i + ROWS, h, height)):
         lefts, slopes = logits_along_row(
             rows_ptr, batch, row, cell, h, w, height, CLASSES, PITCH, ACC
         )

@@ -30,13 +30,13 @@ from lgcnet_fast.kernels.common import accumulator_dtype, check_map
 
 @dataclass(frozen=True)
 class CellConfig:
-    """Work of one program: `lanes` neighbouring columns of cells, one a lane."""
+    """Work of one program: `rows` rows of cells in `lanes` neighbouring columns, one a lane."""
 
     lanes: int
+    rows: int
     warps: int
 
 
-CELLS = CellConfig(lanes=32, warps=1)
 MAX_CLASSES = 32
 """More would not fit into registers."""
 

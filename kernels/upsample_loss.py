@@ -13,7 +13,7 @@ sums still to be divided by V. A cell's lower corners are the next cell's upper 
 program going down a band of cell rows stores two sums, left and right, a low-resolution row: these
 are added up in the backward pass. No atomics: the same inputs give the same bits.
 
-Least traffic: logits and labels once; with the gradient 2 (1 + 1 / CELL_ROWS) float32 values
+Least traffic: logits and labels once; with the gradient 2 (1 + 1 / rows) float32 values
 written and read again for each logit. Arithmetic: about 11 operations a class and pixel, one of
 them an exponential.
 """
@@ -30,7 +30,7 @@ from torch import Tensor
 from lgcnet_fast.kernels.common import accumulator, check_like
 from lgcnet_fast.kernels.order_statistic import hardest_loss
 from lgcnet_fast.kernels.rows import checked_out
-from lgcnet_fast.kernels.upsample_cells import CELLS, CellConfig, check_logits, class_rows
+from lgcnet_fast.kernels.upsample_cells import CellConfig, check_logits, class_rows
 from lgcnet_fast.kernels.upsample_loss_kernels import (
     logits_gradient_kernel,
     losses_kernel,
@@ -38,8 +38,7 @@ from lgcnet_fast.kernels.upsample_loss_kernels import (
     sums_kernel,
 )
 
-CELL_ROWS = 4
-"""Rows of cells in a band, which one program goes down."""
+LOSS = CellConfig(lanes=32, rows=4, warps=1)
 
 _LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -48,7 +47,7 @@ class LossSums(NamedTuple):
     """What the forward pass leaves to the backward pass."""
 
     corners: Tensor
-    """(N, bands, CELL_ROWS + 1, 2, classes, w): see `sums_kernel`."""
+    """(N, bands of cells, rows of a band + 1, 2, classes, w): see `sums_kernel`."""
     mass: Tensor
     """Scalar V."""
 
@@ -67,7 +66,7 @@ def upsample_cross_entropy_forward(
     weight: Tensor | None = None,
     ignore_index: int = 255,
     gradient: bool = True,
-    config: CellConfig = CELLS,
+    config: CellConfig = LOSS,
 ) -> tuple[Tensor, LossSums | None]:
     """Scalar loss, the weighted mean over the valid pixels, and the sums for the backward pass.
 
@@ -89,7 +88,7 @@ def upsample_ohem_forward(
     weight: Tensor | None = None,
     ignore_index: int = 255,
     gradient: bool = True,
-    config: CellConfig = CELLS,
+    config: CellConfig = LOSS,
 ) -> tuple[Tensor, LossSums | None]:
     """As `upsample_cross_entropy_forward`, over the hard pixels only.
 
@@ -117,14 +116,16 @@ def upsample_loss_backward(
     """
     check_logits(like, like.shape[2:])
     batch, classes, h, w = like.shape
-    bands = triton.cdiv(h, CELL_ROWS)
-    check_like("corners", sums.corners, (batch, bands, CELL_ROWS + 1, 2, classes, w), like)
+    rows = sums.corners.shape[2] - 1
+    check_like(
+        "corners", sums.corners, (batch, triton.cdiv(h, rows), rows + 1, 2, classes, w), like
+    )
     check_like("grad_loss", grad_loss, (), like)
     out = checked_out("out", out, tuple(like.shape), like)
     logits_gradient_kernel[(triton.cdiv(w, columns), h, batch)](
         sums.corners, sums.mass, grad_loss, out, h, w,
         CLASSES=classes, CLASS_BLOCK=triton.next_power_of_2(classes), COLUMNS=columns,
-        CELL_ROWS=CELL_ROWS, ACC=accumulator(like.dtype),
+        ROWS=rows, ACC=accumulator(like.dtype),
     )  # fmt: skip
     return out
 
@@ -156,10 +157,11 @@ def _launch_losses(
     batch, classes, h, w = logits.shape
     height, width = target.shape[1:]
     losses = target.new_empty(target.shape, dtype=torch.float32)
-    losses_kernel[(triton.cdiv(w, config.lanes), h, batch)](
+    grid = (triton.cdiv(w, config.lanes), triton.cdiv(h, config.rows), batch)
+    losses_kernel[grid](
         rows, target, losses, h, w, height, width, ignore_index,
-        CLASSES=classes, PITCH=rows.shape[3], LANES=config.lanes, ACC=accumulator(logits.dtype),
-        num_warps=config.warps,
+        CLASSES=classes, PITCH=rows.shape[3], LANES=config.lanes, ROWS=config.rows,
+        ACC=accumulator(logits.dtype), num_warps=config.warps,
     )  # fmt: skip
     return losses
 
@@ -174,18 +176,17 @@ def _launch_sums(
     gradient: bool,
     config: CellConfig,
 ) -> tuple[Tensor, LossSums | None]:
-    """A program serves CELL_ROWS rows of the cells of its lanes."""
     batch, classes, h, w = logits.shape
     height, width = target.shape[1:]
-    grid = (triton.cdiv(w, config.lanes), triton.cdiv(h, CELL_ROWS), batch)
+    grid = (triton.cdiv(w, config.lanes), triton.cdiv(h, config.rows), batch)
     sums = rows.new_empty(2, math.prod(grid))
-    corners = rows.new_empty(batch, grid[1], CELL_ROWS + 1, 2, classes, w) if gradient else sums
+    corners = rows.new_empty(batch, grid[1], config.rows + 1, 2, classes, w) if gradient else sums
     # Arguments that a variant of the kernel does not read are filled with others of their kind.
     losses, hardest, easy = hard or _HardPixels(sums, sums, 0.0)
     sums_kernel[grid](
         rows, target, sums if weight is None else weight, losses, hardest, corners, sums,
         h, w, height, width, ignore_index, easy,
-        CLASSES=classes, PITCH=rows.shape[3], LANES=config.lanes, CELL_ROWS=CELL_ROWS,
+        CLASSES=classes, PITCH=rows.shape[3], LANES=config.lanes, ROWS=config.rows,
         WEIGHTED=weight is not None, HARD_ONLY=hard is not None, GRADIENT=gradient,
         ACC=accumulator(logits.dtype), num_warps=config.warps,
     )  # fmt: skip

@@ -68,14 +68,18 @@ def _softmax_gradient(exponentials, total, label, v):
 @triton.jit(do_not_specialize=_SHAPE)
 def losses_kernel(
     rows_ptr, target_ptr, losses_ptr, h, w, height, width, ignore_index,
-    CLASSES: tl.constexpr, PITCH: tl.constexpr, LANES: tl.constexpr, ACC: tl.constexpr,
+    CLASSES: tl.constexpr, PITCH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """Loss of every pixel, -1 where it is ignored. Grid (blocks of cell columns, cell rows, N)."""
+    """Loss of every pixel, -1 where it is ignored.
+
+    Grid (blocks of cell columns, bands of ROWS cell rows, N).
+    """
     cell = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    i = tl.program_id(1)
+    i = tl.program_id(1) * ROWS
     batch = tl.program_id(2)
     first, end = columns_of_cells(cell, w, width)
-    for row in range(first_output(i, h, height), first_output(i + 1, h, height)):
+    for row in range(first_output(i, h, height), first_output(i + ROWS, h, height)):
         lefts, slopes = logits_along_row(
             rows_ptr, batch, row, cell, h, w, height, CLASSES, PITCH, ACC
         )
@@ -101,13 +105,13 @@ def _store_classes(pointer, values, inside, CLASSES: tl.constexpr, pitch):
 def sums_kernel(
     rows_ptr, target_ptr, weight_ptr, losses_ptr, hardest_ptr, corners_ptr, sums_ptr,
     h, w, height, width, ignore_index, easy,
-    CLASSES: tl.constexpr, PITCH: tl.constexpr, LANES: tl.constexpr, CELL_ROWS: tl.constexpr,
+    CLASSES: tl.constexpr, PITCH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
     WEIGHTED: tl.constexpr, HARD_ONLY: tl.constexpr, GRADIENT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums of v l and of v, a pair a program, and the corner sums of the gradient.
 
-    Grid (blocks of cell columns, bands of CELL_ROWS cell rows, N). Corner sums are stored as
-    (N, bands, CELL_ROWS + 1, 2, CLASSES, w): for the low-resolution rows around and inside the
+    Grid (blocks of cell columns, bands of ROWS cell rows, N). Corner sums are stored as
+    (N, bands, ROWS + 1, 2, CLASSES, w): for the low-resolution rows around and inside the
     band, what the cells right of a column (0) and those left of it, under their own column (1),
     give to it.
     """
@@ -119,9 +123,9 @@ def sums_kernel(
     mass = tl.zeros((LANES,), ACC)
     upper_left = zeros_of_classes(CLASSES, LANES, ACC)
     upper_right = zeros_of_classes(CLASSES, LANES, ACC)
-    slot = (batch * tl.num_programs(1) + band).to(tl.int64) * (CELL_ROWS + 1)
+    slot = (batch * tl.num_programs(1) + band).to(tl.int64) * (ROWS + 1)
     corner_ptr = corners_ptr + slot * (2 * CLASSES * w) + cell
-    for i in range(band * CELL_ROWS, band * CELL_ROWS + CELL_ROWS):
+    for i in range(band * ROWS, band * ROWS + ROWS):
         lower_left = zeros_of_classes(CLASSES, LANES, ACC)
         lower_right = zeros_of_classes(CLASSES, LANES, ACC)
         for row in range(first_output(i, h, height), first_output(i + 1, h, height)):
@@ -209,7 +213,7 @@ def _corner_row(corners_ptr, row, column, c, w, inside, CLASSES: tl.constexpr):
 def logits_gradient_kernel(
     corners_ptr, mass_ptr, grad_loss_ptr, grad_ptr, h, w,
     CLASSES: tl.constexpr, CLASS_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    CELL_ROWS: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """grad = grad_loss / V times the sum of the corners. Grid (blocks of columns, h, N)."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
@@ -217,12 +221,12 @@ def logits_gradient_kernel(
     inside = (column < w) & (c < CLASSES)
     i = tl.program_id(1)
     batch = tl.program_id(2)
-    band = i // CELL_ROWS
-    first_of_batch = batch * tl.cdiv(h, CELL_ROWS)
-    row = (first_of_batch + band) * (CELL_ROWS + 1) + i % CELL_ROWS
+    band = i // ROWS
+    first_of_batch = batch * tl.cdiv(h, ROWS)
+    row = (first_of_batch + band) * (ROWS + 1) + i % ROWS
     total = _corner_row(corners_ptr, row, column, c, w, inside, CLASSES)
     # The first row of a band is also below the last cells of the band above.
-    shared = inside & (i % CELL_ROWS == 0) & (band > 0)
+    shared = inside & (i % ROWS == 0) & (band > 0)
     total += _corner_row(corners_ptr, row - 1, column, c, w, shared, CLASSES)
     mass = tl.load(mass_ptr)
     scale = tl.load(grad_loss_ptr).to(ACC) / tl.where(mass == 0, 1, mass)

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from lgcnet_fast.kernels.order_statistic import hardest_loss
 from lgcnet_fast.kernels.upsample_argmax import upsample_argmax_forward
-from lgcnet_fast.kernels.upsample_cells import CELLS, CellConfig
+from lgcnet_fast.kernels.upsample_cells import CellConfig
 from lgcnet_fast.kernels.upsample_loss import (
+    LOSS,
     upsample_cross_entropy_forward,
     upsample_loss_backward,
     upsample_ohem_forward,
@@ -222,14 +223,14 @@ def test_without_gradient(device):
     assert loss == upsample_cross_entropy_forward(logits, labels)[0]
 
 
-@pytest.mark.parametrize("lanes", [2, 16])
-def test_tile_sizes_do_not_change_the_gradient(lanes, device):
+@pytest.mark.parametrize(("lanes", "rows"), [(2, 1), (16, 3)])
+def test_tile_sizes_do_not_change_the_gradient(lanes, rows, device):
     logits, labels = (
         random_logits(SHAPES[0], torch.float32, device),
         random_labels(SHAPES[0], device),
     )
     grads = []
-    for config in (CELLS, CellConfig(lanes, warps=1)):
+    for config in (LOSS, CellConfig(lanes, rows, warps=1)):
         loss, sums = upsample_cross_entropy_forward(logits, labels, config=config)
         grads.append(upsample_loss_backward(sums, one(loss), logits))
     torch.testing.assert_close(*grads, rtol=1e-5, atol=0)
