@@ -31,7 +31,7 @@ class Launcher(ABC):
         instance: Instance,
         grid: Extent,
         block: Extent,
-        arguments: np.void,
+        arguments: np.ndarray,
         device: torch.device,
     ) -> None:
         """Starts a kernel, whose argument struct is `arguments`, and returns at once."""

@@ -72,9 +72,9 @@ def view_of(feature_map: Tensor) -> tuple[int, int, int, int]:
     return feature_map.data_ptr(), image, row, pixel
 
 
-def pack(dtype: np.dtype, fields: tuple[object, ...]) -> np.void:
-    """A kernel's argument struct."""
-    return np.array([fields], dtype=dtype)[0]
+def pack(dtype: np.dtype, fields: tuple[object, ...]) -> np.ndarray:
+    """A kernel's argument struct, as an array of that one element (what CuPy passes by value)."""
+    return np.array([fields], dtype=dtype)
 
 
 def widest_vector(options: Iterable[int], *maps: Tensor) -> int:

@@ -16,7 +16,7 @@ from lgcnet_fast.native.launcher import Extent, Launcher
 
 
 class Prebuilt(Launcher):
-    """Raises `DeviceError` where there is no extension that fits the sources and the GPU."""
+    """Raises `DeviceError` where there is no extension that fits the sources and the current GPU."""
 
     route = "prebuilt extension"
 
@@ -27,8 +27,7 @@ class Prebuilt(Launcher):
                 "the extension was compiled from other sources than those installed; "
                 "install the package again"
             )
-        for index in range(torch.cuda.device_count()):
-            _check_architecture(self._module.architectures, index)
+        _check_architecture(self._module.architectures, torch.cuda.current_device())
         self._numbers = {name: number for number, name in enumerate(self._module.names())}
 
     def launch(
@@ -36,7 +35,7 @@ class Prebuilt(Launcher):
         instance: Instance,
         grid: Extent,
         block: Extent,
-        arguments: np.void,
+        arguments: np.ndarray,
         device: torch.device,
     ) -> None:
         number = self._numbers[instance.expression]

@@ -19,22 +19,21 @@ from lgcnet_fast.native.launcher import Extent, Launcher
 class RunTime(Launcher):
     """Compiles each kernel when it is first launched; CuPy keeps the results on disk.
 
-    Raises `DeviceError` where CuPy is missing or cannot compile for the GPU.
+    Raises `DeviceError` where CuPy is missing or cannot compile for the current GPU.
     """
 
     route = "run-time compilation"
 
     def __init__(self) -> None:
         self._cupy = _import_cupy()
-        for index in range(torch.cuda.device_count()):
-            self._try_compiling(index)
+        self._try_compiling(torch.cuda.current_device())
 
     def launch(
         self,
         instance: Instance,
         grid: Extent,
         block: Extent,
-        arguments: np.void,
+        arguments: np.ndarray,
         device: torch.device,
     ) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index

@@ -38,7 +38,7 @@ class Emulated(Launcher):
         instance: Instance,
         grid: Extent,
         block: Extent,
-        arguments: np.void,
+        arguments: np.ndarray,
         device: torch.device,
     ) -> None:
         number = self._numbers[instance.expression]
