@@ -254,19 +254,19 @@ def tiles(kernel: Callable[..., Any], case: Case) -> Iterator[Any]:
     y_shape = (case.edges, len(case.dilations), case.shape[0], channels, *case.out_size)
     if kernel is forward:
         yield ForwardConfig.default(y_shape)
-        blocks = [(16, 32, 4), (8, 64, 4), (16, 64, 4), (32, 32, 4), (64, 32, 8)]
+        blocks = [(16, 32, 4), (8, 64, 4), (16, 64, 4), (32, 32, 4), (32, 16, 4)]
         for rows, (p, c, warps) in itertools.product((2, 4, 8), blocks):
             yield ForwardConfig(rows, p, c, warps)
     elif kernel is input_grad:
         yield InputGradConfig.default(channels, case.stride)
         blocks = [(16, 32, 4), (32, 32, 4), (16, 64, 4), (32, 64, 4), (64, 32, 4), (64, 64, 8)]
-        for p, c, warps in [*blocks, (128, 32, 8)]:
+        for p, c, warps in [*blocks, (64, 16, 4)]:
             yield InputGradConfig(p, c, warps)
     else:
         yield WeightGradConfig.default(y_shape)
-        blocks = [(16, 32, 4), (8, 64, 4), (8, 32, 4)]
-        for rows, (p, c, warps) in itertools.product((2, 4, 8), blocks):
-            for programs in (132, 528):
+        blocks = [(16, 32, 4), (8, 64, 4), (8, 32, 4), (32, 16, 4)]
+        for rows, (p, c, warps) in itertools.product((4, 8), blocks):
+            for programs in (264, 528):
                 yield WeightGradConfig(rows, p, c, warps, programs)
 
 
@@ -305,6 +305,7 @@ def table(full: bool, bandwidth: float) -> list[dict[str, Any]]:
 def sweeps(bandwidth: float) -> list[dict[str, Any]]:
     cases = [Case(shape, (4,)) for shape in CELLS_256X512[1:]]
     cases += [Case(CELLS_256X512[1], (8,)), Case(CELLS_256X512[1], (1,), stride=2)]
+    cases += [Case((16, 48, 64, 128), (8,))]
     cases += [Case(CELLS_256X512[2], (1, 2, 4, 8), edges=2)]
     return [row for case in cases for row in sweep(case, bandwidth)]
 

@@ -1,0 +1,120 @@
+"""Compiles the depthwise and mixed-sum kernels for one architecture, without a GPU.
+
+    python compile_kernels.py 90 bf16
+
+Prints a JSON line a kernel: registers, bytes of stack (spills) and of shared memory. Needs an
+interpreter in which Triton compiles, so not one with TRITON_INTERPRET set.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lgcnet_fast.kernels import (
+    common,
+    depthwise,
+    depthwise_backward,
+    depthwise_input_grad,
+    depthwise_weight_grad,
+    mixed_sum,
+    mixed_sum_backward,
+)
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+BRANCHES, PLAIN = 18, 3
+MAPS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "g_ptr", "out_ptr"}
+LISTS = {
+    "y_ptrs": BRANCHES,
+    "dy_ptrs": BRANCHES,
+    "x_ptrs": PLAIN,
+    "dx_ptrs": PLAIN,
+    "map_ptrs": BRANCHES + PLAIN,
+}
+SCALARS = {"packed_dilations": "i64", "eps": "fp32"}
+MULTIPLES_OF_16 = {"H", "W", "HO", "WO", "C", "columns", "tile_size"}
+DIVISIBLE = [["tt.divisibility", 16]]
+
+
+def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
+    """Kernel, compile-time arguments and warps: the defaults for 64 channels and large maps."""
+    for stride in (1, 2):
+        shared = {"STRIDE": stride, "RELU": True, "ACC": tl.float32}
+        tile = {"BLOCK_P": 8, "BLOCK_C": 64, "ROWS": 8}
+        for edges in (1, 2):
+            yield depthwise._forward_kernel, shared | tile | {"EDGES": edges}, 4
+        yield depthwise_weight_grad._weight_grad_kernel, shared | tile, 4
+        yield depthwise_backward._backward_kernel, shared | tile, 4
+        tile = {"BLOCK_P": 32 // stride, "BLOCK_C": 64}
+        yield depthwise_input_grad._input_grad_kernel, shared | tile, 4
+    counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}
+    streaming = {"BLOCK_M": 32, "BLOCK_C": 64}
+    reducing = {"BLOCK_M": 256, "BLOCK_C": 32}
+    statistics = {"K": BRANCHES, "ACC": tl.float32}
+    yield mixed_sum._tile_statistics_kernel, statistics | reducing, 8
+    yield (
+        mixed_sum._merge_statistics_kernel,
+        {"ACC": tl.float32, "BLOCK_T": 256, "BLOCK_C": 8},
+        4,
+    )
+    yield mixed_sum._mixed_sum_kernel, counts | streaming, 4
+    yield mixed_sum_backward._gradient_sums_kernel, counts | reducing, 8
+    yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming, 4
+    yield common._sum_rows_kernel, {"BLOCK_ROWS": 256, "BLOCK_COLUMNS": 8}, 4
+
+
+def compile_for(kernel: Any, constants: dict[str, Any], warps: int, arch: int, storage: str) -> Any:
+    signature: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in LISTS:
+            signature[name] = (f"*{storage}",) * LISTS[name]
+            attributes |= {(index, part): DIVISIBLE for part in range(LISTS[name])}
+        elif name.endswith("_ptr"):
+            signature[name] = f"*{storage if name in MAPS else 'fp32'}"
+            attributes[(index,)] = DIVISIBLE
+        else:
+            signature[name] = SCALARS.get(name, "i32")
+            if name in MULTIPLES_OF_16:
+                attributes[(index,)] = DIVISIBLE
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+    target = GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [str(CUOBJDUMP), "-res-usage", cubin.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report.stdout + report.stderr)
+    assert found, report.stdout
+    registers, stack = map(int, found.groups())
+    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}
+
+
+def main() -> None:
+    arch, storage = int(sys.argv[1]), sys.argv[2]
+    for kernel, constants, warps in kernels():
+        compiled = compile_for(kernel, constants, warps, arch, storage)
+        chosen = {name: constants[name] for name in ("STRIDE", "EDGES") if name in constants}
+        print(json.dumps({"kernel": kernel.fn.__name__} | chosen | resources(compiled)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
