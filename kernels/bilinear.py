@@ -19,20 +19,20 @@ MAX_SIZE = 32768
 
 @triton.jit
 def lower_input(output, size_in, size_out):
-    """The input at or before `output`, and how far beyond it `output` lies, in 1 / d."""
-    steps = tl.maximum(size_out - 1, 1)
-    position = output * tl.where(size_out > 1, size_in - 1, 0)
-    lower = position // steps
-    return lower, position - lower * steps
+    """The input at or before `output`."""
+    return output * tl.where(size_out > 1, size_in - 1, 0) // tl.maximum(size_out - 1, 1)
 
 
 @triton.jit
-def fraction(beyond, size_out, ACC: tl.constexpr):
-    """`beyond` of `lower_input`, in 1 / d, as a weight: that of the input after an output.
+def beyond(output, input, size_in, size_out, ACC: tl.constexpr):
+    """How far `output` lies beyond `input`, in distances between inputs.
 
-    A product with the reciprocal, which is the same for all outputs.
+    With the input before the output, this is the weight of the one behind. A product with the
+    reciprocal of d, which is the same for all outputs.
     """
-    return beyond.to(ACC) * (1 / tl.maximum(size_out - 1, 1).to(ACC))
+    steps = tl.maximum(size_out - 1, 1)
+    position = output * tl.where(size_out > 1, size_in - 1, 0)
+    return (position - input * steps).to(ACC) * (1 / steps.to(ACC))
 
 
 @triton.jit

@@ -4,8 +4,9 @@ With lower neighbours (i, j) and fractions (f, g) of an output along the two axe
 
     y = (1 - f) ((1 - g) x[i, j] + g x[i, j + 1]) + f ((1 - g) x[i + 1, j] + g x[i + 1, j + 1])
 
-Least traffic: each map once, the output once; the four reads of an output meet in the caches.
-Some 10 operations an output element. The gradients are in concat_upsample_backward.py.
+Least traffic: each map once, the output once; neighbours meet in the caches. Some 5 operations an
+output element where the output has twice the input's rows. The gradients are in
+concat_upsample_backward.py.
 
 All maps are dense NHWC: logical (N, C, H, W) in channels_last memory, of one storage dtype;
 arithmetic is in float32 (float64 for float64).
@@ -19,12 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lgcnet_fast.kernels.bilinear import Size, check_size, fraction, lower_input
+from lgcnet_fast.kernels.bilinear import Size, beyond, check_size, first_output, lower_input
 from lgcnet_fast.kernels.common import accumulator, check_like, check_map
 from lgcnet_fast.kernels.rows import (
     MAX_MAPS,
     StripConfig,
     checked_out,
+    copy_strip,
     four,
     four_sizes,
     row_pointer,
@@ -32,8 +34,8 @@ from lgcnet_fast.kernels.rows import (
     vector_width,
 )
 
-FORWARD = StripConfig(block=1024, rows=2, warps=4)
-"""One vector of 16 bytes a thread and row."""
+FORWARD = StripConfig(block=1024, rows=4, warps=4)
+"""One vector of 16-bit storage a thread and row. `rows`: of a map to concatenate, of a sum."""
 
 
 def concat_upsample_forward(
@@ -47,9 +49,9 @@ def concat_upsample_forward(
     Raises `ValueError`.
     """
     _check_maps(maps, size)
-    channels = [x.shape[1] for x in maps]
-    out = checked_out("out", out, (maps[0].shape[0], sum(channels), *size), maps[0])
-    _launch_forward(maps, out.split(channels, dim=1), out.shape[1], False, config)
+    channels = sum(x.shape[1] for x in maps)
+    out = checked_out("out", out, (maps[0].shape[0], channels, *size), maps[0])
+    _launch_concat(maps, out, config)
     return out
 
 
@@ -64,7 +66,7 @@ def sum_upsample_forward(
     for index, x in enumerate(maps):
         check_like(f"maps[{index}]", x, (*maps[0].shape[:2], *x.shape[2:]), maps[0])
     out = checked_out("out", out, (*maps[0].shape[:2], *size), maps[0])
-    _launch_forward(maps, [out], out.shape[1], True, config)
+    _launch_sum(maps, out, config)
     return out
 
 
@@ -82,100 +84,142 @@ def _check_maps(maps: Sequence[Tensor], size: Size) -> None:
 
 
 @triton.jit
-def _resized_row(
-    x_ptr, batch, row, pixel, channel, mask, h, w, C, height, width, ACC: tl.constexpr
-):
-    """(GROUPS, VECTOR): output row `row` of one map (N, h, w, C), at these pixels and channels."""
-    if (h == height) & (w == width):
-        source = row_pointer(x_ptr, batch, row, h, w * C) + pixel * C + channel
-        value = tl.load(source, mask=mask).to(ACC)
-    else:
-        i, beyond_i = lower_input(row, h, height)
-        j, beyond_j = lower_input(pixel, w, width)
-        left = j * C + channel
-        right = tl.minimum(j + 1, w - 1) * C + channel
-        upper_ptr = row_pointer(x_ptr, batch, i, h, w * C)
-        lower_ptr = row_pointer(x_ptr, batch, tl.minimum(i + 1, h - 1), h, w * C)
-        upper_left = tl.load(upper_ptr + left, mask=mask).to(ACC)
-        upper_right = tl.load(upper_ptr + right, mask=mask).to(ACC)
-        lower_left = tl.load(lower_ptr + left, mask=mask).to(ACC)
-        lower_right = tl.load(lower_ptr + right, mask=mask).to(ACC)
-        g = fraction(beyond_j, width, ACC)
-        upper = upper_left + g * (upper_right - upper_left)
-        lower = lower_left + g * (lower_right - lower_left)
-        value = upper + fraction(beyond_i, height, ACC) * (lower - upper)
-    return value
+def _columns(pixel, w, C, width, ACC: tl.constexpr):
+    """Offsets of the inputs left and right of output column `pixel`, weight of the right one."""
+    j = lower_input(pixel, w, width)
+    return j * C, tl.minimum(j + 1, w - 1) * C, beyond(pixel, j, w, width, ACC)
+
+
+@triton.jit
+def _row_resized(row_ptr, columns, channel, mask):
+    """(GROUPS, VECTOR): an input row at the output columns of `_columns`.
+
+    An input of weight 0 is not loaded: a map of the output's width is read once.
+    """
+    left, right, g = columns
+    at_left = tl.load(row_ptr + (left + channel), mask=mask, other=0.0).to(g.dtype)
+    at_right = tl.load(row_ptr + (right + channel), mask=mask & (g > 0), other=0.0).to(g.dtype)
+    return (1 - g) * at_left + g * at_right
+
+
+@triton.jit
+def _resize_strip(
+    x_ptr, y_ptr, batch, first, pixel, channel, h, w, C, height, width, pitch,
+    ROWS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The output rows between the input rows `first` .. `first` + ROWS of one map (N, h, w, C).
+
+    Every input row is resized horizontally once, for the output rows above and below it.
+    """
+    mask = pixel < width
+    columns = _columns(pixel, w, C, width, ACC)
+    upper = _row_resized(row_pointer(x_ptr, batch, first, h, w * C), columns, channel, mask)
+    start = first_output(first, h, height)
+    for i in range(first, tl.minimum(first + ROWS, h)):
+        next_ptr = row_pointer(x_ptr, batch, tl.minimum(i + 1, h - 1), h, w * C)
+        lower = _row_resized(next_ptr, columns, channel, mask)
+        end = first_output(i + 1, h, height)
+        for row in range(start, end):
+            f = beyond(row, i, h, height, ACC)
+            value = (1 - f) * upper + f * lower
+            target = row_pointer(y_ptr, batch, row, height, width * pitch) + pixel * pitch + channel
+            tl.store(target, value.to(y_ptr.dtype.element_ty), mask=mask)
+        upper = lower
+        start = end
 
 
 @triton.jit(do_not_specialize=["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "height", "width"])
-def _forward_kernel(
+def _concat_kernel(
     x0_ptr, x1_ptr, x2_ptr, x3_ptr, y0_ptr, y1_ptr, y2_ptr, y3_ptr,
     h0, w0, h1, w1, h2, w2, h3, w3, height, width,
     vectors0, vectors1, vectors2, vectors3, all_vectors,
-    MAPS: tl.constexpr, ADD: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
-    ROWS: tl.constexpr, ACC: tl.constexpr,
+    MAPS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of a row, blocks of ROWS rows, N x MAPS; N with ADD)."""
+    """Slices y of the output from maps x; grid (blocks of an output row, strips of ROWS input
+    rows, N x MAPS)."""
     x_ptrs = (x0_ptr, x1_ptr, x2_ptr, x3_ptr)
     y_ptrs = (y0_ptr, y1_ptr, y2_ptr, y3_ptr)
     heights = (h0, h1, h2, h3)
     widths = (w0, w1, w2, w3)
     vectors = (vectors0, vectors1, vectors2, vectors3)
     pitch = all_vectors * VECTOR
+    batch = tl.program_id(2) // MAPS
     first = tl.program_id(1) * ROWS
-    if ADD:
-        batch = tl.program_id(2)
-        pixel, channel = row_vectors(tl.program_id(0), all_vectors, GROUPS, VECTOR)
-        for r in tl.static_range(ROWS):
-            row = first + r
-            mask = (pixel < width) & (row < height)
-            total = tl.zeros((GROUPS, VECTOR), ACC)
-            for m in tl.static_range(MAPS):
-                total += _resized_row(
-                    x_ptrs[m], batch, row, pixel, channel, mask, heights[m], widths[m], pitch,
-                    height, width, ACC,
+    for m in tl.static_range(MAPS):
+        if (tl.program_id(2) % MAPS == m) & (first < heights[m]):
+            pixel, channel = row_vectors(tl.program_id(0), vectors[m], GROUPS, VECTOR)
+            C = vectors[m] * VECTOR
+            if (heights[m] == height) & (widths[m] == width):
+                copy_strip(
+                    x_ptrs[m], C, y_ptrs[m], pitch, batch, first, pixel, channel, height, width,
+                    ROWS,
                 )  # fmt: skip
-            target = (
-                row_pointer(y0_ptr, batch, row, height, width * pitch) + pixel * pitch + channel
-            )
-            tl.store(target, total.to(y0_ptr.dtype.element_ty), mask=mask)
-    else:
-        batch = tl.program_id(2) // MAPS
+            else:
+                _resize_strip(
+                    x_ptrs[m], y_ptrs[m], batch, first, pixel, channel, heights[m], widths[m], C,
+                    height, width, pitch, ROWS, ACC,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "height", "width"])
+def _sum_kernel(
+    x0_ptr, x1_ptr, x2_ptr, x3_ptr, y_ptr,
+    h0, w0, h1, w1, h2, w2, h3, w3, height, width, vectors,
+    MAPS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The sum y of maps x; grid (blocks of an output row, strips of ROWS output rows, N)."""
+    x_ptrs = (x0_ptr, x1_ptr, x2_ptr, x3_ptr)
+    heights = (h0, h1, h2, h3)
+    widths = (w0, w1, w2, w3)
+    C = vectors * VECTOR
+    batch = tl.program_id(2)
+    pixel, channel = row_vectors(tl.program_id(0), vectors, GROUPS, VECTOR)
+    columns = ()
+    for m in tl.static_range(MAPS):
+        columns = columns + (_columns(pixel, widths[m], C, width, ACC),)
+    for r in tl.static_range(ROWS):
+        row = tl.program_id(1) * ROWS + r
+        mask = (pixel < width) & (row < height)
+        total = tl.zeros((GROUPS, VECTOR), ACC)
         for m in tl.static_range(MAPS):
-            if tl.program_id(2) % MAPS == m:
-                pixel, channel = row_vectors(tl.program_id(0), vectors[m], GROUPS, VECTOR)
-                for r in tl.static_range(ROWS):
-                    row = first + r
-                    mask = (pixel < width) & (row < height)
-                    value = _resized_row(
-                        x_ptrs[m], batch, row, pixel, channel, mask, heights[m], widths[m],
-                        vectors[m] * VECTOR, height, width, ACC,
-                    )  # fmt: skip
-                    target = row_pointer(y_ptrs[m], batch, row, height, width * pitch)
-                    target += pixel * pitch + channel
-                    tl.store(target, value.to(y_ptrs[m].dtype.element_ty), mask=mask)
+            i = lower_input(row, heights[m], height)
+            below = tl.minimum(i + 1, heights[m] - 1)
+            f = beyond(row, i, heights[m], height, ACC)
+            upper_ptr = row_pointer(x_ptrs[m], batch, i, heights[m], widths[m] * C)
+            lower_ptr = row_pointer(x_ptrs[m], batch, below, heights[m], widths[m] * C)
+            total += (1 - f) * _row_resized(upper_ptr, columns[m], channel, mask)
+            # A map of the output's height is read once.
+            reads_lower = mask & (heights[m] != height)
+            total += f * _row_resized(lower_ptr, columns[m], channel, reads_lower)
+        target = row_pointer(y_ptr, batch, row, height, width * C) + pixel * C + channel
+        tl.store(target, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch_forward(
-    maps: Sequence[Tensor],
-    outs: Sequence[Tensor],
-    pitch: int,
-    add: bool,
-    config: StripConfig,
-) -> None:
-    """outs: the slice of the output for each map, or the one sum; its pixels lie `pitch` apart."""
-    batch, _, height, width = outs[0].shape
+def _launch_concat(maps: Sequence[Tensor], out: Tensor, config: StripConfig) -> None:
+    batch, pitch, height, width = out.shape
     channels = [x.shape[1] for x in maps]
-    vector = vector_width(outs[0].dtype, pitch, *channels)
+    vector = vector_width(out.dtype, *channels)
     grid = (
         triton.cdiv(width * max(channels), config.block),
-        triton.cdiv(height, config.rows),
-        batch * len(outs),
+        triton.cdiv(max(x.shape[2] for x in maps), config.rows),
+        batch * len(maps),
     )
-    _forward_kernel[grid](
-        *four(maps), *four(outs), *four_sizes(maps), height, width,
+    _concat_kernel[grid](
+        *four(maps), *four(out.split(channels, dim=1)), *four_sizes(maps), height, width,
         *four([c // vector for c in channels]), pitch // vector,
-        MAPS=len(maps), ADD=add, GROUPS=config.block // vector, VECTOR=vector,
-        ROWS=config.rows,
-        ACC=accumulator(outs[0].dtype), num_warps=config.warps,
+        MAPS=len(maps), GROUPS=config.block // vector, VECTOR=vector, ROWS=config.rows,
+        ACC=accumulator(out.dtype), num_warps=config.warps,
+    )  # fmt: skip
+
+
+def _launch_sum(maps: Sequence[Tensor], out: Tensor, config: StripConfig) -> None:
+    batch, channels, height, width = out.shape
+    vector = vector_width(out.dtype, channels)
+    grid = (triton.cdiv(width * channels, config.block), triton.cdiv(height, config.rows), batch)
+    _sum_kernel[grid](
+        *four(maps), out, *four_sizes(maps), height, width, channels // vector,
+        MAPS=len(maps), GROUPS=config.block // vector, VECTOR=vector, ROWS=config.rows,
+        ACC=accumulator(out.dtype), num_warps=config.warps,
     )  # fmt: skip

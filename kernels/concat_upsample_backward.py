@@ -18,10 +18,9 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.bilinear import (
     Size,
+    beyond,
     check_size,
     first_output,
-    fraction,
-    lower_input,
     most_outputs_beside,
 )
 from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, check_map, empty_map
@@ -29,6 +28,7 @@ from lgcnet_fast.kernels.rows import (
     MAX_MAPS,
     StripConfig,
     checked_out,
+    copy_strip,
     four,
     four_sizes,
     row_pointer,
@@ -77,84 +77,71 @@ def sum_upsample_backward(
 
 
 @triton.jit
-def _gathered_row(
-    grad_ptr, pitch, batch, row, pixel, channel, mask, w, height, width, taps,
-    UNROLL: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """(GROUPS, VECTOR): row `row` of the gradient, summed over the outputs that read each pixel.
-
-    `taps` bounds the number of these outputs.
-    """
+def _column_taps(pixel, w, width, pitch, TAPS: tl.constexpr, ACC: tl.constexpr):
+    """Offsets and weights of the up to TAPS output columns that read input column `pixel`."""
     stride = tl.where(width > 1, w - 1, 0)
     steps = tl.maximum(width - 1, 1)
     # The first output strictly right of the pixel's left neighbour.
     first = (tl.maximum(pixel, 1) - 1) * steps // tl.maximum(stride, 1) + 1
     first = tl.where((pixel > 0) & (stride > 0), first, 0)
-    source = row_pointer(grad_ptr, batch, row, height, width * pitch) + channel
-    total = tl.zeros(channel.shape, ACC)
-    for tap in range(0, taps, UNROLL):
-        for t in tl.static_range(UNROLL):
-            output = first + tap + t
-            near = steps - tl.abs(output * stride - pixel * steps)
-            inside = mask & (near > 0) & (output < width)
-            value = tl.load(source + output * pitch, mask=inside, other=0.0).to(ACC)
-            total += fraction(near, width, ACC) * value
+    offsets = ()
+    weights = ()
+    for t in tl.static_range(TAPS):
+        output = first + t
+        weight = 1 - tl.abs(beyond(output, pixel, w, width, ACC))
+        reads = (tl.abs(output * stride - pixel * steps) < steps) & (output < width)
+        offsets = offsets + (output * pitch,)
+        weights = weights + (tl.where(reads, weight, 0),)
+    return offsets, weights
+
+
+@triton.jit
+def _gathered_row(row_ptr, channel, taps, mask):
+    """(GROUPS, VECTOR): a row of the gradient, summed over the outputs that read each pixel."""
+    offsets, weights = taps
+    total = tl.zeros(channel.shape, weights[0].dtype)
+    for t in tl.static_range(len(weights)):
+        reads = mask & (weights[t] > 0)
+        value = tl.load(row_ptr + (offsets[t] + channel), mask=reads, other=0.0)
+        total += weights[t] * value.to(weights[0].dtype)
     return total
 
 
 @triton.jit
 def _gather_strip(
-    grad_ptr, pitch, x_grad_ptr, batch, first, pixel, channel, h, w, C, height, width, taps,
-    ROWS: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
+    grad_ptr, pitch, x_grad_ptr, batch, first, pixel, channel, h, w, C, height, width,
+    ROWS: tl.constexpr, TAPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Rows `first` .. `first` + ROWS - 1 of one map's gradient (N, h, w, C).
 
     Every row of the output's gradient between two input rows goes to both of them.
     """
     mask = pixel < w
+    taps = _column_taps(pixel, w, width, pitch, TAPS, ACC)
     upper = tl.zeros(channel.shape, ACC)
+    start = first_output(first - 1, h, height)
     for row in range(first - 1, tl.minimum(first + ROWS, h)):
         lower = tl.zeros(channel.shape, ACC)
-        for output in range(first_output(row, h, height), first_output(row + 1, h, height)):
-            gathered = _gathered_row(
-                grad_ptr, pitch, batch, output, pixel, channel, mask, w, height, width, taps,
-                UNROLL, ACC,
-            )  # fmt: skip
-            _, beyond = lower_input(output, h, height)
-            f = fraction(beyond, height, ACC)
+        end = first_output(row + 1, h, height)
+        for output in range(start, end):
+            row_ptr = row_pointer(grad_ptr, batch, output, height, width * pitch)
+            gathered = _gathered_row(row_ptr, channel, taps, mask)
+            f = beyond(output, row, h, height, ACC)
             upper += (1 - f) * gathered
             lower += f * gathered
         target = row_pointer(x_grad_ptr, batch, row, h, w * C) + pixel * C + channel
         tl.store(target, upper.to(x_grad_ptr.dtype.element_ty), mask=mask & (row >= first))
         upper = lower
+        start = end
 
 
-@triton.jit
-def _copy_strip(
-    grad_ptr, pitch, x_grad_ptr, batch, first, pixel, channel, C, height, width,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    for r in tl.static_range(ROWS):
-        row = first + r
-        mask = (pixel < width) & (row < height)
-        source = row_pointer(grad_ptr, batch, row, height, width * pitch) + pixel * pitch + channel
-        target = row_pointer(x_grad_ptr, batch, row, height, width * C) + pixel * C + channel
-        tl.store(target, tl.load(source, mask=mask).to(x_grad_ptr.dtype.element_ty), mask=mask)
-
-
-_NEVER_CONSTANT = [
-    *("h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "height", "width"),
-    *("taps0", "taps1", "taps2", "taps3"),
-]
-
-
-@triton.jit(do_not_specialize=_NEVER_CONSTANT)
+@triton.jit(do_not_specialize=["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "height", "width"])
 def _backward_kernel(
     y0_ptr, y1_ptr, y2_ptr, y3_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr,
     h0, w0, h1, w1, h2, w2, h3, w3, height, width,
-    vectors0, vectors1, vectors2, vectors3, all_vectors, taps0, taps1, taps2, taps3,
+    vectors0, vectors1, vectors2, vectors3, all_vectors,
     MAPS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
-    UNROLL: tl.constexpr, ACC: tl.constexpr,
+    TAPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients x of the maps from slices y of the output's; grid (blocks of an input row,
     strips of ROWS input rows, N x MAPS)."""
@@ -163,7 +150,6 @@ def _backward_kernel(
     heights = (h0, h1, h2, h3)
     widths = (w0, w1, w2, w3)
     vectors = (vectors0, vectors1, vectors2, vectors3)
-    taps = (taps0, taps1, taps2, taps3)
     pitch = all_vectors * VECTOR
     batch = tl.program_id(2) // MAPS
     first = tl.program_id(1) * ROWS
@@ -172,14 +158,14 @@ def _backward_kernel(
             pixel, channel = row_vectors(tl.program_id(0), vectors[m], GROUPS, VECTOR)
             C = vectors[m] * VECTOR
             if (heights[m] == height) & (widths[m] == width):
-                _copy_strip(
-                    y_ptrs[m], pitch, x_ptrs[m], batch, first, pixel, channel, C, height, width,
+                copy_strip(
+                    y_ptrs[m], pitch, x_ptrs[m], C, batch, first, pixel, channel, height, width,
                     ROWS,
                 )  # fmt: skip
             else:
                 _gather_strip(
                     y_ptrs[m], pitch, x_ptrs[m], batch, first, pixel, channel,
-                    heights[m], widths[m], C, height, width, taps[m], ROWS, UNROLL, ACC,
+                    heights[m], widths[m], C, height, width, ROWS, TAPS, ACC,
                 )  # fmt: skip
 
 
@@ -215,12 +201,18 @@ def _is_steep(size: Size, full: Sequence[int]) -> bool:
 
 
 def _backward_by_axes(part: Tensor, pitch: int, x_grad: Tensor, config: StripConfig) -> None:
-    """Vertically, then horizontally: few pixels with many outputs each would leave a GPU idle."""
-    batch, channels, height, _ = x_grad.shape
+    """Vertically, then horizontally: few pixels with many outputs each would leave a GPU idle.
+
+    For the second pass every row is taken for an image of one column.
+    """
+    batch, channels, h, w = x_grad.shape
+    width = part.shape[3]
     unrounded = part.new_empty((), dtype=accumulator_dtype(part.dtype))
-    columns = empty_map((batch, channels, height, part.shape[3]), unrounded)
-    _launch_backward([part], pitch, [columns], config)
-    _launch_backward([columns], channels, [x_grad], config)
+    rows = empty_map((batch, channels, h, width), unrounded)
+    _launch_backward([part], pitch, [rows], config)
+    columns = rows.movedim(1, -1).reshape(batch * h, width, 1, channels).movedim(-1, 1)
+    x_columns = x_grad.movedim(1, -1).view(batch * h, w, 1, channels).movedim(-1, 1)
+    _launch_backward([columns], channels, [x_columns], config)
 
 
 def _launch_backward(
@@ -233,7 +225,7 @@ def _launch_backward(
     batch, _, height, width = slices[0].shape
     channels = [x.shape[1] for x in outs]
     vector = vector_width(slices[0].dtype, pitch, *channels)
-    taps = [most_outputs_beside(x.shape[3], width) for x in outs]
+    taps = max(most_outputs_beside(x.shape[3], width) for x in outs)
     grid = (
         max(triton.cdiv(x.shape[3] * x.shape[1], config.block) for x in outs),
         triton.cdiv(max(x.shape[2] for x in outs), config.rows),
@@ -241,7 +233,7 @@ def _launch_backward(
     )
     _backward_kernel[grid](
         *four(slices), *four(outs), *four_sizes(outs), height, width,
-        *four([c // vector for c in channels]), pitch // vector, *four(taps),
+        *four([c // vector for c in channels]), pitch // vector,
         MAPS=len(outs), GROUPS=config.block // vector, VECTOR=vector, ROWS=config.rows,
-        UNROLL=min(max(taps), 8), ACC=accumulator(slices[0].dtype), num_warps=config.warps,
+        TAPS=taps, ACC=accumulator(slices[0].dtype), num_warps=config.warps,
     )  # fmt: skip

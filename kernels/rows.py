@@ -43,6 +43,22 @@ def row_pointer(base_ptr, batch, row, rows, row_elements):
     return base_ptr + (batch * rows + row).to(tl.int64) * row_elements
 
 
+@triton.jit
+def copy_strip(
+    source_ptr, source_pitch, target_ptr, target_pitch, batch, first, pixel, channel,
+    height, width, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows `first` .. `first` + ROWS - 1 from one map to another; `pitch`: between pixels."""
+    for r in tl.static_range(ROWS):
+        row = first + r
+        mask = (pixel < width) & (row < height)
+        source = row_pointer(source_ptr, batch, row, height, width * source_pitch)
+        target = row_pointer(target_ptr, batch, row, height, width * target_pitch)
+        value = tl.load(source + (pixel * source_pitch + channel), mask=mask)
+        value = value.to(target_ptr.dtype.element_ty)
+        tl.store(target + (pixel * target_pitch + channel), value, mask=mask)
+
+
 def vector_width(dtype: torch.dtype, *channels: int) -> int:
     """Channels that one thread moves at once: up to 16 bytes, dividing all channel counts."""
     return math.gcd(16 // dtype.itemsize, *channels)

@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lgcnet_fast.kernels.bilinear import Size, first_output
+from lgcnet_fast.kernels.bilinear import Size, beyond, first_output
 from lgcnet_fast.kernels.common import accumulator, check_like
 from lgcnet_fast.kernels.upsample_cells import (
     CellConfig,
-    across,
     check_logits,
     class_rows,
     columns_of_cells,
@@ -68,7 +67,7 @@ def _argmax_kernel(
         out_row_ptr = out_ptr + (batch * height + row).to(tl.int64) * width
         for step in range(tl.max(end - first)):
             column = first + step
-            logits = logits_at(lefts, slopes, across(column, cell, w, width, ACC))
+            logits = logits_at(lefts, slopes, beyond(column, cell, w, width, ACC))
             best = logits[0]
             label = tl.zeros((LANES,), tl.int32)
             for c in tl.static_range(1, CLASSES):

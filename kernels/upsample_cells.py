@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.bilinear import (
+    beyond,
     check_size,
     first_output,
-    fraction,
     lower_input,
 )
 from lgcnet_fast.kernels.common import accumulator_dtype, check_map
@@ -55,8 +55,8 @@ def logits_along_row(
     CLASSES: tl.constexpr, PITCH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Logits at output row `row`, a class each: at the cells' left ends, and the rise across."""
-    i, beyond = lower_input(row, h, height)
-    f = fraction(beyond, height, ACC)
+    i = lower_input(row, h, height)
+    f = beyond(row, i, h, height, ACC)
     upper = rows_ptr + (batch * h + i).to(tl.int64) * (CLASSES * PITCH) + cell
     lower = upper + (tl.minimum(i + 1, h - 1) - i) * (CLASSES * PITCH)
     inside = cell < w
@@ -88,13 +88,6 @@ def logits_at(lefts, slopes, g):
 def columns_of_cells(cell, w, width):
     """The first pixel column of each cell and the first beyond it."""
     return first_output(cell, w, width), first_output(cell + 1, w, width)
-
-
-@triton.jit
-def across(column, cell, w, width, ACC: tl.constexpr):
-    """How far across its cell a pixel column lies, 0 to 1."""
-    stride = tl.where(width > 1, w - 1, 0)
-    return fraction(column * stride - cell * tl.maximum(width - 1, 1), width, ACC)
 
 
 def class_rows(logits: Tensor) -> Tensor:

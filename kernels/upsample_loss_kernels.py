@@ -5,9 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lgcnet_fast.kernels.bilinear import first_output, fraction, lower_input
+from lgcnet_fast.kernels.bilinear import beyond, first_output
 from lgcnet_fast.kernels.upsample_cells import (
-    across,
     columns_of_cells,
     logits_along_row,
     logits_at,
@@ -88,7 +87,7 @@ def losses_kernel(
             column = first + step
             inside = (column < end) & (cell < w)
             label = tl.load(target_ptr + start + column, mask=inside, other=0).to(tl.int32)
-            logits = logits_at(lefts, slopes, across(column, cell, w, width, ACC))
+            logits = logits_at(lefts, slopes, beyond(column, cell, w, width, ACC))
             _, total, top = _exponentials(logits)
             loss = _cross_entropy(logits, total, top, label)
             loss = tl.where(label == ignore_index, -1, loss)
@@ -145,7 +144,7 @@ def sums_kernel(
                     known = tl.load(losses_ptr + start + column, mask=inside, other=0.0)
                     # Written so that NaN counts.
                     counted = counted & ((known >= tl.load(hardest_ptr)) | ~(known <= easy))
-                g = across(column, cell, w, width, ACC)
+                g = beyond(column, cell, w, width, ACC)
                 logits = logits_at(lefts, slopes, g)
                 exponentials, total, top = _exponentials(logits)
                 loss = _cross_entropy(logits, total, top, label)
@@ -161,8 +160,7 @@ def sums_kernel(
                     level = _add_scaled(level, gradient, 1)
                     moment = _add_scaled(moment, gradient, g)
             if GRADIENT:
-                _, beyond = lower_input(row, h, height)
-                f = fraction(beyond, height, ACC)
+                f = beyond(row, i, h, height, ACC)
                 level = _add_scaled(level, moment, -1)
                 upper_left = _add_scaled(upper_left, level, 1 - f)
                 upper_right = _add_scaled(upper_right, moment, 1 - f)
