@@ -16,7 +16,7 @@ from lgcnet_fast.native.launcher import Extent, Launcher
 
 
 class Prebuilt(Launcher):
-    """Raises `DeviceError` where there is no extension that fits the sources and the current GPU."""
+    """Raises `DeviceError` without an extension that fits the sources and the current GPU."""
 
     route = "prebuilt extension"
 

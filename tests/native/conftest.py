@@ -72,6 +72,12 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
 GPU_ROUTES = {"prebuilt": Prebuilt, "run_time": RunTime}
 
 
+def on_gpu(route: str) -> Launcher:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return GPU_ROUTES[route]()
+
+
 @pytest.fixture(
     scope="session",
     params=["emulated", *(pytest.param(route, marks=pytest.mark.gpu) for route in GPU_ROUTES)],
@@ -79,9 +85,13 @@ GPU_ROUTES = {"prebuilt": Prebuilt, "run_time": RunTime}
 def launcher(request: pytest.FixtureRequest) -> Launcher:
     if request.param == "emulated":
         return request.getfixturevalue("emulated")
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    return GPU_ROUTES[request.param]()
+    return on_gpu(request.param)
+
+
+@pytest.fixture(scope="session", params=GPU_ROUTES)
+def gpu_launcher(request: pytest.FixtureRequest) -> Launcher:
+    """For maps that are too large to emulate."""
+    return on_gpu(request.param)
 
 
 @pytest.fixture

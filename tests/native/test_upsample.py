@@ -39,9 +39,13 @@ def nhwc(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def assert_close(found: Tensor, exact: Tensor, dtype: torch.dtype, terms: int = 4) -> None:
-    """Every element within one rounding to `dtype` and the float32 error of summing `terms`."""
+    """Every element within one rounding to `dtype` and the float32 error of summing `terms`.
+
+    Rounding errors are as often up as down, so they grow with the root of their number.
+    """
     error = (found.double().cpu() - exact).abs()
-    bound = ROUNDING[dtype] * 1.01 * exact.abs() + 2**-23 * terms * (exact.abs().max() + 1)
+    scale = exact.abs().max() + 1
+    bound = ROUNDING[dtype] * 1.01 * exact.abs() + 2**-23 * (4 + terms**0.5) * scale
     assert not found.isnan().any()
     assert (error <= bound).all(), f"error {error.max():.3g}, {(error / bound).max():.3g} x allowed"
 
@@ -50,15 +54,14 @@ def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
-@pytest.mark.parametrize("dtype", STORAGE)
-@pytest.mark.parametrize(("shape", "size"), CASES)
-def test_forward_and_backward(
+def check(
     launcher: Launcher,
     device: torch.device,
     shape: tuple[int, int, int, int],
     size: tuple[int, int],
     dtype: torch.dtype,
 ) -> None:
+    """Forward and backward."""
     torch.manual_seed(0)
     x, dy = torch.randn(shape).to(dtype), torch.randn(*shape[:2], *size).to(dtype)
     exact_x = x.double().requires_grad_()
@@ -71,17 +74,28 @@ def test_forward_and_backward(
     assert_close(dx, exact_dx, dtype, support)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", STORAGE)
-@pytest.mark.parametrize(("shape", "size"), LARGE)
-def test_large_maps(
+@pytest.mark.parametrize(("shape", "size"), CASES)
+def test_forward_and_backward(
     launcher: Launcher,
     device: torch.device,
     shape: tuple[int, int, int, int],
     size: tuple[int, int],
     dtype: torch.dtype,
 ) -> None:
-    test_forward_and_backward(launcher, device, shape, size, dtype)
+    check(launcher, device, shape, size, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize(("shape", "size"), LARGE)
+def test_large_maps(
+    gpu_launcher: Launcher,
+    shape: tuple[int, int, int, int],
+    size: tuple[int, int],
+    dtype: torch.dtype,
+) -> None:
+    check(gpu_launcher, torch.device(gpu_launcher.device_type), shape, size, dtype)
 
 
 def test_a_map_of_the_right_size_is_copied(launcher: Launcher, device: torch.device) -> None:
