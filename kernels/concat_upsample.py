@@ -94,7 +94,7 @@ def _columns(pixel, w, C, width, ACC: tl.constexpr):
 def _row_resized(row_ptr, columns, channel, mask):
     """(GROUPS, VECTOR): an input row at the output columns of `_columns`.
 
-    An input of weight 0 is not loaded: a map of the output's width is read once.
+    A right input of weight 0 is not loaded.
     """
     left, right, g = columns
     at_left = tl.load(row_ptr + (left + channel), mask=mask, other=0.0).to(g.dtype)
@@ -184,15 +184,17 @@ def _sum_kernel(
         mask = (pixel < width) & (row < height)
         total = tl.zeros((GROUPS, VECTOR), ACC)
         for m in tl.static_range(MAPS):
-            i = lower_input(row, heights[m], height)
-            below = tl.minimum(i + 1, heights[m] - 1)
-            f = beyond(row, i, heights[m], height, ACC)
-            upper_ptr = row_pointer(x_ptrs[m], batch, i, heights[m], widths[m] * C)
-            lower_ptr = row_pointer(x_ptrs[m], batch, below, heights[m], widths[m] * C)
-            total += (1 - f) * _row_resized(upper_ptr, columns[m], channel, mask)
-            # A map of the output's height is read once.
-            reads_lower = mask & (heights[m] != height)
-            total += f * _row_resized(lower_ptr, columns[m], channel, reads_lower)
+            if (heights[m] == height) & (widths[m] == width):
+                source = row_pointer(x_ptrs[m], batch, row, height, width * C)
+                total += tl.load(source + (pixel * C + channel), mask=mask, other=0.0).to(ACC)
+            else:
+                i = lower_input(row, heights[m], height)
+                below = tl.minimum(i + 1, heights[m] - 1)
+                f = beyond(row, i, heights[m], height, ACC)
+                upper_ptr = row_pointer(x_ptrs[m], batch, i, heights[m], widths[m] * C)
+                lower_ptr = row_pointer(x_ptrs[m], batch, below, heights[m], widths[m] * C)
+                total += (1 - f) * _row_resized(upper_ptr, columns[m], channel, mask)
+                total += f * _row_resized(lower_ptr, columns[m], channel, mask)
         target = row_pointer(y_ptr, batch, row, height, width * C) + pixel * C + channel
         tl.store(target, total.to(y_ptr.dtype.element_ty), mask=mask)
 
