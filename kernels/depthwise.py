@@ -120,46 +120,74 @@ def window_row(w, x, total):
 
 
 @triton.jit
+def _load_window_rows(
+    w, row: tl.constexpr, edge_pitch, mask, C, EDGES: tl.constexpr, ACC: tl.constexpr
+):
+    """Window row `row` of every edge."""
+    rows = ()
+    for edge in tl.static_range(EDGES):
+        rows = rows + (load_weight_row(w + edge * edge_pitch, row, mask, C, ACC),)
+    return rows
+
+
+@triton.jit
+def _window_rows(w, x, totals, EDGES: tl.constexpr):
+    """`window_row` for every edge."""
+    rows = ()
+    for edge in tl.static_range(EDGES):
+        rows = rows + (window_row(w[edge], x, totals[edge]),)
+    return rows
+
+
+@triton.jit
 def _walk_chains(
-    x, w, y, x_mask, w_mask, y_mask, in_row, in_column, out_row, dilation, step, H, W, HO, WO, C,
-    HOP: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    x, w, y, mask, channel_mask, in_row, in_column, out_row, dilation, step, w_edge, y_edge,
+    H, W, HO, WO, C,
+    HOP: tl.constexpr, EDGES: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of every chain of a tile (edges, positions, channels).
+    """ROWS outputs of every chain of a tile (positions, channels), for all edges.
 
     x, w, y point at the first input row (which may lie outside), the weights and the first
-    output row. Neighbouring outputs lie HOP input rows of the chain apart: with HOP = 1 an input
-    row serves three outputs, with HOP = 2 (stride 2, odd dilation) every other row serves two.
+    output row, of the first edge; w_edge and y_edge lead to the next one. Neighbouring outputs
+    lie HOP input rows of the chain apart: with HOP = 1 an input row serves three outputs, with
+    HOP = 2 (stride 2, odd dilation) every other one serves two.
     """
-    w_top = load_weight_row(w, 0, w_mask, C, ACC)
-    w_centre = load_weight_row(w, 1, w_mask, C, ACC)
-    w_bottom = load_weight_row(w, 2, w_mask, C, ACC)
+    w_top = _load_window_rows(w, 0, w_edge, channel_mask, C, EDGES, ACC)
+    w_centre = _load_window_rows(w, 1, w_edge, channel_mask, C, EDGES, ACC)
+    w_bottom = _load_window_rows(w, 2, w_edge, channel_mask, C, EDGES, ACC)
     tap = dilation * C
     x_pitch = (dilation * W).to(tl.int64) * C
     y_pitch = (step * WO).to(tl.int64) * C
     left = in_column >= dilation
     right = in_column + dilation < W
+    nothing = ()
+    for _ in tl.static_range(EDGES):
+        nothing = nothing + (0.0,)
+    one_row, two_rows = nothing, nothing
     # Input row u of the chain is the bottom row of output (u - 2) / HOP, the centre row of
     # (u - 1) / HOP and the top row of u / HOP, where these are whole and among the ROWS outputs.
     last_top: tl.constexpr = HOP * (ROWS - 1)
-    one_row, two_rows = 0.0, 0.0
     for u in tl.static_range(last_top + 3):
-        inside = x_mask & (in_row >= 0) & (in_row < H)
+        inside = mask & (in_row >= 0) & (in_row < H)
         taps = load_taps(x, tap, inside & left, inside, inside & right, RELU, ACC)
         if u >= 2 and u % HOP == 0:
-            tl.store(y, window_row(w_bottom, taps, two_rows), mask=y_mask & (out_row < HO))
+            three_rows = _window_rows(w_bottom, taps, two_rows, EDGES)
+            for edge in tl.static_range(EDGES):
+                tl.store(y + edge * y_edge, three_rows[edge], mask=mask & (out_row < HO))
             y += y_pitch
             out_row += step
         if u % HOP == 1 % HOP and (u >= 1 and u <= last_top + 1):
-            two_rows = window_row(w_centre, taps, one_row)
+            two_rows = _window_rows(w_centre, taps, one_row, EDGES)
         if u % HOP == 0 and u <= last_top:
-            one_row = window_row(w_top, taps, 0.0)
+            one_row = _window_rows(w_top, taps, nothing, EDGES)
         x += x_pitch
         in_row += dilation
 
 
-@triton.jit(do_not_specialize=["packed_dilations", "N", "edges", "branches"])
+@triton.jit(do_not_specialize=["packed_dilations", "N", "branches"])
 def _forward_kernel(
-    x_ptr, w_ptr, y_ptr, packed_dilations, N, H, W, HO, WO, C, edges, branches,
+    x_ptr, w_ptr, y_ptr, packed_dilations, N, H, W, HO, WO, C, branches,
     STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
     EDGES: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -167,36 +195,33 @@ def _forward_kernel(
 
     Branches are neighbours in launch order, so that they find x in the L2 cache.
     """
-    program = tl.program_id(0)
-    branch = program % branches
-    program = program // branches
+    branch = tl.program_id(0) % branches
+    rest = tl.program_id(0) // branches
     channel_blocks = tl.cdiv(C, BLOCK_C)
-    channel = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, :]
-    position = (program // channel_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :, None]
-    edge = tl.arange(0, EDGES)[:, None, None]
+    channel = (rest % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    position = (rest // channel_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
 
     dilation = dilation_of(packed_dilations, branch)
     step, image, out_row, out_column = locate_chains(position, dilation, HO, WO, STRIDE, ROWS)
     in_row = STRIDE * out_row - dilation
     in_column = STRIDE * out_column
+    mask = (image < N) & (channel < C)
 
-    w_map = (edge * branches + branch) * 9
-    y_map = (edge * branches + branch).to(tl.int64) * N + image
     x = x_ptr + ((image * H + in_row) * W + in_column) * C + channel
+    w = w_ptr + branch * 9 * C + channel
+    y_map = branch.to(tl.int64) * N + image
     y = y_ptr + ((y_map * HO + out_row) * WO + out_column) * C + channel
-    w = w_ptr + w_map * C + channel
-    w_mask = (edge < edges) & (channel < C)
-    x_mask = (image < N) & (channel < C)
-    y_mask = x_mask & (edge < edges)
+    w_edge = branches * 9 * C
+    y_edge = branches.to(tl.int64) * N * HO * WO * C
     if STRIDE == 1 or dilation % STRIDE == 0:
         _walk_chains(
-            x, w, y, x_mask, w_mask, y_mask, in_row, in_column, out_row, dilation, step,
-            H, W, HO, WO, C, 1, ROWS, RELU, ACC,
+            x, w, y, mask, channel < C, in_row, in_column, out_row, dilation, step, w_edge, y_edge,
+            H, W, HO, WO, C, 1, EDGES, ROWS, RELU, ACC,
         )  # fmt: skip
     else:
         _walk_chains(
-            x, w, y, x_mask, w_mask, y_mask, in_row, in_column, out_row, dilation, step,
-            H, W, HO, WO, C, 2, ROWS, RELU, ACC,
+            x, w, y, mask, channel < C, in_row, in_column, out_row, dilation, step, w_edge, y_edge,
+            H, W, HO, WO, C, 2, EDGES, ROWS, RELU, ACC,
         )  # fmt: skip
 
 
@@ -225,9 +250,9 @@ def depthwise_multi(
     blocks = triton.cdiv(columns, config.block_p) * triton.cdiv(channels, config.block_c)
     _forward_kernel[(blocks * branches,)](
         x, weights, y, pack(dilations), images, height, width, out_height, out_width, channels,
-        edges, branches,
+        branches,
         STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype),
-        EDGES=triton.next_power_of_2(edges), ROWS=config.rows,
+        EDGES=edges, ROWS=config.rows,
         BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
     return y
