@@ -40,12 +40,21 @@ class ForwardConfig:
     warps: int
 
     @classmethod
-    def default(cls, y_shape: tuple[int, ...]) -> ForwardConfig:
-        """8 bytes of 16-bit storage a thread and load; long chains where the map is large."""
+    def default(
+        cls, y_shape: tuple[int, ...], dilations: Sequence[int], stride: int
+    ) -> ForwardConfig:
+        """8 bytes of 16-bit storage a thread and load."""
         *_, channels, height, width = y_shape
         block_c = min(64, triton.next_power_of_2(channels))
-        rows = 8 if height * width >= 4096 else 4 if height >= 16 else 2
+        rows = default_rows(height, width, dilations, stride)
         return cls(rows, block_p=512 // block_c, block_c=block_c, warps=4)
+
+
+def default_rows(height: int, width: int, dilations: Sequence[int], stride: int) -> int:
+    """Long walks where the map is large enough to keep a GPU busy, none beyond the chains' end."""
+    rows = 8 if height * width >= 4096 else 4
+    longest_chain = max(triton.cdiv(height, _step(dilation, stride)) for dilation in dilations)
+    return min(rows, triton.next_power_of_2(longest_chain))
 
 
 @triton.jit
@@ -243,9 +252,9 @@ def depthwise_multi(
     images, _, height, width = x.shape
     out_height, out_width = -(-height // stride), -(-width // stride)
     y = empty_map((edges, branches, images, channels, out_height, out_width), x)
-    config = config or ForwardConfig.default(tuple(y.shape))
+    config = config or ForwardConfig.default(tuple(y.shape), dilations, stride)
     columns = max(
-        images * out_width * pieces(out_height, d, stride, config.rows) for d in dilations
+        images * out_width * _pieces(out_height, d, stride, config.rows) for d in dilations
     )
     blocks = triton.cdiv(columns, config.block_p) * triton.cdiv(channels, config.block_c)
     _forward_kernel[(blocks * branches,)](
@@ -270,9 +279,14 @@ def pack(dilations: Sequence[int]) -> int:
     return sum(dilation << (8 * branch) for branch, dilation in enumerate(dilations))
 
 
-def pieces(out_height: int, dilation: int, stride: int, rows: int) -> int:
+def _step(dilation: int, stride: int) -> int:
+    """Distance of the output rows that share input rows."""
+    return dilation // stride if dilation % stride == 0 else dilation
+
+
+def _pieces(out_height: int, dilation: int, stride: int, rows: int) -> int:
     """Pieces of `rows` outputs in all chains of one image column."""
-    step = dilation // stride if dilation % stride == 0 else dilation
+    step = _step(dilation, stride)
     return min(step, out_height) * triton.cdiv(triton.cdiv(out_height, step), rows)
 
 

@@ -158,7 +158,7 @@ def depthwise_backward(
     check_arguments(x, weight[None, None], (dilation,), stride)
     out_height, out_width = check_dy(dy[None, None], x, weight[None, None], stride)
     images, channels, height, width = x.shape
-    config = config or WeightGradConfig.default((1, 1, *dy.shape))
+    config = config or WeightGradConfig.default((1, 1, *dy.shape), (dilation,), stride)
     dx = empty_map(tuple(x.shape), x)
     shares = x.new_empty(config.programs, *weight.shape, dtype=accumulator_dtype(x.dtype))
     _backward_kernel[(config.programs * triton.cdiv(channels, config.block_c),)](

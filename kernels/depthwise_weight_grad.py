@@ -24,6 +24,7 @@ from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, sum_rows
 from lgcnet_fast.kernels.depthwise import (
     check_arguments,
     check_dy,
+    default_rows,
     dilation_of,
     load_taps,
     locate_chains,
@@ -43,12 +44,14 @@ class WeightGradConfig:
     programs: int
 
     @classmethod
-    def default(cls, dy_shape: tuple[int, ...]) -> WeightGradConfig:
+    def default(
+        cls, dy_shape: tuple[int, ...], dilations: Sequence[int], stride: int
+    ) -> WeightGradConfig:
         """8 bytes of 16-bit storage a thread and load; 4 programs for each of 132 cores."""
         edges, branches, images, channels, height, width = dy_shape
         block_c = min(64, triton.next_power_of_2(channels))
         block_p = 512 // block_c
-        rows = 8 if height * width >= 4096 else 4 if height >= 16 else 2
+        rows = default_rows(height, width, dilations, stride)
         tiles = triton.cdiv(images * width * triton.cdiv(height, rows), block_p)
         others = edges * branches * triton.cdiv(channels, block_c)
         return cls(rows, block_p, block_c, warps=4, programs=min(tiles, max(528 // others, 1)))
@@ -178,7 +181,7 @@ def depthwise_multi_weight_grad(
     edges, branches, channels = check_arguments(x, weights, dilations, stride)
     images, _, height, width = x.shape
     out_height, out_width = check_dy(dy, x, weights, stride)
-    config = config or WeightGradConfig.default(tuple(dy.shape))
+    config = config or WeightGradConfig.default(tuple(dy.shape), dilations, stride)
     shares = x.new_empty(config.programs, *weights.shape, dtype=accumulator_dtype(x.dtype))
     blocks = config.programs * triton.cdiv(channels, config.block_c) * edges * branches
     _weight_grad_kernel[(blocks,)](

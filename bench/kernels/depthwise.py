@@ -253,7 +253,7 @@ def tiles(kernel: Callable[..., Any], case: Case) -> Iterator[Any]:
     channels = case.shape[1]
     y_shape = (case.edges, len(case.dilations), case.shape[0], channels, *case.out_size)
     if kernel is forward:
-        yield ForwardConfig.default(y_shape)
+        yield ForwardConfig.default(y_shape, case.dilations, case.stride)
         blocks = [(16, 32, 4), (8, 64, 4), (16, 64, 4), (32, 32, 4), (32, 16, 4)]
         for rows, (p, c, warps) in itertools.product((2, 4, 8), blocks):
             yield ForwardConfig(rows, p, c, warps)
@@ -263,7 +263,7 @@ def tiles(kernel: Callable[..., Any], case: Case) -> Iterator[Any]:
         for p, c, warps in [*blocks, (64, 16, 4)]:
             yield InputGradConfig(p, c, warps)
     else:
-        yield WeightGradConfig.default(y_shape)
+        yield WeightGradConfig.default(y_shape, case.dilations, case.stride)
         blocks = [(16, 32, 4), (8, 64, 4), (8, 32, 4), (32, 16, 4)]
         for rows, (p, c, warps) in itertools.product((4, 8), blocks):
             for programs in (264, 528):
