@@ -38,7 +38,7 @@ def hardest_loss(losses: Tensor, keep: float, block: int = 4096, programs: int =
         )  # fmt: skip
         _select_kernel[(1,)](
             counts, state, share, hardest, programs,
-            FIRST=shift == 24, LAST=shift == 0, DIGITS=_DIGITS, ROWS=16,
+            FIRST=shift == 24, LAST=shift == 0, DIGITS=_DIGITS, ROWS=64, num_warps=8,
         )  # fmt: skip
     return hardest
 
@@ -73,6 +73,9 @@ def _select_kernel(
     FIRST: tl.constexpr, LAST: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Picks the digit in which the wanted rank lies; one program."""
+    # Read before the reductions, whose barriers keep all reads ahead of the writes at the end.
+    found = tl.load(state_ptr)
+    rank = tl.load(state_ptr + 1)
     digit = tl.arange(0, DIGITS)
     totals = tl.zeros((ROWS, DIGITS), tl.int32)
     for start in range(0, programs, ROWS):
@@ -85,13 +88,11 @@ def _select_kernel(
     everything = tl.sum(count, axis=0)
     if FIRST:
         rank = tl.ceil(tl.load(share_ptr) * everything.to(tl.float64)).to(tl.int64)
-    else:
-        rank = tl.load(state_ptr + 1)
     # Digits whose losses, with all larger ones, are not enough: the wanted one is the next below.
     above = everything - up_to + count
     chosen = DIGITS - 1 - tl.sum((above < rank).to(tl.int64), axis=0)
     larger = everything - tl.sum(tl.where(digit <= chosen, count, 0), axis=0)
-    found = tl.load(state_ptr) * DIGITS + chosen
+    found = found * DIGITS + chosen
     tl.store(state_ptr, found)
     tl.store(state_ptr + 1, rank - larger)
     if LAST:
