@@ -185,7 +185,7 @@ def _backward(
     for index, (part, size) in enumerate(zip(slices, sizes, strict=True)):
         check_size(f"sizes[{index}]", size)
         shape = (*part.shape[:2], *size)
-        outs.append(checked_out(f"out[{index}]", out and out[index], shape, grad))
+        outs.append(checked_out(f"out[{index}]", None if out is None else out[index], shape, grad))
     steep = [_is_steep(size, full) for size in sizes]
     gentle = [index for index, is_steep in enumerate(steep) if not is_steep]
     if gentle:

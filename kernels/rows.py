@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import triton
@@ -14,6 +15,7 @@ from torch import Tensor
 from lgcnet_fast.kernels.common import check_like, check_map, empty_map
 
 MAX_MAPS = 4
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def vector_width(dtype: torch.dtype, *channels: int) -> int:
     return math.gcd(16 // dtype.itemsize, *channels)
 
 
-def four(values: Sequence[object]) -> list[object]:
+def four(values: Sequence[T]) -> list[T]:
     """The last one repeated up to MAX_MAPS: a kernel has a fixed number of arguments."""
     return [*values, *[values[-1]] * (MAX_MAPS - len(values))]
 

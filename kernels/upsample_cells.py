@@ -12,6 +12,7 @@ are neighbours in memory, and the constant distance between classes costs no add
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lgcnet_fast.kernels.bilinear import (
-    beyond,
-    check_size,
-    first_output,
-    lower_input,
-)
+from lgcnet_fast.kernels.bilinear import beyond, check_size, first_output, lower_input
 from lgcnet_fast.kernels.common import accumulator_dtype, check_map
 
 
@@ -102,7 +98,7 @@ def class_rows(logits: Tensor) -> Tensor:
     return rows
 
 
-def check_logits(logits: Tensor, size: tuple[int, int]) -> None:
+def check_logits(logits: Tensor, size: Sequence[int]) -> None:
     """Raises `ValueError` unless these are NHWC logits that the cell kernels can upsample."""
     check_map("logits", logits)
     check_size("size of logits", logits.shape[2:])
