@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from lgcnet_fast.errors import ConfigError
-from lgcnet_fast.space.base import Arch, ArchGroup, LatencyModel, SearchSpace
+from lgcnet_fast.space.base import Arch, LatencyModel, SearchSpace
 from lgcnet_fast.space.genotype import Genotype
+from lgcnet_fast.space.sampling import masked, probabilities
 
 PAPER_MEAN_MS = 16.2
 """Mean over uniform random architectures on the paper's device: 61.9 FPS, Table VII."""
@@ -25,11 +26,9 @@ class LatencyRange:
 
 def uniform_arch(space: SearchSpace, device: torch.device | None = None) -> Arch:
     """Z in which every row's allowed options weigh the same."""
-    arch = {}
-    for group in space.arch_groups():
-        allowed = _allowed(group).to(device=device, dtype=torch.float32)
-        arch[group.name] = allowed / allowed.sum(-1, keepdim=True)
-    return arch
+    groups = space.arch_groups()
+    equal = {g.name: torch.zeros(len(g.rows), len(g.options), device=device) for g in groups}
+    return probabilities(equal, groups)
 
 
 @torch.no_grad()
@@ -78,11 +77,8 @@ def _extreme(space: SearchSpace, model: LatencyModel, sign: float) -> float:
     z = uniform_arch(space, _device(model))
     best: float | None = None
     for _ in range(SWEEPS):
-        costs = _option_costs(model, z)
-        logits = {
-            group.name: _masked(-sign * costs[group.name], group) for group in space.arch_groups()
-        }
-        genotype, _ = space.discretise(logits)
+        logits = {name: -sign * costs for name, costs in option_costs(model, z).items()}
+        genotype, _ = space.discretise(masked(logits, space.arch_groups()))
         found = predict_ms(space, model, genotype)
         if best is not None and sign * found >= sign * best:
             return best
@@ -92,22 +88,15 @@ def _extreme(space: SearchSpace, model: LatencyModel, sign: float) -> float:
     return best
 
 
-def _option_costs(model: LatencyModel, z: Arch) -> Arch:
-    """Gradient of the latency in Z: milliseconds an option adds."""
+def option_costs(model: LatencyModel, z: Arch) -> Arch:
+    """Milliseconds that each option adds: the gradient of the latency in Z, at `z`.
+
+    The same at every `z` where the latency is linear in Z, as LGCNet's.
+    """
     leaves = {name: weights.detach().clone().requires_grad_() for name, weights in z.items()}
     total = model(leaves).total
     gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
     return dict(zip(leaves, gradients, strict=True))
-
-
-def _allowed(group: ArchGroup) -> torch.Tensor:
-    if group.mask is not None:
-        return torch.tensor(group.mask)
-    return torch.ones(len(group.rows), len(group.options), dtype=torch.bool)
-
-
-def _masked(logits: torch.Tensor, group: ArchGroup) -> torch.Tensor:
-    return logits.masked_fill(~_allowed(group).to(logits.device), float("-inf"))
 
 
 def _moved(arch: Arch, device: torch.device) -> Arch:

@@ -1,4 +1,4 @@
-"""Gumbel-softmax samples of the architecture (LGCNet equation 4)."""
+"""Probabilities and Gumbel-softmax samples of the architecture (LGCNet equation 4)."""
 
 from __future__ import annotations
 
@@ -23,16 +23,29 @@ def gumbel_softmax(
     give 0 to options that a row does not have. G = -log(E) with E ~ Exponential(1), because
     -log(-log(U)) overflows where float32 rounds U to 1.
     """
-    masks = {group.name: group.mask for group in groups if group.mask is not None}
     z = {}
-    for name, logits in arch.items():
-        precise = logits.float()
-        if name in masks:
-            precise = precise.masked_fill(~_mask(masks[name], logits.device), -torch.inf)
-        waiting = torch.empty_like(precise).exponential_(generator=generator)
+    for name, logits in masked(arch, groups).items():
+        waiting = torch.empty_like(logits).exponential_(generator=generator)
         noise = -waiting.clamp_(min=torch.finfo(torch.float32).tiny).log_()
-        z[name] = ((precise + noise) / temperature).softmax(dim=-1)
+        z[name] = ((logits + noise) / temperature).softmax(dim=-1)
     return z
+
+
+def probabilities(arch: Arch, groups: Sequence[ArchGroup] = (), temperature: float = 1.0) -> Arch:
+    """softmax(alpha' / temperature) of every row, float32; near the argmax at low temperatures."""
+    return {
+        name: (logits / temperature).softmax(dim=-1)
+        for name, logits in masked(arch, groups).items()
+    }
+
+
+def masked(arch: Arch, groups: Sequence[ArchGroup]) -> Arch:
+    """The logits, float32, with minus infinity where a row lacks an option."""
+    masks = {group.name: group.mask for group in groups if group.mask is not None}
+    result = {name: logits.float() for name, logits in arch.items()}
+    for name, mask in masks.items():
+        result[name] = result[name].masked_fill(~_mask(mask, result[name].device), -torch.inf)
+    return result
 
 
 @functools.lru_cache(maxsize=64)

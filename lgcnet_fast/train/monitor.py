@@ -5,22 +5,7 @@ from __future__ import annotations
 import torch
 
 from lgcnet_fast.space.base import Arch, ArchGroup, LatencyModel
-
-
-def masked(arch: Arch, groups: tuple[ArchGroup, ...]) -> Arch:
-    """The logits with minus infinity where a row lacks an option."""
-    result = dict(arch)
-    for group in groups:
-        if group.mask is not None:
-            logits = arch[group.name]
-            allowed = torch.tensor(group.mask, device=logits.device)
-            result[group.name] = logits.masked_fill(~allowed, float("-inf"))
-    return result
-
-
-def probabilities(arch: Arch, groups: tuple[ArchGroup, ...]) -> Arch:
-    """softmax(alpha') of every row."""
-    return {name: logits.softmax(-1) for name, logits in masked(arch, groups).items()}
+from lgcnet_fast.space.sampling import probabilities
 
 
 @torch.no_grad()
@@ -29,13 +14,12 @@ def inspect(arch: Arch, groups: tuple[ArchGroup, ...], latency: LatencyModel) ->
 
     The shares of `none`, `skip` and light options are over the rows of groups that have any.
     """
-    arch = masked({name: logits.detach().cpu().float() for name, logits in arch.items()}, groups)
+    soft = probabilities({name: logits.cpu() for name, logits in arch.items()}, groups)
     chosen = []
     for group in groups:
         if group.light:
-            picks = arch[group.name].argmax(-1).tolist()
+            picks = soft[group.name].argmax(-1).tolist()
             chosen += [(group.options[pick], group.options[pick] in group.light) for pick in picks]
-    soft = probabilities(arch, groups)
     entropies = torch.cat([torch.special.entr(p).sum(-1) for p in soft.values()])
     rows = max(len(chosen), 1)
     return {

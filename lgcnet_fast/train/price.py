@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from lgcnet_fast.errors import RunError
-from lgcnet_fast.space.base import Arch, LatencyModel, SearchSpace
+from lgcnet_fast.latency.predict import option_costs
+from lgcnet_fast.space.base import Arch, SearchSpace
 from lgcnet_fast.space.genotype import Genotype
-from lgcnet_fast.train.monitor import masked, probabilities
+from lgcnet_fast.space.sampling import masked, probabilities
 from lgcnet_fast.train.prediction import LatencyPredictor
 
 TOLERANCE = 0.05
@@ -63,7 +64,7 @@ def _bisect(
     space: SearchSpace, arch: Arch, predictor: LatencyPredictor, target_ms: float
 ) -> _Attempt:
     """The closest attempt: doubles the price until the latency crosses the target, then halves."""
-    costs = option_costs(arch, space, predictor.model)
+    costs = option_costs(predictor.model, probabilities(arch, space.arch_groups()))
 
     def attempt(price: float) -> _Attempt:
         priced = {name: arch[name] - price * costs[name] for name in arch}
@@ -85,17 +86,6 @@ def _bisect(
         closest = min(closest, tried, key=_Attempt.miss)
         near, far = (middle, far) if (tried.ratio > 1) == too_slow else (near, middle)
     return closest
-
-
-def option_costs(arch: Arch, space: SearchSpace, model: LatencyModel) -> Arch:
-    """Milliseconds that each option adds: the gradient of the latency in Z, at softmax(alpha').
-
-    Exact for spaces whose latency is linear in Z, such as LGCNet's.
-    """
-    soft = probabilities(arch, space.arch_groups())
-    z = {name: p.clone().requires_grad_() for name, p in soft.items()}
-    gradients = torch.autograd.grad(model(z).total, list(z.values()), materialize_grads=True)
-    return dict(zip(z, gradients, strict=True))
 
 
 def _change_one_row(

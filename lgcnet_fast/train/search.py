@@ -18,14 +18,14 @@ from lgcnet_fast.config import SearchConfig
 from lgcnet_fast.data.loader import Batch
 from lgcnet_fast.ops import upsample_cross_entropy
 from lgcnet_fast.space.base import LatencyModel, LatencyTerms, SearchSpace
-from lgcnet_fast.space.sampling import gumbel_softmax
+from lgcnet_fast.space.sampling import gumbel_softmax, masked
 from lgcnet_fast.train.checkpoint import Stateful, load_checkpoint, save_checkpoint
 from lgcnet_fast.train.controller import LatencyController, argmax_latency
 from lgcnet_fast.train.distributed import parallel
 from lgcnet_fast.train.finite import require_finite, require_finite_parameters
 from lgcnet_fast.train.losses import latency_loss, strength
 from lgcnet_fast.train.metrics import Confusion, MetricsLog
-from lgcnet_fast.train.monitor import inspect, masked
+from lgcnet_fast.train.monitor import inspect
 from lgcnet_fast.train.precision import Precision, placed
 from lgcnet_fast.train.prediction import LatencyPredictor, latency_predictor
 from lgcnet_fast.train.progress import StageProgress
