@@ -22,8 +22,13 @@ def provenance(commit: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
         "commit": commit,
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *map(_without_folders, sys.argv)]),
     }
+
+
+def _without_folders(argument: str) -> str:
+    """Where something lies on one machine tells nobody anything."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
