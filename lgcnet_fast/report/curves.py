@@ -26,7 +26,7 @@ class Panel:
 
 PANELS = (
     Panel("search", "loss", ("loss", "cross_entropy", "latency_loss")),
-    Panel("search", "latency, ms", ("expected_ms", "argmax_ms")),
+    Panel("search", "latency, ms", ("sampled_ms", "expected_ms", "argmax_ms")),
     Panel("search", "temperature", ("temperature",)),
     Panel("search", "mIoU of training batches", ("train_miou",)),
     Panel("search", "entropy, nats a choice", ("entropy",)),

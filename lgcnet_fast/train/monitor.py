@@ -12,7 +12,8 @@ from lgcnet_fast.space.sampling import probabilities
 def inspect(arch: Arch, groups: tuple[ArchGroup, ...], latency: LatencyModel) -> dict[str, float]:
     """Shares of argmax choices, mean entropy (nats a row) and expected latency (milliseconds).
 
-    The shares of `none`, `skip` and light options are over the rows of groups that have any.
+    `expected_ms` is the latency under softmax(alpha'), constant part included. The shares of
+    `none`, `skip` and light options are over the rows of groups that have any.
     """
     soft = probabilities({name: logits.cpu() for name, logits in arch.items()}, groups)
     chosen = []

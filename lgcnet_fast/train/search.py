@@ -18,7 +18,7 @@ from lgcnet_fast.config import SearchConfig
 from lgcnet_fast.data.loader import Batch
 from lgcnet_fast.ops import upsample_cross_entropy
 from lgcnet_fast.space.base import LatencyModel, LatencyTerms, SearchSpace
-from lgcnet_fast.space.sampling import gumbel_softmax, masked
+from lgcnet_fast.space.sampling import gumbel_softmax, masked, probabilities
 from lgcnet_fast.train.checkpoint import Stateful, load_checkpoint, save_checkpoint
 from lgcnet_fast.train.controller import LatencyController, argmax_latency
 from lgcnet_fast.train.distributed import parallel
@@ -129,8 +129,8 @@ class Searcher:
     def step(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor, Tensor]:
         """One optimiser step on `config.accumulate` micro-batches.
 
-        Returns, on the device: (4,) loss, cross entropy, weighted latency loss and expected ms,
-        averaged over the micro-batches; then logits and labels of the last one.
+        Returns, on the device: (4,) loss, cross entropy, weighted latency loss and milliseconds
+        under the sampled Z, averaged over the micro-batches; then logits and labels of the last.
         """
         self.weight_optimiser.zero_grad()
         self.arch_optimiser.zero_grad()
@@ -150,6 +150,12 @@ class Searcher:
             (self.arch_optimiser, self.config.arch_clip),
         )
         return sums / self.config.accumulate, output.logits.detach(), labels
+
+    @torch.no_grad()
+    def expected_ms(self) -> Tensor:
+        """Scalar, on the device: latency under softmax(alpha'), constant part included."""
+        network = self.network
+        return network.latency(probabilities(network.arch(), network.groups)).total
 
     @torch.no_grad()
     def _beta(self) -> float | Tensor:
@@ -254,13 +260,14 @@ def _train_epoch(
         # by all candidates and BN without affine, ranks nothing and would cost a pass over val.
         stride = searcher.network.supernet.output_stride
         confusion.add(logits.argmax(1), labels[:, ::stride, ::stride])
-        loss, cross_entropy, latency, expected_ms = (sums / counted).tolist()
+        loss, cross_entropy, latency, sampled_ms = (sums / counted).tolist()
         require_finite(loss, STAGE, epoch, step, WHEN_NOT_FINITE)
         values = {
             "loss": loss,
             "cross_entropy": cross_entropy,
             "latency_loss": latency,
-            "expected_ms": expected_ms,
+            "sampled_ms": sampled_ms,
+            "expected_ms": float(searcher.expected_ms()),
             "train_miou": confusion.miou(),
             "temperature": searcher.temperature,
         }

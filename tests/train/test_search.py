@@ -102,10 +102,15 @@ def test_metrics_hold_loss_terms_and_collapse_monitor(new_run):
     for line in steps:
         assert line["loss"] == pytest.approx(line["cross_entropy"] + line["latency_loss"])
         assert 0 <= line["train_miou"] <= 1
+        assert 1 < line["sampled_ms"] < 19
     for line in epochs:
         assert line["share_none"] + line["share_skip"] == line["share_light"]
         assert 0 < line["entropy"] < 1.4
         assert line["argmax_ms"] >= 1
+        assert "sampled_ms" not in line
+    # One name, one thing: the last step of an epoch and its end look at the same parameters.
+    expected = [[line["expected_ms"] for line in part] for part in (steps, epochs)]
+    assert expected[0] == pytest.approx(expected[1])
 
 
 def test_accumulation_equals_the_larger_batch(new_run):
