@@ -28,5 +28,9 @@ class RunError(UserError):
     """A run folder or checkpoint that is missing, damaged or belongs to another configuration."""
 
 
+class EngineError(UserError):
+    """An engine file that is missing, damaged, altered or of another version."""
+
+
 class DeviceError(UserError):
     """A device that is absent or that the installed torch cannot run on."""
