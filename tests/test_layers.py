@@ -16,6 +16,7 @@ PACKAGE = Path(lgcnet_fast.__file__).parent
 LAYERS = (
     {"cli"},
     {"train"},
+    {"deploy"},
     {"report"},
     {"latency", "data"},
     {"space"},
