@@ -18,9 +18,9 @@ from lgcnet_fast.config import SearchConfig
 from lgcnet_fast.data.loader import Batch
 from lgcnet_fast.ops import upsample_cross_entropy
 from lgcnet_fast.space.base import LatencyModel, LatencyTerms, SearchSpace
-from lgcnet_fast.space.sampling import gumbel_softmax, masked, probabilities
+from lgcnet_fast.space.sampling import gumbel_softmax, probabilities
 from lgcnet_fast.train.checkpoint import Stateful, load_checkpoint, save_checkpoint
-from lgcnet_fast.train.controller import LatencyController, argmax_latency
+from lgcnet_fast.train.controller import LatencyController
 from lgcnet_fast.train.distributed import parallel
 from lgcnet_fast.train.finite import require_finite, require_finite_parameters
 from lgcnet_fast.train.losses import latency_loss, strength
@@ -152,19 +152,16 @@ class Searcher:
         return sums / self.config.accumulate, output.logits.detach(), labels
 
     @torch.no_grad()
-    def expected_ms(self) -> Tensor:
-        """Scalar, on the device: latency under softmax(alpha'), constant part included."""
+    def terms(self, temperature: float = 1.0) -> LatencyTerms:
+        """Latency under softmax(alpha' / temperature), on the device."""
         network = self.network
-        return network.latency(probabilities(network.arch(), network.groups)).total
+        return network.latency(probabilities(network.arch(), network.groups, temperature))
 
-    @torch.no_grad()
     def _beta(self) -> float | Tensor:
         if self.controller is None:
             return self.config.beta
-        alpha = masked(self.network.arch(), self.network.groups)
-        argmax_ms = argmax_latency(alpha, self.network.latency)
-        terms = self.network.latency({name: a.softmax(-1) for name, a in alpha.items()})
-        return self.controller.multiplier(argmax_ms) / strength(terms, self.config.latency_loss)
+        terms = self.terms(self.temperature)
+        return self.controller.multiplier(terms.total) / strength(terms, self.config.latency_loss)
 
 
 def search(run: Run) -> dict[str, object]:
@@ -267,7 +264,7 @@ def _train_epoch(
             "cross_entropy": cross_entropy,
             "latency_loss": latency,
             "sampled_ms": sampled_ms,
-            "expected_ms": float(searcher.expected_ms()),
+            "expected_ms": float(searcher.terms().total),
             "train_miou": confusion.miou(),
             "temperature": searcher.temperature,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from torch import nn
 
 from lgcnet_fast.latency.predict import PAPER_MEAN_MS
 from lgcnet_fast.space.base import LatencyTerms
-from lgcnet_fast.train.controller import LatencyController, argmax_latency
+from lgcnet_fast.space.sampling import probabilities
+from lgcnet_fast.train.controller import LatencyController
 from lgcnet_fast.train.losses import latency_loss, strength
 from lgcnet_fast.train.precision import Precision, resolve_precision
 from lgcnet_fast.train.schedules import cosine, exponential, poly, temperature, warmup
-from tests.train.toy import CONSTANT, MILLISECONDS, ToyLatency
+from tests.train.toy import MILLISECONDS, ToyLatency
 
 FORMS = ("linear_ms", "log_total", "log_cell", "log_edge")
 
@@ -82,6 +84,22 @@ def test_schedules_at_their_ends():
 @pytest.mark.parametrize("target", [4.0, 9.0, 16.0])
 def test_controller_leads_the_argmax_to_the_target(target):
     """Logits that a task pulls towards the dear option settle near the target."""
+    latencies, _ = _controlled(target)
+    assert latencies[-1] == pytest.approx(target, abs=max(MILLISECONDS))
+
+
+def test_multiplier_does_not_jump_where_the_argmax_does():
+    latencies, multipliers = _controlled(9.0)
+    jumps = [abs(math.log(b / a)) for a, b in pairwise(latencies)]
+    changes = [abs(b - a) for a, b in pairwise(multipliers)]
+    assert max(jumps) > 0.2
+    assert max(changes) < 0.1
+    reversals = sum(a * b < 0 for a, b in pairwise(multipliers))
+    assert reversals < 10
+
+
+def _controlled(target: float) -> tuple[list[float], list[float]]:
+    """Argmax latency and multiplier at each of 1,500 steps of a search with a target."""
     torch.manual_seed(0)
     logits = nn.Parameter(0.01 * torch.randn(6, len(MILLISECONDS)))
     # Rows differ in what the dear option is worth to them.
@@ -89,20 +107,22 @@ def test_controller_leads_the_argmax_to_the_target(target):
     optimiser = torch.optim.Adam([logits], lr=0.02)
     model, steps = ToyLatency(), 1500
     controller = LatencyController(target, steps, torch.device("cpu"))
-    for _ in range(steps):
+    latencies, multipliers = [], []
+    for step in range(steps):
         optimiser.zero_grad()
-        multiplier = controller.multiplier(argmax_latency({"rows": logits}, model))
+        now = temperature(step, steps, 1.0, 0.03)
+        with torch.no_grad():
+            multiplier = controller.multiplier(
+                model(probabilities({"rows": logits}, temperature=now)).total
+            )
         soft = {"rows": logits.softmax(-1)}
         loss = multiplier * model(soft).total / PAPER_MEAN_MS - (soft["rows"] * worth).sum()
         loss.backward()
         optimiser.step()
-    dearest_step = max(MILLISECONDS)
-    assert argmax_latency({"rows": logits}, model).item() == pytest.approx(target, abs=dearest_step)
-
-
-def test_argmax_latency_counts_the_constant_part():
-    logits = torch.tensor([[0.0, 1, 0, 0]] * 3 + [[0.0, 0, 0, 1]] * 3)
-    assert argmax_latency({"rows": logits}, ToyLatency()).item() == CONSTANT + 3 * 0.5 + 3 * 3
+        picks = nn.functional.one_hot(logits.argmax(-1), len(MILLISECONDS)).float()
+        latencies.append(model({"rows": picks}).total.item())
+        multipliers.append(multiplier.item())
+    return latencies, multipliers
 
 
 def test_controller_state_travels():
