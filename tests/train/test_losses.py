@@ -12,7 +12,7 @@ from torch import nn
 from lgcnet_fast.latency.predict import PAPER_MEAN_MS
 from lgcnet_fast.space.base import LatencyTerms
 from lgcnet_fast.space.sampling import probabilities
-from lgcnet_fast.train.controller import LatencyController
+from lgcnet_fast.train.controller import LIMIT, PROPORTIONAL, LatencyController
 from lgcnet_fast.train.losses import latency_loss, strength
 from lgcnet_fast.train.precision import Precision, resolve_precision
 from lgcnet_fast.train.schedules import cosine, exponential, poly, temperature, warmup
@@ -92,8 +92,7 @@ def test_multiplier_does_not_jump_where_the_argmax_does():
     latencies, multipliers = _controlled(9.0)
     jumps = [abs(math.log(b / a)) for a, b in pairwise(latencies)]
     changes = [abs(b - a) for a, b in pairwise(multipliers)]
-    assert max(jumps) > 0.2
-    assert max(changes) < 0.1
+    assert max(changes) < max(jumps) / 5
     reversals = sum(a * b < 0 for a, b in pairwise(multipliers))
     assert reversals < 10
 
@@ -103,7 +102,7 @@ def _controlled(target: float) -> tuple[list[float], list[float]]:
     torch.manual_seed(0)
     logits = nn.Parameter(0.01 * torch.randn(6, len(MILLISECONDS)))
     # Rows differ in what the dear option is worth to them.
-    worth = torch.outer(torch.linspace(0.05, 0.5, 6), torch.tensor(MILLISECONDS))
+    worth = torch.outer(torch.linspace(0.01, 0.1, 6), torch.tensor(MILLISECONDS))
     optimiser = torch.optim.Adam([logits], lr=0.02)
     model, steps = ToyLatency(), 1500
     controller = LatencyController(target, steps, torch.device("cpu"))
@@ -123,6 +122,12 @@ def _controlled(target: float) -> tuple[list[float], list[float]]:
         latencies.append(model({"rows": picks}).total.item())
         multipliers.append(multiplier.item())
     return latencies, multipliers
+
+
+def test_multiplier_stays_below_the_cross_entropy_when_the_target_is_out_of_reach():
+    controller = LatencyController(1.0, 100, torch.device("cpu"))
+    multipliers = [controller.multiplier(torch.tensor(20.0)).item() for _ in range(100)]
+    assert max(multipliers) == pytest.approx(PROPORTIONAL * 2 + LIMIT)
 
 
 def test_controller_state_travels():
