@@ -1,0 +1,1 @@
+"""Trained networks as engines: batch norms folded, files, the `Segmenter` of applications."""
