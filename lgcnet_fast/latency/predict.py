@@ -33,7 +33,7 @@ def uniform_arch(space: SearchSpace, device: torch.device | None = None) -> Arch
 
 @torch.no_grad()
 def latency_scale(space: SearchSpace, model: LatencyModel) -> float:
-    """The beta loss's multiplier (section 1.1): uniform random architectures average 16.2 ms.
+    """The beta loss's multiplier: uniform random architectures average 16.2 ms by it.
 
     Their mean is the latency at uniform Z, because the rows are drawn independently and the
     latency is linear in each.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -63,16 +64,18 @@ class SearchCell(Cell):
         rows = z.unbind()
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for edges in _EDGES_INTO:
-            outputs, weights = zip(
-                *(
-                    term
-                    for edge in edges
-                    for term in self.edges[edge].terms(rows[edge], states[_SOURCES[edge]])
-                ),
-                strict=True,
-            )
+            terms = [
+                term for edge in edges for term in self._terms(edge, rows, states[_SOURCES[edge]])
+            ]
+            outputs, weights = zip(*terms, strict=True)
             states.append(mixed_sum(outputs, weights))
         return torch.cat(states[2:], dim=1)
+
+    def _terms(
+        self, edge: int, rows: Sequence[Tensor], source: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        mixed = cast(MixedOp, self.edges[edge])
+        return mixed.terms(rows[edge], source)
 
 
 class DerivedCell(Cell):

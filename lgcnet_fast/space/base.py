@@ -2,7 +2,7 @@
 
 A search space says which architecture parameters exist, builds the supernet and the derived
 networks, and predicts latency from a lookup table. Sampler, schedule, trainer, lookup table and
-command line use nothing else, so a new space is one class (spec section 7).
+command line use nothing else, so a new space is one class (LGCNet section 7).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from lgcnet_fast.space.genotype import Genotype
+from lgcnet_fast.space.genotype import Genotype as AnyGenotype
 
 Arch = dict[str, Tensor]
 """Group name -> tensor (rows, options): logits alpha', or weights Z whose rows sum to 1."""
@@ -110,7 +110,7 @@ class SearchSpace(ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type[SpaceOptions]]
-    Genotype: ClassVar[type[Genotype]]
+    Genotype: ClassVar[type[AnyGenotype]]
 
     def __init__(self, options: SpaceOptions) -> None:
         self.options = options
@@ -130,24 +130,24 @@ class SearchSpace(ABC):
     # -- genotypes ----------------------------------------------------------------------------
 
     @abstractmethod
-    def discretise(self, arch: Arch) -> tuple[Genotype, tuple[str, ...]]:
+    def discretise(self, arch: Arch) -> tuple[AnyGenotype, tuple[str, ...]]:
         """The genotype of the largest logits, and one line for each change that made it valid."""
 
     @abstractmethod
-    def one_hot(self, genotype: Genotype) -> Arch:
+    def one_hot(self, genotype: AnyGenotype) -> Arch:
         """Z of a genotype, float32 on the CPU; the inverse of `discretise`."""
 
     @abstractmethod
-    def random_genotype(self, generator: torch.Generator) -> Genotype:
+    def random_genotype(self, generator: torch.Generator) -> AnyGenotype:
         """Uniform over all rows, made valid in the way of `discretise`."""
 
     @classmethod
     @abstractmethod
-    def build(cls, genotype: Genotype, num_classes: int) -> Segmenter: ...
+    def build(cls, genotype: AnyGenotype, num_classes: int) -> Segmenter: ...
 
     @classmethod
     @abstractmethod
-    def build_classifier(cls, genotype: Genotype, num_classes: int) -> nn.Module:
+    def build_classifier(cls, genotype: AnyGenotype, num_classes: int) -> nn.Module:
         """Pretraining network: backbone, global average pooling, linear layer: (N, classes).
 
         Its `backbone` attribute has the state-dict keys of the segmenter's `backbone`.

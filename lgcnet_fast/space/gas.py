@@ -14,7 +14,7 @@ class GASOptions(LGCNetOptions):
 
 
 class GASGenotype(LGCNetGenotype):
-    space: Literal["gas"] = "gas"
+    space: Literal["gas"] = "gas"  # type: ignore[assignment]
     head: Head = "aspp"
 
 

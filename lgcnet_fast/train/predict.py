@@ -16,7 +16,7 @@ from lgcnet_fast.errors import ConfigError, DataError
 from lgcnet_fast.ops import upsample_argmax
 from lgcnet_fast.report.pictures import RGB, Labels, colourise, overlay, side_by_side
 from lgcnet_fast.report.video import VIDEO_EXTENSIONS, VideoWriter, frame_rate, read_frames
-from lgcnet_fast.train.precision import Precision
+from lgcnet_fast.train.precision import Precision, placed
 from lgcnet_fast.train.predict_files import (
     InputImage,
     cityscapes_names,
@@ -43,7 +43,7 @@ class Predictor:
     def __init__(
         self, network: nn.Module, classes: ClassSet, size: Size | None, precision: Precision
     ) -> None:
-        self.network = network.to(precision.device, memory_format=torch.channels_last).eval()
+        self.network = placed(network, precision.device).eval()
         self.classes, self.size, self.precision = classes, size, precision
 
     @classmethod

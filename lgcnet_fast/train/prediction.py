@@ -23,7 +23,7 @@ class LatencyPredictor:
     model: LatencyModel
     """On the CPU."""
     scale: float
-    """Multiplier that brings this device's milliseconds to the paper's device (section 1.1)."""
+    """Multiplier that brings this device's milliseconds to the paper's device."""
     description: str
     """Device, runtime and numeric type of the table."""
 
