@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from typer.testing import CliRunner
@@ -47,16 +47,19 @@ def test_version() -> None:
 
 def test_help_is_fast_and_leaves_torch_alone() -> None:
     check = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))"
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        shown = subprocess.run(
-            [sys.executable, "-c", f"{check}; {MAIN}", "run", "--help"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        seconds.append(time.perf_counter() - started)
-        assert shown.stdout.split()[-1] == "False"
-    assert min(seconds) < 1
+    before = _children_seconds()
+    shown = subprocess.run(
+        [sys.executable, "-c", f"{check}; {MAIN}", "run", "--help"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shown.stdout.split()[-1] == "False"
+    assert _children_seconds() - before < 2
+
+
+def _children_seconds() -> float:
+    """Processor time of ended child processes; other work on the machine does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_the_shell_completes_commands_and_presets() -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.multiprocessing as mp
 
 from lgcnet_fast.errors import ConfigError
+from lgcnet_fast.nn.cell import DerivedCell
 from lgcnet_fast.train.checkpoint import read_checkpoint
 from lgcnet_fast.train.distributed import Ranks
 
@@ -18,6 +19,21 @@ def test_batches_must_split_evenly():
     assert Ranks(0, 4).share(16, "search.batch_size") == 4
     with pytest.raises(ConfigError, match="search.batch_size = 6 .* 4 processes"):
         Ranks(0, 4).share(6, "search.batch_size")
+
+
+CUT = ("none", "skip", "none", "conv3", "none")
+"""A cell that does not read its first input, whose preprocessing gets no gradient then."""
+
+
+def _train_a_network_with_an_unread_input(rank: int) -> None:
+    from lgcnet_fast.train.distributed import parallel
+
+    torch.manual_seed(0)
+    cell = DerivedCell(4, 4, 2, reduction=False, reduce_first=False, operations=CUT)
+    wrapped = parallel(cell, Ranks(rank, 2), torch.device("cpu"), sync_bn=False)
+    for _ in range(2):
+        x = torch.randn(2, 4, 5, 5)
+        wrapped(x, x).square().mean().backward()
 
 
 def _search(rank: int, port: int, folder: str) -> None:
@@ -52,10 +68,11 @@ def _search(rank: int, port: int, folder: str) -> None:
     state = {"arch": network.arch.state_dict(), "model": network.supernet.state_dict()}
     state["noise"] = torch.rand(3, generator=network.noise)
     torch.save(state, Path(folder) / f"rank-{rank}.pt")
+    _train_a_network_with_an_unread_input(rank)
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_search_together(tmp_path):
+def test_two_processes_train_together(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
