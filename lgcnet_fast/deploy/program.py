@@ -42,7 +42,8 @@ class FoldedNetwork(nn.Module):
         height, width = image.shape[-2:]
         maps = {IMAGE: image}
         for step, released in zip(self.steps, self._released, strict=True):
-            size = (-(-height // step.stride), -(-width // step.stride))
+            # Rounded up as convolutions do it, so that traced programs know both sizes are one.
+            size = ((height - 1) // step.stride + 1, (width - 1) // step.stride + 1)
             operation = self.operations[step.name]
             maps[step.name] = operation([maps[name] for name in step.inputs], size)
             for name in released:
