@@ -39,16 +39,23 @@ def sparse_genotype(space: SearchSpace, seed: int, none_bonus: float = 0.4) -> G
 
 
 def trained(space: SearchSpace, genotype: Genotype, seed: int = 0) -> nn.Module:
-    """The derived network in float64 and eval mode, with random statistics and affine parts."""
+    """The derived network in float64 and eval mode, with batch norms that have much to fold."""
     torch.manual_seed(seed)
-    network = space.build(genotype, CLASSES).double().eval()
+    return with_statistics(space.build(genotype, CLASSES).double())
+
+
+def with_statistics(network: nn.Module) -> nn.Module:
+    """Random affine parts, and the statistics that belong to them, so that images matter."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, -1.5, 1.5)
             nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.2, 3)
-    return network
+            # Cumulative average: one batch sets the statistics.
+            module.momentum = None
+    dtype = next(network.parameters()).dtype
+    with torch.no_grad():
+        network.train()(torch.randn(4, 3, 65, 65, dtype=dtype) + 0.5)
+    return network.eval()
 
 
 def _logits(rows: int, options: tuple[str, ...], chosen: str | None) -> torch.Tensor:
