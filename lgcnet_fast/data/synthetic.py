@@ -1,7 +1,8 @@
 """Built-in street scenes with the 19 Cityscapes classes: procedural, seeded, no files.
 
-Classes share colours and partly textures; what tells them apart is texture at several scales,
-shape and place. `DIFFICULTY` sets how far colour and texture mislead.
+Classes share their colours, and what a few pixels show. Surfaces differ in how equal elements are
+arranged over tens of pixels, objects in their shape; fine streaks and noise cover both. So a
+network needs filters between the first layers and the last: `DIFFICULTY` sets how badly.
 """
 
 from __future__ import annotations

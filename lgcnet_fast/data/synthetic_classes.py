@@ -91,6 +91,6 @@ class SyntheticClasses(ClassificationDataset):
         scenery.sky(canvas)
         scenery.skyline(canvas)
         if canvas.chance(0.6):
-            scenery.strip(canvas, -30, 30, Street.ROAD, scenery.ASPHALT)
+            scenery.strip(canvas, -30, 30, Street.ROAD)
         painter(canvas, canvas.uniform(-0.12, 0.12) * tall, z)
         return canvas.render()[0]

@@ -6,8 +6,9 @@ what makes a scene of a hundred textured shapes cheap.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -16,18 +17,18 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from lgcnet_fast.data.painting.camera import Camera, Point
 from lgcnet_fast.data.painting.textures import (
+    PERIODS,
     Floats,
-    Frame,
     Pattern,
-    Texture,
-    evaluate,
-    frame_coordinates,
     noise_tile,
-    sample,
+    sample_noise,
+    sample_patterns,
 )
 
 Colour = tuple[float, float, float]
 """Red, green and blue, 0..255."""
+PERIOD = (18.0, 32.0)
+"""Range of the patterns' periods in an image 256 pixels high, pixels."""
 
 
 class Street(IntEnum):
@@ -57,15 +58,17 @@ class Street(IntEnum):
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How far colour and texture mislead. 0 everywhere makes an easy set."""
+    """How little colour and the nearest few pixels say."""
 
-    colour_swap: float = 0.4
+    colour_swap: float = 0.85
     """Share of surfaces whose colour comes from the palette shared by all classes."""
-    texture_swap: float = 0.25
-    """Share of textured surfaces that wear another class's pattern."""
-    grain: float = 0.3
+    contrast: tuple[float, float] = (0.2, 0.4)
+    """Range of the contrast of the patterns that tell surfaces apart."""
+    disguise: float = 0.3
+    """Share of the parts of objects that wear a pattern of the surfaces."""
+    grain: float = 0.35
     """Largest contrast of the fine streaks that every surface has, whatever its class."""
-    noise: float = 14.0
+    noise: float = 24.0
     """Largest amplitude of the sensor noise, grey levels."""
     blur: float = 0.9
     """Largest blur radius in an image 256 pixels high, pixels."""
@@ -79,11 +82,12 @@ class Difficulty:
 class _Surface:
     label: int
     colour: Colour
-    texture: Texture
-    frame: Frame
-    scale: float
-    """Metres a unit of the frame's coordinates."""
+    pattern: Pattern
+    axis: tuple[float, float]
+    """Periods a pixel along columns and rows; the pattern's other axis is perpendicular."""
     phase: tuple[float, float]
+    contrast: float
+    """Negative: light and dark swap places."""
     grain: tuple[float, float, float]
     """Features a pixel along columns and rows, and contrast."""
 
@@ -116,25 +120,33 @@ class Canvas:
 
     # -- painting -------------------------------------------------------------------------------
 
-    def surface(
-        self,
-        label: Street,
-        colour: Colour,
-        texture: Texture | None = None,
-        frame: Frame = Frame.FRONT,
-        scale: float = 1.0,
-    ) -> int:
+    def surface(self, label: Street, colour: Colour, pattern: Pattern | None = None) -> int:
         """Registers a surface and returns its index.
 
-        `scale`: metres a pixel (FRONT) or the distance of the plane in metres (SIDE).
+        `pattern`: None for a surface that no pattern tells apart; it may wear any. Patterns lie in
+        the image plane, turned at random: they stay readable at every distance.
         """
-        worn = texture or Texture()
-        if worn.contrast > 0 and self.chance(self.difficulty.texture_swap):
-            worn = replace(worn, pattern=Pattern(int(self.rng.integers(1, len(Pattern)))))
-        phase = (self.uniform(0, 16), self.uniform(0, 16))
-        surface = _Surface(int(label), colour, worn, frame, scale, phase, self._grain())
+        if pattern is None:
+            pattern = self._meaningless_pattern()
+        phase = (self.uniform(0, PERIODS), self.uniform(0, PERIODS))
+        contrast = self.side() * self.uniform(*self.difficulty.contrast)
+        surface = _Surface(
+            int(label), colour, pattern, self._axis(), phase, contrast, self._grain()
+        )
         self._surfaces.append(surface)
         return len(self._surfaces) - 1
+
+    def _meaningless_pattern(self) -> Pattern:
+        if self.chance(self.difficulty.disguise):
+            return Pattern(int(self.rng.integers(1, len(Pattern))))
+        return Pattern.PLAIN
+
+    def _axis(self) -> tuple[float, float]:
+        """A random direction, and a random period within PERIOD."""
+        x, y = self.uniform(-1, 1), self.uniform(-1, 1)
+        length = max(math.sqrt(x * x + y * y), 1e-6)
+        unit = 256 / self.camera.height / self.uniform(*PERIOD)
+        return unit * x / length, unit * y / length
 
     def _grain(self) -> tuple[float, float, float]:
         """Features 3 to 12 pixels long on each axis, in an image 256 pixels high."""
@@ -174,28 +186,22 @@ class Canvas:
         colours = np.array([surface.colour for surface in self._surfaces], dtype=np.float32)
         light = np.asarray(self._light, dtype=np.float32) / 255
         tile = noise_tile(self.rng)
-        relief = 1 + self._patterns(index, tile) + self._streaks(index, tile)
+        relief = 1 + self._patterns(index) + self._streaks(index, tile)
         return self._expose(colours[index] * (light * relief)[..., None]), labels[index]
 
-    def _patterns(self, index: NDArray[np.int32], tile: Floats) -> Floats:
-        coordinates = frame_coordinates(self.camera)
-        frames = np.array([surface.frame for surface in self._surfaces], dtype=np.intp)[index]
+    def _patterns(self, index: NDArray[np.int32]) -> Floats:
+        worn = [(*s.axis, *s.phase, s.contrast) for s in self._surfaces]
+        a, b, u0, v0, contrast = (column[index] for column in np.array(worn, dtype=np.float32).T)
+        patterns = np.array([s.pattern for s in self._surfaces], dtype=np.uint8)[index]
         rows, columns = self._pixels()
-        first = coordinates.first[frames, rows, columns]
-        second = coordinates.second[frames, rows, columns]
-        axes = np.array([_axes(surface) for surface in self._surfaces], dtype=np.float32)
-        a, b, u0, c, d, v0, contrast, frequency = (column[index] for column in axes.T)
-        patterns = np.array([s.texture.pattern for s in self._surfaces], dtype=np.uint8)[index]
-        u, v = a * first + b * second + u0, c * first + d * second + v0
-        # Beyond half a period a pixel the pattern would alias: fade it out before.
-        cycles = frequency * coordinates.footprint[frames, rows, columns]
-        return evaluate(patterns, u, v, tile) * contrast * np.clip(2 - 4 * cycles, 0, 1)
+        u, v = a * columns + b * rows + u0, a * rows - b * columns + v0
+        return contrast * sample_patterns(patterns, u, v)
 
     def _streaks(self, index: NDArray[np.int32], tile: Floats) -> Floats:
         grain = np.array([surface.grain for surface in self._surfaces], dtype=np.float32)
         across, down, contrast = (column[index] for column in grain.T)
         rows, columns = self._pixels()
-        return contrast * sample(tile, across * columns, down * rows)
+        return contrast * sample_noise(tile, across * columns, down * rows)
 
     def _pixels(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Row and column numbers that broadcast to the image."""
@@ -221,11 +227,3 @@ def _ordered(corner: Point, opposite: Point) -> tuple[Point, Point]:
     left, right = sorted((corner[0], opposite[0]))
     top, bottom = sorted((corner[1], opposite[1]))
     return (left, top), (right, bottom)
-
-
-def _axes(surface: _Surface) -> tuple[float, ...]:
-    """(a, b, u0, c, d, v0, contrast, frequency): u = a p + b q + u0, v = c p + d q + v0."""
-    (along, across), (x, y) = surface.texture.period, surface.texture.tilt
-    u, v = surface.scale / along, surface.scale / across
-    u0, v0 = surface.phase
-    return x * u, y * u, u0, -y * v, x * v, v0, surface.texture.contrast, max(u, v)

@@ -4,12 +4,6 @@ from __future__ import annotations
 
 from lgcnet_fast.data.painting import palette
 from lgcnet_fast.data.painting.canvas import Canvas, Street
-from lgcnet_fast.data.painting.textures import Pattern, Texture
-
-HATCH = Texture(Pattern.STRIPES, (0.35, 0.35), 0.35, (1.0, 1.0))
-SYMBOL = Texture(Pattern.CHECKER, (0.5, 0.5), 0.35)
-
-LAMPS: tuple[palette.Colour, ...] = ((225, 60, 50), (225, 170, 60), (70, 210, 130))
 
 
 def pole(canvas: Canvas, x: float, z: float, height: float) -> None:
@@ -45,9 +39,8 @@ def traffic_light(canvas: Canvas, x: float, z: float) -> None:
         camera.project(x - half, top, z), camera.project(x + half, top - 5 * half, z), housing
     )
     lit = int(canvas.rng.integers(0, 3))
-    for lamp, colour in enumerate(
-        ((225.0, 60.0, 50.0), (225.0, 170.0, 60.0), (70.0, 210.0, 130.0))
-    ):
+    for lamp in range(3):
+        colour = palette.lamp(canvas)
         glow = canvas.surface(
             Street.TRAFFIC_LIGHT, colour if lamp == lit else palette.darker(colour, 0.35)
         )
@@ -66,9 +59,7 @@ def traffic_sign(canvas: Canvas, x: float, z: float) -> None:
     y, radius = canvas.uniform(2.2, 3.4), canvas.uniform(0.4, 0.65)
     pole(canvas, x, z, y)
     rim = canvas.surface(Street.TRAFFIC_SIGN, palette.lacquer(canvas))
-    face = canvas.surface(
-        Street.TRAFFIC_SIGN, palette.lacquer(canvas), SYMBOL, scale=1 / camera.scale(z)
-    )
+    face = canvas.surface(Street.TRAFFIC_SIGN, palette.lacquer(canvas))
     shape = int(canvas.rng.integers(0, 3))
     for surface, r in ((rim, radius), (face, 0.72 * radius)):
         corners = (camera.project(x - r, y + r, z), camera.project(x + r, y - r, z))
@@ -85,7 +76,7 @@ def unlabelled_box(canvas: Canvas, x: float, z: float) -> None:
     """A skip or crate: void, as the many objects of a street that have no class."""
     camera = canvas.camera
     half, height = canvas.uniform(0.4, 0.8), canvas.uniform(0.8, 1.4)
-    surface = canvas.surface(Street.VOID, palette.lacquer(canvas), HATCH, scale=1 / camera.scale(z))
+    surface = canvas.surface(Street.VOID, palette.lacquer(canvas))
     canvas.rectangle(camera.project(x - half, height, z), camera.project(x + half, 0, z), surface)
 
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from lgcnet_fast.data.painting.canvas import Canvas, Colour
 
-DARK: Colour = (32, 32, 36)
-GLASS: Colour = (62, 74, 88)
-RUBBER: Colour = (38, 36, 36)
-
 
 def stone(canvas: Canvas) -> Colour:
     """Asphalt, concrete, plaster, brick."""
@@ -37,12 +33,28 @@ def air(canvas: Canvas) -> Colour:
     """Blue, white, grey and dusk skies."""
     grey = canvas.uniform(130, 215)
     blue = canvas.uniform(-25, 45)
-    return (grey - blue, grey - 0.2 * blue, grey + 0.6 * blue)
+    return _perhaps_shared(canvas, (grey - blue, grey - 0.2 * blue, grey + 0.6 * blue))
 
 
 def skin(canvas: Canvas) -> Colour:
     grey = canvas.uniform(70, 190)
-    return (grey + 25, grey, grey - 18)
+    return _perhaps_shared(canvas, (grey + 25, grey, grey - 18))
+
+
+def glass(canvas: Canvas) -> Colour:
+    """Windows of vehicles."""
+    return _perhaps_shared(canvas, (62, 74, 88))
+
+
+def black(canvas: Canvas) -> Colour:
+    """Tyres, chassis, engines."""
+    return _perhaps_shared(canvas, (36, 34, 34))
+
+
+def lamp(canvas: Canvas) -> Colour:
+    """Red, amber or green light."""
+    lights: tuple[Colour, ...] = ((225, 60, 50), (225, 170, 60), (70, 210, 130))
+    return _perhaps_shared(canvas, lights[int(canvas.rng.integers(0, len(lights)))])
 
 
 def darker(colour: Colour, factor: float) -> Colour:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from lgcnet_fast.data.painting import palette
 from lgcnet_fast.data.painting.canvas import Canvas, Street
-from lgcnet_fast.data.painting.textures import Pattern, Texture
-
-KNIT = Texture(Pattern.STRIPES, (0.35, 0.35), 0.25, (0.0, 1.0))
-SPOKES = Texture(Pattern.CHECKER, (0.35, 0.35), 0.4)
 
 
 def person(canvas: Canvas, x: float, z: float) -> None:
@@ -64,7 +60,7 @@ def motorcycle(canvas: Canvas, x: float, z: float, heading: int) -> None:
         (-0.35, 0.25),
     ]
     canvas.polygon([camera.project(x + px * heading, py, z) for px, py in outline], body)
-    engine = canvas.surface(Street.MOTORCYCLE, palette.DARK)
+    engine = canvas.surface(Street.MOTORCYCLE, palette.black(canvas))
     canvas.rectangle(camera.project(x - 0.25, 0.5, z), camera.project(x + 0.22, 0.2, z), engine)
     bars = [camera.project(x + px * heading, py, z) for px, py in ((0.65, 0.35), (0.4, 1.15))]
     canvas.line(bars, engine, 0.1 * camera.scale(z))
@@ -75,8 +71,8 @@ def _wheels(
 ) -> None:
     """`rim`: radius of the inner disc as a share of the wheel's."""
     camera = canvas.camera
-    tyre = canvas.surface(label, palette.RUBBER)
-    spokes = canvas.surface(label, palette.stone(canvas), SPOKES, scale=1 / camera.scale(z))
+    tyre = canvas.surface(label, palette.black(canvas))
+    spokes = canvas.surface(label, palette.stone(canvas))
     for centre in (x - apart, x + apart):
         for surface, r in ((tyre, radius), (spokes, rim * radius)):
             canvas.ellipse(
@@ -91,7 +87,7 @@ def _upper_body(
 ) -> None:
     """Torso and head above the hip; `lean` moves the shoulders sideways. Metres."""
     camera = canvas.camera
-    cloth = canvas.surface(label, palette.lacquer(canvas), KNIT, scale=1 / camera.scale(z))
+    cloth = canvas.surface(label, palette.lacquer(canvas))
     shoulder, half = hip + 0.68 * length, canvas.uniform(0.2, 0.28)
     outline = [
         (x - 0.17, hip),

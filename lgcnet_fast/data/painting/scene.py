@@ -50,7 +50,7 @@ def _roadside(canvas: Canvas, side: int, kerb: float, verge: float) -> None:
     _row(canvas, side * (edge + canvas.uniform(0.1, 0.8)), BARRIERS, gap=0.3)
     if canvas.chance(0.45):
         inner, outer = sorted((side * kerb, side * (kerb + canvas.uniform(0.7, 1.3))))
-        scenery.strip(canvas, inner, outer, Street.TERRAIN, scenery.GRASS)
+        scenery.strip(canvas, inner, outer, Street.TERRAIN)
 
 
 def _row(canvas: Canvas, x: float, labels: tuple[Street, ...], gap: float) -> None:

@@ -5,31 +5,27 @@ from __future__ import annotations
 from lgcnet_fast.data.painting import palette
 from lgcnet_fast.data.painting.camera import Point
 from lgcnet_fast.data.painting.canvas import Canvas, Street
-from lgcnet_fast.data.painting.textures import Frame, Pattern, Texture
+from lgcnet_fast.data.painting.textures import Pattern
 
 FAR = 90.0
 """Depth where the street ends, metres."""
 
-BRICKS = Texture(Pattern.BRICKS, (2.0, 0.9), 0.3)
-PICKETS = Texture(Pattern.STRIPES, (1.0, 1.0), 0.4)
-WINDOWS = Texture(Pattern.WINDOWS, (2.4, 3.0), 0.4)
-LEAVES = Texture(Pattern.BLOBS, (1.4, 1.4), 0.4)
-GRASS = Texture(Pattern.BLOBS, (0.8, 0.8), 0.3)
-PAVING = Texture(Pattern.CHECKER, (1.6, 1.6), 0.2)
-ASPHALT = Texture(Pattern.BLOBS, (2.5, 6.0), 0.12)
-CLOUDS = Texture(Pattern.BLOBS, (120.0, 45.0), 0.16)
-UPRIGHT = {
-    Street.BUILDING: WINDOWS,
-    Street.WALL: BRICKS,
-    Street.FENCE: PICKETS,
-    Street.VEGETATION: LEAVES,
+WORN = {
+    Street.ROAD: Pattern.PLAIN,
+    Street.SIDEWALK: Pattern.CHECKER,
+    Street.BUILDING: Pattern.SQUARES,
+    Street.WALL: Pattern.BRICKS,
+    Street.FENCE: Pattern.STRIPES,
+    Street.VEGETATION: Pattern.ZIGZAG,
+    Street.TERRAIN: Pattern.DISCS,
+    Street.SKY: Pattern.PLAIN,
 }
-"""What a plane of each class wears."""
+"""The patterns that tell the surfaces of a street apart."""
 
 
 def sky(canvas: Canvas) -> None:
     camera = canvas.camera
-    surface = canvas.surface(Street.SKY, palette.air(canvas), CLOUDS, scale=256 / camera.height)
+    surface = canvas.surface(Street.SKY, palette.air(canvas), WORN[Street.SKY])
     canvas.rectangle((0, 0), (camera.width, camera.height), surface)
 
 
@@ -44,7 +40,7 @@ def skyline(canvas: Canvas) -> None:
         else:
             tree_row(canvas, x, x + width, canvas.uniform(3, 9), FAR)
         x += width
-    haze = canvas.surface(Street.TERRAIN, palette.leaf(canvas), GRASS, Frame.GROUND)
+    haze = canvas.surface(Street.TERRAIN, palette.leaf(canvas), WORN[Street.TERRAIN])
     canvas.rectangle((0, round(camera.horizon)), (camera.width, camera.height), haze)
 
 
@@ -52,18 +48,14 @@ def panel(
     canvas: Canvas, label: Street, left: float, right: float, height: float, z: float
 ) -> None:
     """A building, wall or fence that faces the camera."""
-    surface = canvas.surface(
-        label, palette.stone(canvas), UPRIGHT[label], scale=1 / canvas.camera.scale(z)
-    )
+    surface = canvas.surface(label, palette.stone(canvas), WORN[label])
     project = canvas.camera.project
     canvas.rectangle(project(left, height, z), project(right, 0, z), surface)
 
 
 def tree_row(canvas: Canvas, left: float, right: float, height: float, z: float) -> None:
     """Bushes that face the camera."""
-    surface = canvas.surface(
-        Street.VEGETATION, palette.leaf(canvas), LEAVES, scale=1 / canvas.camera.scale(z)
-    )
+    surface = canvas.surface(Street.VEGETATION, palette.leaf(canvas), WORN[Street.VEGETATION])
     project = canvas.camera.project
     steps = 4
     for step in range(steps):
@@ -75,9 +67,9 @@ def tree_row(canvas: Canvas, left: float, right: float, height: float, z: float)
 
 def ground(canvas: Canvas, kerb: tuple[float, float], verge: tuple[float, float]) -> None:
     """Sidewalks from the kerbs to the verges (left, right; metres), the road in between."""
-    strip(canvas, verge[0], verge[1], Street.SIDEWALK, PAVING)
-    strip(canvas, kerb[0], kerb[1], Street.ROAD, ASPHALT)
-    marking = canvas.surface(Street.ROAD, (205.0, 203.0, 190.0), ASPHALT, Frame.GROUND)
+    strip(canvas, verge[0], verge[1], Street.SIDEWALK)
+    strip(canvas, kerb[0], kerb[1], Street.ROAD)
+    marking = canvas.surface(Street.ROAD, (205.0, 203.0, 190.0), WORN[Street.ROAD])
     for lane in (-1.75, 1.75):
         if canvas.chance(0.7):
             dashes(canvas, lane, marking)
@@ -90,13 +82,12 @@ def strip(
     left: float,
     right: float,
     label: Street,
-    texture: Texture,
     near: float = 1.0,
     far: float = FAR,
 ) -> None:
     """A band of ground between two lines along the street."""
     family = palette.leaf if label == Street.TERRAIN else palette.stone
-    surface = canvas.surface(label, family(canvas), texture, Frame.GROUND)
+    surface = canvas.surface(label, family(canvas), WORN[label])
     canvas.polygon(_flat(canvas, left, right, near, far), surface)
 
 
@@ -123,16 +114,16 @@ def shadow_on_ground(
 def facade(canvas: Canvas, x: float, near: float, far: float, label: Street, height: float) -> None:
     """An upright plane along the street at lateral position `x`, and its end that faces us."""
     family = palette.leaf if label == Street.VEGETATION else palette.stone
-    colour, texture = family(canvas), UPRIGHT[label]
+    colour, pattern = family(canvas), WORN[label]
     project = canvas.camera.project
     if label == Street.VEGETATION:
         _ragged_top(canvas, x, near, far, height, colour)
     else:
         depth = 9.0 if label == Street.BUILDING else 0.3
         outer = x + depth * (1 if x > 0 else -1)
-        end = canvas.surface(label, colour, texture, scale=1 / canvas.camera.scale(near))
+        end = canvas.surface(label, colour, pattern)
         canvas.rectangle(project(x, height, near), project(outer, 0, near), end)
-    along = canvas.surface(label, colour, texture, Frame.SIDE, scale=abs(x))
+    along = canvas.surface(label, colour, pattern)
     corners = [(near, 0.0), (near, height), (far, height), (far, 0.0)]
     canvas.polygon([project(x, y, z) for z, y in corners], along, light=canvas.uniform(0.6, 1))
 
@@ -140,9 +131,7 @@ def facade(canvas: Canvas, x: float, near: float, far: float, label: Street, hei
 def _ragged_top(
     canvas: Canvas, x: float, near: float, far: float, height: float, colour: palette.Colour
 ) -> None:
-    crown = canvas.surface(
-        Street.VEGETATION, colour, LEAVES, scale=1 / canvas.camera.scale((near + far) / 2)
-    )
+    crown = canvas.surface(Street.VEGETATION, colour, WORN[Street.VEGETATION])
     z = far
     while z > near:
         radius = canvas.uniform(0.3, 0.5) * min(height, 2.5)
@@ -156,11 +145,11 @@ def tree(canvas: Canvas, x: float, z: float) -> None:
     camera = canvas.camera
     height, radius = canvas.uniform(3.5, 6.5), canvas.uniform(1.0, 1.9)
     scale = 1 / camera.scale(z)
-    trunk = canvas.surface(Street.VEGETATION, palette.stone(canvas), scale=scale)
+    trunk = canvas.surface(Street.VEGETATION, palette.stone(canvas))
     canvas.line(
         [camera.project(x, 0, z), camera.project(x, height - radius, z)], trunk, 0.3 / scale
     )
-    crown = canvas.surface(Street.VEGETATION, palette.leaf(canvas), LEAVES, scale=scale)
+    crown = canvas.surface(Street.VEGETATION, palette.leaf(canvas), WORN[Street.VEGETATION])
     for _ in range(5):
         dx, dy = canvas.uniform(-0.6, 0.6) * radius, canvas.uniform(-0.5, 0.5) * radius
         part = radius * canvas.uniform(0.6, 0.9)

@@ -6,11 +6,6 @@ from dataclasses import dataclass
 
 from lgcnet_fast.data.painting import palette
 from lgcnet_fast.data.painting.canvas import Canvas, Street
-from lgcnet_fast.data.painting.textures import Frame, Pattern, Texture
-
-RIBS = Texture(Pattern.STRIPES, (1.0, 1.0), 0.25)
-BAND = Texture(Pattern.WINDOWS, (1.6, 3.2), 0.45)
-LIVERY = Texture(Pattern.ZIGZAG, (1.2, 1.0), 0.3)
 
 
 @dataclass(frozen=True)
@@ -43,8 +38,8 @@ def car(canvas: Canvas, x: float, z: float) -> None:
     _ground_shadow(canvas, body)
     cabin = Body(Street.CAR, x, z + 0.5, 1.5, 0.6 * body.length, 0.5 * tall, tall, colour)
     _box(canvas, cabin)
-    _rear_panel(canvas, cabin, palette.GLASS, (0.12, 0.12), (0.88, 0.85))
-    _side_panel(canvas, cabin, palette.GLASS, (0.08, 0.2), (0.92, 0.85))
+    _rear_panel(canvas, cabin, palette.glass(canvas), (0.12, 0.12), (0.88, 0.85))
+    _side_panel(canvas, cabin, palette.glass(canvas), (0.08, 0.2), (0.92, 0.85))
     _box(canvas, body)
     _rear_wheels(canvas, body)
     _tail_lights(canvas, body)
@@ -61,7 +56,7 @@ def truck(canvas: Canvas, x: float, z: float) -> None:
         canvas.uniform(3, 3.8),
         palette.lacquer(canvas),
     )
-    chassis = Body(Street.TRUCK, x, z, 2.3, cargo.length + 2, 0.45, 1.0, palette.DARK)
+    chassis = Body(Street.TRUCK, x, z, 2.3, cargo.length + 2, 0.45, 1.0, palette.black(canvas))
     cab = Body(
         Street.TRUCK,
         x,
@@ -74,9 +69,9 @@ def truck(canvas: Canvas, x: float, z: float) -> None:
     )
     _ground_shadow(canvas, chassis)
     _box(canvas, cab)
-    _side_panel(canvas, cab, palette.GLASS, (0.2, 0.55), (0.8, 0.9))
+    _side_panel(canvas, cab, palette.glass(canvas), (0.2, 0.55), (0.8, 0.9))
     _box(canvas, chassis)
-    _box(canvas, cargo, RIBS)
+    _box(canvas, cargo)
     _rear_wheels(canvas, chassis)
 
 
@@ -93,8 +88,8 @@ def bus(canvas: Canvas, x: float, z: float) -> None:
     )
     _ground_shadow(canvas, body)
     _box(canvas, body)
-    _rear_panel(canvas, body, palette.GLASS, (0.1, 0.5), (0.9, 0.88))
-    _side_panel(canvas, body, palette.GLASS, (0.03, 0.48), (0.97, 0.85), BAND)
+    _rear_panel(canvas, body, palette.glass(canvas), (0.1, 0.5), (0.9, 0.88))
+    _side_panel(canvas, body, palette.glass(canvas), (0.03, 0.48), (0.97, 0.85))
     _rear_wheels(canvas, body)
     _tail_lights(canvas, body)
 
@@ -113,14 +108,14 @@ def train(canvas: Canvas, x: float, z: float) -> None:
     )
     _ground_shadow(canvas, body)
     _box(canvas, body)
-    _rear_panel(canvas, body, palette.GLASS, (0.06, 0.52), (0.46, 0.85))
-    _rear_panel(canvas, body, palette.GLASS, (0.54, 0.52), (0.94, 0.85))
-    _side_panel(canvas, body, palette.GLASS, (0.02, 0.55), (0.98, 0.82), BAND)
+    _rear_panel(canvas, body, palette.glass(canvas), (0.06, 0.52), (0.46, 0.85))
+    _rear_panel(canvas, body, palette.glass(canvas), (0.54, 0.52), (0.94, 0.85))
+    _side_panel(canvas, body, palette.glass(canvas), (0.02, 0.55), (0.98, 0.82))
     waist = palette.lacquer(canvas)
-    _rear_panel(canvas, body, waist, (0.0, 0.15), (1.0, 0.4), LIVERY)
-    _side_panel(canvas, body, waist, (0.0, 0.15), (1.0, 0.4), LIVERY)
+    _rear_panel(canvas, body, waist, (0.0, 0.15), (1.0, 0.4))
+    _side_panel(canvas, body, waist, (0.0, 0.15), (1.0, 0.4))
     camera = canvas.camera
-    arm = canvas.surface(Street.TRAIN, palette.DARK)
+    arm = canvas.surface(Street.TRAIN, palette.black(canvas))
     raised = [
         camera.project(x + dx, body.top + dy, z + 3)
         for dx, dy in ((-0.5, 0.0), (0.3, 0.5), (-0.4, 1.0))
@@ -137,7 +132,7 @@ def profile(canvas: Canvas, label: Street, x: float, z: float) -> None:
         Street.TRAIN: (canvas.uniform(16, 26), canvas.uniform(3.3, 3.8)),
     }[label]
     paint = canvas.surface(label, palette.lacquer(canvas))
-    glass = canvas.surface(label, palette.GLASS)
+    glass = canvas.surface(label, palette.glass(canvas))
     left, heading = x - length / 2, canvas.side()
 
     def rectangle(surface: int, low: tuple[float, float], high: tuple[float, float]) -> None:
@@ -148,7 +143,6 @@ def profile(canvas: Canvas, label: Street, x: float, z: float) -> None:
             surface,
         )
 
-    scale = 1 / canvas.camera.scale(z)
     if label == Street.CAR:
         outline = [
             (0.0, 0.2),
@@ -166,24 +160,24 @@ def profile(canvas: Canvas, label: Street, x: float, z: float) -> None:
         )
         rectangle(glass, (0.36, 0.6), (0.7, 0.92))
     elif label == Street.TRUCK:
-        cargo = canvas.surface(label, palette.lacquer(canvas), RIBS, scale=scale)
-        rectangle(canvas.surface(label, palette.DARK), (0.0, 0.14), (1.0, 0.28))
+        cargo = canvas.surface(label, palette.lacquer(canvas))
+        rectangle(canvas.surface(label, palette.black(canvas)), (0.0, 0.14), (1.0, 0.28))
         rectangle(cargo, (0.0, 0.26), (0.76, 1.0))
         rectangle(paint, (0.79, 0.14), (1.0, 0.78))
         rectangle(glass, (0.87, 0.5), (0.98, 0.72))
     else:
         rectangle(paint, (0.0, 0.1), (1.0, 1.0))
-        band = canvas.surface(label, palette.GLASS, BAND, scale=scale)
+        band = canvas.surface(label, palette.glass(canvas))
         rectangle(band, (0.02, 0.5), (0.98, 0.85))
     if label == Street.TRAIN:
-        livery = canvas.surface(label, palette.lacquer(canvas), LIVERY, scale=scale)
+        livery = canvas.surface(label, palette.lacquer(canvas))
         rectangle(livery, (0.0, 0.15), (1.0, 0.4))
     else:
         _profile_wheels(canvas, label, left, length, z)
 
 
 def _profile_wheels(canvas: Canvas, label: Street, left: float, length: float, z: float) -> None:
-    tyre = canvas.surface(label, palette.RUBBER)
+    tyre = canvas.surface(label, palette.black(canvas))
     radius = 0.33 if label == Street.CAR else 0.48
     for share in (0.18, 0.82):
         centre = left + share * length
@@ -194,12 +188,12 @@ def _profile_wheels(canvas: Canvas, label: Street, left: float, length: float, z
         )
 
 
-def _box(canvas: Canvas, body: Body, texture: Texture | None = None) -> None:
+def _box(canvas: Canvas, body: Body) -> None:
     """The long side that shows, then the near end."""
     project = canvas.camera.project
     far = body.z + body.length
     if body.shows_side:
-        side = canvas.surface(body.label, body.colour, texture, Frame.SIDE, abs(body.inner))
+        side = canvas.surface(body.label, body.colour)
         canvas.polygon(
             [
                 project(body.inner, body.bottom, body.z),
@@ -210,7 +204,7 @@ def _box(canvas: Canvas, body: Body, texture: Texture | None = None) -> None:
             side,
             light=canvas.uniform(0.6, 0.95),
         )
-    end = canvas.surface(body.label, body.colour, texture, scale=1 / canvas.camera.scale(body.z))
+    end = canvas.surface(body.label, body.colour)
     half = body.width / 2
     canvas.rectangle(
         project(body.x - half, body.top, body.z), project(body.x + half, body.bottom, body.z), end
@@ -223,10 +217,9 @@ def _rear_panel(
     colour: palette.Colour,
     low: tuple[float, float],
     high: tuple[float, float],
-    texture: Texture | None = None,
 ) -> None:
     """A rectangle on the near end; corners as shares of its width and height."""
-    surface = canvas.surface(body.label, colour, texture, scale=1 / canvas.camera.scale(body.z))
+    surface = canvas.surface(body.label, colour)
     left, tall = body.x - body.width / 2, body.top - body.bottom
     canvas.rectangle(
         canvas.camera.project(left + high[0] * body.width, body.bottom + high[1] * tall, body.z),
@@ -241,12 +234,11 @@ def _side_panel(
     colour: palette.Colour,
     low: tuple[float, float],
     high: tuple[float, float],
-    texture: Texture | None = None,
 ) -> None:
     """A panel on the long side; corners as shares of its length and height."""
     if not body.shows_side:
         return
-    surface = canvas.surface(body.label, colour, texture, Frame.SIDE, abs(body.inner))
+    surface = canvas.surface(body.label, colour)
     tall = body.top - body.bottom
     corners = [(low[0], low[1]), (low[0], high[1]), (high[0], high[1]), (high[0], low[1])]
     canvas.polygon(
@@ -259,7 +251,7 @@ def _side_panel(
 
 
 def _rear_wheels(canvas: Canvas, body: Body) -> None:
-    tyre = canvas.surface(body.label, palette.RUBBER)
+    tyre = canvas.surface(body.label, palette.black(canvas))
     width = 0.13 * body.width
     for left in (body.x - body.width / 2, body.x + body.width / 2 - width):
         canvas.rectangle(
@@ -270,7 +262,7 @@ def _rear_wheels(canvas: Canvas, body: Body) -> None:
 
 
 def _tail_lights(canvas: Canvas, body: Body) -> None:
-    lamp = canvas.surface(body.label, (190.0, 48.0, 44.0))
+    lamp = canvas.surface(body.label, palette.lamp(canvas))
     y, width = body.bottom + 0.5 * min(1.0, body.top - body.bottom), 0.12 * body.width
     for left in (body.x - body.width / 2, body.x + body.width / 2 - width):
         canvas.rectangle(
