@@ -32,5 +32,9 @@ class EngineError(UserError):
     """An engine file that is missing, damaged, altered or of another version."""
 
 
+class ExportError(UserError):
+    """An export that cannot be made here, or whose file disagrees with the network."""
+
+
 class DeviceError(UserError):
     """A device that is absent or that the installed torch cannot run on."""
