@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from lgcnet_fast.deploy.fold_modules import fold_module, fold_stem_stage
 from lgcnet_fast.deploy.operations import (
@@ -27,7 +27,7 @@ from lgcnet_fast.nn.cell import CELL_EDGES, DerivedCell
 from lgcnet_fast.nn.fusion import FusionCell
 from lgcnet_fast.nn.heads import ASPP, PPM
 from lgcnet_fast.nn.stem import Stem
-from lgcnet_fast.space.networks import DerivedNetwork
+from lgcnet_fast.space.networks import Backbone, DerivedNetwork
 
 
 def fold(network: nn.Module) -> FoldedNetwork:
@@ -36,20 +36,20 @@ def fold(network: nn.Module) -> FoldedNetwork:
     Equal to `network.eval()` up to rounding, for every input size. Raises `ConfigError` for
     networks of search spaces that do not build LGCNet's derived networks.
     """
-    if not isinstance(network, DerivedNetwork):
+    if not (isinstance(network, DerivedNetwork) and isinstance(network.backbone, Backbone)):
         raise ConfigError(
             f"only networks of the spaces lgcnet and gas can be deployed, not a "
             f"{type(network).__name__}"
         )
     folding = _Folding()
-    features = _backbone(folding, network)
+    features = _backbone(folding, network.backbone)
     neck = network.neck
     if isinstance(neck, FusionCell):
         fused = _fusion_cell(folding, neck, features)
     elif isinstance(neck, ASPP | PPM):
         fused = _pyramid(folding, neck, features[-1])
     else:
-        fused = features[-1]
+        fused = folding.apply("neck", neck, features[-1], features[-1].stride)
     folding.apply("classifier", network.classifier, fused, fused.stride)
     return FoldedNetwork(folding.steps)
 
@@ -84,7 +84,7 @@ class _Folding:
         if isinstance(operation, MaxPooling | Resizing):
             return self._channelwise(name, operation, x, stride)
         if not x.kept:
-            return self.record(name, Constant(operation.bias), [self.image], stride)
+            return self.record(name, Constant(_bias(operation)), [self.image], stride)
         return self.record(name, operation, [x], stride)
 
     def record(
@@ -92,7 +92,7 @@ class _Folding:
     ) -> _Map:
         """A step whose operation has a bias, and so tells the channels of its map."""
         self._append(name, operation, inputs, stride)
-        channels = len(operation.bias)
+        channels = len(_bias(operation))
         return _Map(name, stride, channels, tuple(range(channels)))
 
     def add(self, name: str, terms: Sequence[_Map], like: _Map) -> _Map:
@@ -134,13 +134,18 @@ class _Folding:
         self.steps.append(Step(name, operation, tuple(x.name for x in inputs), stride))
 
 
-def _backbone(folding: _Folding, network: DerivedNetwork) -> list[_Map]:
+def _bias(operation: FoldedOperation) -> Tensor:
+    return operation.get_parameter("bias").detach()
+
+
+def _backbone(folding: _Folding, backbone: Backbone) -> list[_Map]:
     """The outputs of the tapped cells, finest first."""
-    s0, s1 = _stem(folding, network.backbone.stem)
+    s0, s1 = _stem(folding, backbone.stem)
     features = []
-    for k, cell in enumerate(network.backbone.cells):
+    for k, cell in enumerate(backbone.cells):
+        assert isinstance(cell, DerivedCell)
         s0, s1 = s1, _cell(folding, f"cell{k}", cell, s0, s1)
-        if k in network.backbone.taps:
+        if k in backbone.taps:
             features.append(s1)
     return features
 

@@ -42,7 +42,7 @@ def fold_module(module: nn.Module, kept: list[int]) -> FoldedOperation:
 
 @fold_module.register
 def _(module: ReLUConvBN, kept: list[int]) -> FoldedOperation:
-    _, convolution, norm = module
+    convolution, norm = _convolution_and_norm(module)
     weight, bias = _folded(convolution.weight, norm)
     return Convolution(
         weight[:, kept],
@@ -76,7 +76,9 @@ def _(module: FactorizedReduce, kept: list[int]) -> FoldedOperation:
 @fold_module.register
 def _(module: GlobalPool, kept: list[int]) -> FoldedOperation:
     weight, bias = _folded(module.conv.weight, module.norm)
-    return PooledConvolution(weight[:, kept], bias, module.pool.output_size)
+    bins = module.pool.output_size
+    assert isinstance(bins, int)
+    return PooledConvolution(weight[:, kept], bias, bins)
 
 
 @fold_module.register
@@ -89,12 +91,14 @@ def _(module: Deconvolution, kept: list[int]) -> FoldedOperation:
 @fold_module.register
 def _(module: Classifier, kept: list[int]) -> FoldedOperation:
     _, convolution = module
+    assert isinstance(convolution, nn.Conv2d) and convolution.bias is not None
     weight, bias = convolution.weight.detach(), convolution.bias.detach()
     return Convolution(weight[:, kept], bias.clone(), relu_before=True)
 
 
 @fold_module.register
 def _(module: nn.MaxPool2d, kept: list[int]) -> FoldedOperation:
+    assert isinstance(module.stride, int)
     return MaxPooling(module.stride)
 
 
@@ -105,9 +109,16 @@ def _(module: Interpolate, kept: list[int]) -> FoldedOperation:
 
 def fold_stem_stage(stage: nn.Sequential) -> Convolution:
     """3x3 convolution, batch norm and, in all stages but the last, a ReLU."""
-    convolution, norm, *rest = stage
+    convolution, norm = _convolution_and_norm(stage)
     weight, bias = _folded(convolution.weight, norm)
-    return Convolution(weight, bias, convolution.stride[0], relu_after=bool(rest))
+    relu_after = isinstance(stage[-1], nn.ReLU)
+    return Convolution(weight, bias, convolution.stride[0], relu_after=relu_after)
+
+
+def _convolution_and_norm(stage: nn.Sequential) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    convolution, norm = (layer for layer in stage if not isinstance(layer, nn.ReLU))
+    assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    return convolution, norm
 
 
 def _folded(weight: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -122,6 +133,7 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
 
 def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """float64 (channels,) each."""
+    assert norm.running_mean is not None and norm.running_var is not None
     deviation = (norm.running_var.double() + norm.eps).sqrt()
     scale = norm.weight.detach().double() / deviation
     return scale, norm.bias.detach().double() - norm.running_mean.double() * scale
