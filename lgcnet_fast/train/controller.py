@@ -14,8 +14,9 @@ from torch import Tensor
 # In units of loss per e-fold change of latency. The paper's beta = 0.005 is 0.08 of them, and at
 # beta = 0.05, 0.8 of them, its latency hardly falls any more.
 PROPORTIONAL = 1.0
-INTEGRAL = 20.0
-"""Reached by an error of one e-fold that lasts the whole search."""
+INTEGRAL = 5.0
+"""Reached by an error of one e-fold that lasts the whole search. Four times as much made the
+latency of short searches swing about the target, and every operation with it."""
 LIMIT = 3.0
 """Of the integral part: more would drown the cross entropy, above all in short searches, whose
 logits cannot move far."""
