@@ -6,6 +6,7 @@ import copy
 import sys
 from dataclasses import dataclass
 
+from lgcnet_fast.errors import RunError, TableError
 from lgcnet_fast.latency.build import open_table
 from lgcnet_fast.latency.predict import check_target, latency_range, latency_scale, predict_ms
 from lgcnet_fast.latency.table import LookupTable, load_table, save_table
@@ -56,7 +57,10 @@ def _run_table(run: Run) -> LookupTable:
     if run.ranks.first and not path.exists():
         _record_table(run)
     barrier(run.ranks)
-    return load_table(path)
+    try:
+        return load_table(path)
+    except TableError as error:
+        raise RunError(f"{error}\n  or delete it: then that of latency.table is recorded") from None
 
 
 def _record_table(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -29,6 +30,11 @@ MACHINE_KEYS = frozenset({"device", "data.cache", "data.cache_dir"})
 
 PREPARATIONS = frozenset({"config.json", "environment.json", "classes.json", "latency_table.json"})
 """Files that are written before any stage begins."""
+
+RESULT_KEYS = {"derive": ("latency_ms", "fps", "parameters"), "evaluate": ("protocols",)}
+"""What the summary reads from the results of stages."""
+
+REDO = "delete it to do its stage again"
 
 FEW_THREADS = 2
 """Up to so many cores, CPU stages use one thread. The operations of a small network are too short
@@ -119,15 +125,24 @@ class Run:
     def genotype(self) -> Genotype:
         """The genotype of this run; raises `RunError` if it is not derived yet."""
         if not self.genotype_path.exists():
-            raise RunError(f"{self.genotype_path}: missing; run the stage derive first")
+            raise RunError(f"{self.genotype_path}: missing; {rerun(self.stage_folder('derive'))}")
         return load_genotype(self.genotype_path)
 
     # -- stages -----------------------------------------------------------------------------
 
     def stage_result(self, stage: str) -> dict[str, Any] | None:
-        """Headline numbers of a finished stage; None while it is unfinished."""
+        """Headline numbers of a finished stage; None while it is unfinished.
+
+        Raises `RunError` if the file is damaged.
+        """
         path = self._result_path(stage)
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        result = read_json(path, REDO)
+        missing = [key for key in RESULT_KEYS.get(stage, ()) if key not in result]
+        if missing:
+            raise RunError(f"{path}: lacks {missing[0]!r}; {REDO}")
+        return result
 
     def stage_done(self, stage: str) -> bool:
         return self._result_path(stage).exists()
@@ -150,8 +165,7 @@ class Run:
 
     def _claim_folder(self) -> None:
         path = self.folder / "config.json"
-        entries = self.folder.iterdir() if self.folder.exists() else ()
-        present = {entry.name for entry in entries if entry.name[0] != "."}
+        present = {name for name in _entries(self.folder) if name[0] != "."}
         if present and path.name not in present:
             raise RunError(f"{self.folder}: neither empty nor a run folder; choose another folder")
         if present - PREPARATIONS:
@@ -182,6 +196,17 @@ class Run:
         }
 
 
+def _entries(folder: Path) -> list[str]:
+    """Names in `folder`, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.listdir(folder)
+    except OSError as error:
+        raise RunError(
+            f"{folder}: cannot be used as run folder ({error.strerror}); choose another with --out"
+        ) from None
+
+
 def _prepare(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -195,7 +220,7 @@ def read_config(folder: Path) -> RunConfig:
     path = folder / "config.json"
     if not path.exists():
         raise RunError(f"{folder}: not a run folder (it has no config.json)")
-    return validate_config(read_json(path), str(path))
+    return validate_config(read_json(path, "restore it, or use another run folder"), str(path))
 
 
 def differences(before: RunConfig, now: RunConfig) -> Iterator[tuple[str, Any, Any]]:
@@ -220,12 +245,19 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises `RunError` if the file is damaged."""
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Raises `RunError` with `remedy` if the file is damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path}: damaged ({error}); delete it to do its stage again") from None
+        raise RunError(f"{path}: damaged ({error}); {remedy}") from None
     if not isinstance(values, dict):
-        raise RunError(f"{path}: not a JSON object; delete it to do its stage again")
+        raise RunError(f"{path}: not a JSON object; {remedy}")
     return values
+
+
+def rerun(stage_folder: Path) -> str:
+    """How to get a missing file of a stage: a stage that is marked as done is not run again."""
+    done = stage_folder / "done.json"
+    first = f"delete {done} and " if done.exists() else ""
+    return f"{first}run the stage {stage_folder.name} first"

@@ -10,6 +10,7 @@ from torch import nn
 
 from lgcnet_fast.errors import RunError
 from lgcnet_fast.train.checkpoint import write_atomically
+from lgcnet_fast.train.run import rerun
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
@@ -21,15 +22,15 @@ def save_weights(network: nn.Module, path: Path) -> None:
 def load_weights(network: nn.Module, path: Path) -> None:
     """Raises `RunError` if the file is missing, damaged or of another network."""
     if not path.exists():
-        raise RunError(f"{path}: missing; run the stage {path.parent.name} first")
+        raise RunError(f"{path}: missing; {rerun(path.parent)}")
     try:
         tensors = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
-        raise RunError(f"{path}: damaged ({error}); run its stage again") from None
+        raise RunError(f"{path}: damaged ({error}); {rerun(path.parent)}") from None
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         first_fault = str(error).splitlines()[1].strip()
         raise RunError(
-            f"{path}: belongs to another network ({first_fault}); run its stage again"
+            f"{path}: belongs to another network ({first_fault}); {rerun(path.parent)}"
         ) from None

@@ -7,7 +7,9 @@ import json
 import pytest
 
 from lgcnet_fast.errors import ConfigError, RunError
+from lgcnet_fast.train.prediction import latency_predictor
 from lgcnet_fast.train.run import Run, read_config
+from tests.train.conftest import make_config
 
 
 def test_records_configuration_and_environment(new_run):
@@ -77,6 +79,31 @@ def test_damaged_result_names_the_file(new_run):
         run.stage_result("search")
 
 
+@pytest.mark.parametrize("stage, key", [("derive", "latency_ms"), ("evaluate", "protocols")])
+def test_results_that_lack_what_the_summary_reads_are_damaged(new_run, stage, key):
+    run = new_run()
+    run.finish(stage, {"other": 1})
+    with pytest.raises(RunError, match=f"lacks '{key}'; delete it to do its stage again"):
+        run.stage_result(stage)
+
+
 def test_missing_genotype_names_the_stage(new_run):
-    with pytest.raises(RunError, match="run the stage derive first"):
-        new_run().genotype()
+    run = new_run()
+    with pytest.raises(RunError, match="missing; run the stage derive first"):
+        run.genotype()
+    run.finish("derive", {"latency_ms": 1.0})
+    with pytest.raises(RunError, match="delete .*done.json and run the stage derive first"):
+        run.genotype()
+
+
+def test_damaged_table_names_the_way_back(new_run):
+    run = new_run()
+    run.latency_table_path.write_text("{}")
+    with pytest.raises(RunError, match=r"(?s)latency_table\.json: .*or delete it"):
+        latency_predictor(run)
+
+
+def test_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="file/run: cannot be used as run folder .*--out"):
+        Run(tmp_path / "file" / "run", make_config(tmp_path), 0)
