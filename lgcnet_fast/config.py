@@ -60,7 +60,7 @@ class DataConfig(Section):
 
     name: Literal["synthetic", "cityscapes", "camvid", "camvid_original", "folder"] = "synthetic"
     root: Path | None = None
-    train_splits: tuple[str, ...] = ("train",)
+    train_splits: Annotated[tuple[str, ...], Field(min_length=1)] = ("train",)
     val_split: str = "val"
     cache: Literal["auto", "disk", "ram", "gpu"] = "auto"
     cache_dir: Path | None = None
