@@ -39,8 +39,7 @@ def traffic_light(canvas: Canvas, x: float, z: float) -> None:
         camera.project(x - half, top, z), camera.project(x + half, top - 5 * half, z), housing
     )
     lit = int(canvas.rng.integers(0, 3))
-    for lamp in range(3):
-        colour = palette.lamp(canvas)
+    for lamp, colour in enumerate(palette.LAMPS):
         glow = canvas.surface(
             Street.TRAFFIC_LIGHT, colour if lamp == lit else palette.darker(colour, 0.35)
         )

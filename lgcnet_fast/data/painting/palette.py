@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from lgcnet_fast.data.painting.canvas import Canvas, Colour
 
+# The parts of objects keep their colours: shapes are told by how such parts lie to each other.
+GLASS: Colour = (62, 74, 88)
+BLACK: Colour = (36, 34, 34)
+"""Tyres, chassis, engines."""
+LAMPS: tuple[Colour, ...] = ((225, 60, 50), (225, 170, 60), (70, 210, 130))
+"""Of a traffic light, from the top."""
+TAIL_LIGHT: Colour = (190, 48, 44)
+
 
 def stone(canvas: Canvas) -> Colour:
     """Asphalt, concrete, plaster, brick."""
@@ -38,23 +46,7 @@ def air(canvas: Canvas) -> Colour:
 
 def skin(canvas: Canvas) -> Colour:
     grey = canvas.uniform(70, 190)
-    return _perhaps_shared(canvas, (grey + 25, grey, grey - 18))
-
-
-def glass(canvas: Canvas) -> Colour:
-    """Windows of vehicles."""
-    return _perhaps_shared(canvas, (62, 74, 88))
-
-
-def black(canvas: Canvas) -> Colour:
-    """Tyres, chassis, engines."""
-    return _perhaps_shared(canvas, (36, 34, 34))
-
-
-def lamp(canvas: Canvas) -> Colour:
-    """Red, amber or green light."""
-    lights: tuple[Colour, ...] = ((225, 60, 50), (225, 170, 60), (70, 210, 130))
-    return _perhaps_shared(canvas, lights[int(canvas.rng.integers(0, len(lights)))])
+    return (grey + 25, grey, grey - 18)
 
 
 def darker(colour: Colour, factor: float) -> Colour:

@@ -60,7 +60,7 @@ def motorcycle(canvas: Canvas, x: float, z: float, heading: int) -> None:
         (-0.35, 0.25),
     ]
     canvas.polygon([camera.project(x + px * heading, py, z) for px, py in outline], body)
-    engine = canvas.surface(Street.MOTORCYCLE, palette.black(canvas))
+    engine = canvas.surface(Street.MOTORCYCLE, palette.BLACK)
     canvas.rectangle(camera.project(x - 0.25, 0.5, z), camera.project(x + 0.22, 0.2, z), engine)
     bars = [camera.project(x + px * heading, py, z) for px, py in ((0.65, 0.35), (0.4, 1.15))]
     canvas.line(bars, engine, 0.1 * camera.scale(z))
@@ -71,7 +71,7 @@ def _wheels(
 ) -> None:
     """`rim`: radius of the inner disc as a share of the wheel's."""
     camera = canvas.camera
-    tyre = canvas.surface(label, palette.black(canvas))
+    tyre = canvas.surface(label, palette.BLACK)
     spokes = canvas.surface(label, palette.stone(canvas))
     for centre in (x - apart, x + apart):
         for surface, r in ((tyre, radius), (spokes, rim * radius)):

@@ -38,8 +38,8 @@ def car(canvas: Canvas, x: float, z: float) -> None:
     _ground_shadow(canvas, body)
     cabin = Body(Street.CAR, x, z + 0.5, 1.5, 0.6 * body.length, 0.5 * tall, tall, colour)
     _box(canvas, cabin)
-    _rear_panel(canvas, cabin, palette.glass(canvas), (0.12, 0.12), (0.88, 0.85))
-    _side_panel(canvas, cabin, palette.glass(canvas), (0.08, 0.2), (0.92, 0.85))
+    _rear_panel(canvas, cabin, palette.GLASS, (0.12, 0.12), (0.88, 0.85))
+    _side_panel(canvas, cabin, palette.GLASS, (0.08, 0.2), (0.92, 0.85))
     _box(canvas, body)
     _rear_wheels(canvas, body)
     _tail_lights(canvas, body)
@@ -56,7 +56,7 @@ def truck(canvas: Canvas, x: float, z: float) -> None:
         canvas.uniform(3, 3.8),
         palette.lacquer(canvas),
     )
-    chassis = Body(Street.TRUCK, x, z, 2.3, cargo.length + 2, 0.45, 1.0, palette.black(canvas))
+    chassis = Body(Street.TRUCK, x, z, 2.3, cargo.length + 2, 0.45, 1.0, palette.BLACK)
     cab = Body(
         Street.TRUCK,
         x,
@@ -69,7 +69,7 @@ def truck(canvas: Canvas, x: float, z: float) -> None:
     )
     _ground_shadow(canvas, chassis)
     _box(canvas, cab)
-    _side_panel(canvas, cab, palette.glass(canvas), (0.2, 0.55), (0.8, 0.9))
+    _side_panel(canvas, cab, palette.GLASS, (0.2, 0.55), (0.8, 0.9))
     _box(canvas, chassis)
     _box(canvas, cargo)
     _rear_wheels(canvas, chassis)
@@ -88,8 +88,8 @@ def bus(canvas: Canvas, x: float, z: float) -> None:
     )
     _ground_shadow(canvas, body)
     _box(canvas, body)
-    _rear_panel(canvas, body, palette.glass(canvas), (0.1, 0.5), (0.9, 0.88))
-    _side_panel(canvas, body, palette.glass(canvas), (0.03, 0.48), (0.97, 0.85))
+    _rear_panel(canvas, body, palette.GLASS, (0.1, 0.5), (0.9, 0.88))
+    _side_panel(canvas, body, palette.GLASS, (0.03, 0.48), (0.97, 0.85))
     _rear_wheels(canvas, body)
     _tail_lights(canvas, body)
 
@@ -108,14 +108,14 @@ def train(canvas: Canvas, x: float, z: float) -> None:
     )
     _ground_shadow(canvas, body)
     _box(canvas, body)
-    _rear_panel(canvas, body, palette.glass(canvas), (0.06, 0.52), (0.46, 0.85))
-    _rear_panel(canvas, body, palette.glass(canvas), (0.54, 0.52), (0.94, 0.85))
-    _side_panel(canvas, body, palette.glass(canvas), (0.02, 0.55), (0.98, 0.82))
+    _rear_panel(canvas, body, palette.GLASS, (0.06, 0.52), (0.46, 0.85))
+    _rear_panel(canvas, body, palette.GLASS, (0.54, 0.52), (0.94, 0.85))
+    _side_panel(canvas, body, palette.GLASS, (0.02, 0.55), (0.98, 0.82))
     waist = palette.lacquer(canvas)
     _rear_panel(canvas, body, waist, (0.0, 0.15), (1.0, 0.4))
     _side_panel(canvas, body, waist, (0.0, 0.15), (1.0, 0.4))
     camera = canvas.camera
-    arm = canvas.surface(Street.TRAIN, palette.black(canvas))
+    arm = canvas.surface(Street.TRAIN, palette.BLACK)
     raised = [
         camera.project(x + dx, body.top + dy, z + 3)
         for dx, dy in ((-0.5, 0.0), (0.3, 0.5), (-0.4, 1.0))
@@ -132,7 +132,7 @@ def profile(canvas: Canvas, label: Street, x: float, z: float) -> None:
         Street.TRAIN: (canvas.uniform(16, 26), canvas.uniform(3.3, 3.8)),
     }[label]
     paint = canvas.surface(label, palette.lacquer(canvas))
-    glass = canvas.surface(label, palette.glass(canvas))
+    glass = canvas.surface(label, palette.GLASS)
     left, heading = x - length / 2, canvas.side()
 
     def rectangle(surface: int, low: tuple[float, float], high: tuple[float, float]) -> None:
@@ -161,13 +161,13 @@ def profile(canvas: Canvas, label: Street, x: float, z: float) -> None:
         rectangle(glass, (0.36, 0.6), (0.7, 0.92))
     elif label == Street.TRUCK:
         cargo = canvas.surface(label, palette.lacquer(canvas))
-        rectangle(canvas.surface(label, palette.black(canvas)), (0.0, 0.14), (1.0, 0.28))
+        rectangle(canvas.surface(label, palette.BLACK), (0.0, 0.14), (1.0, 0.28))
         rectangle(cargo, (0.0, 0.26), (0.76, 1.0))
         rectangle(paint, (0.79, 0.14), (1.0, 0.78))
         rectangle(glass, (0.87, 0.5), (0.98, 0.72))
     else:
         rectangle(paint, (0.0, 0.1), (1.0, 1.0))
-        band = canvas.surface(label, palette.glass(canvas))
+        band = canvas.surface(label, palette.GLASS)
         rectangle(band, (0.02, 0.5), (0.98, 0.85))
     if label == Street.TRAIN:
         livery = canvas.surface(label, palette.lacquer(canvas))
@@ -177,7 +177,7 @@ def profile(canvas: Canvas, label: Street, x: float, z: float) -> None:
 
 
 def _profile_wheels(canvas: Canvas, label: Street, left: float, length: float, z: float) -> None:
-    tyre = canvas.surface(label, palette.black(canvas))
+    tyre = canvas.surface(label, palette.BLACK)
     radius = 0.33 if label == Street.CAR else 0.48
     for share in (0.18, 0.82):
         centre = left + share * length
@@ -251,7 +251,7 @@ def _side_panel(
 
 
 def _rear_wheels(canvas: Canvas, body: Body) -> None:
-    tyre = canvas.surface(body.label, palette.black(canvas))
+    tyre = canvas.surface(body.label, palette.BLACK)
     width = 0.13 * body.width
     for left in (body.x - body.width / 2, body.x + body.width / 2 - width):
         canvas.rectangle(
@@ -262,7 +262,7 @@ def _rear_wheels(canvas: Canvas, body: Body) -> None:
 
 
 def _tail_lights(canvas: Canvas, body: Body) -> None:
-    lamp = canvas.surface(body.label, palette.lamp(canvas))
+    lamp = canvas.surface(body.label, palette.TAIL_LIGHT)
     y, width = body.bottom + 0.5 * min(1.0, body.top - body.bottom), 0.12 * body.width
     for left in (body.x - body.width / 2, body.x + body.width / 2 - width):
         canvas.rectangle(
