@@ -205,7 +205,7 @@ def _phase(run: Run, splits: tuple[str, ...], first: int, epochs: int) -> Phase:
     config = run.config.finetune
     per_rank = run.ranks.share(config.batch_size, "finetune.batch_size")
     loader = train_loader(run, splits, config.augmentation, per_rank)
-    steps = optimiser_steps(loader, config.accumulate, "finetune.accumulate")
+    steps = optimiser_steps(len(loader), config.accumulate, "finetune.accumulate")
     return Phase(loader, first, epochs, steps)
 
 

@@ -19,6 +19,7 @@ from lgcnet_fast.train.prediction import latency_predictor
 from lgcnet_fast.train.pretrain import pretrain
 from lgcnet_fast.train.run import Run, write_json
 from lgcnet_fast.train.search import search
+from lgcnet_fast.train.trial import check_batches
 
 STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "search": search,
@@ -70,7 +71,7 @@ def open_runs(folder: Path, config: RunConfig) -> list[Run]:
 
 
 def check(run: Run) -> None:
-    """Raises the error that a later stage would raise: data, table, latency target, genotype."""
+    """Raises the error that a later stage would raise: data, table, target, genotype, batches."""
     config = run.config
     splits = (*config.data.train_splits, config.data.val_split, *coarse_splits(config))
     for split in dict.fromkeys(splits):
@@ -81,6 +82,7 @@ def check(run: Run) -> None:
     predictor = latency_predictor(run)
     if config.genotype is not None:
         predictor.milliseconds(given_genotype(run))
+    check_batches(run)
 
 
 def summarise(runs: list[Run]) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def _train(run: Run, predictor: LatencyPredictor) -> dict[str, object]:
     config, ranks = run.config.search, run.ranks
     per_rank = ranks.share(config.batch_size, "search.batch_size")
     loader = train_loader(run, run.config.data.train_splits, config.augmentation, per_rank)
-    steps = optimiser_steps(loader, config.accumulate, "search.accumulate")
+    steps = optimiser_steps(len(loader), config.accumulate, "search.accumulate")
     searcher = _searcher(run, predictor, steps * config.epochs)
     network = searcher.network
     path, generators = run.checkpoint_path(STAGE), {"noise": network.noise}

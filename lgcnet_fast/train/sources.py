@@ -79,13 +79,13 @@ def _first_rank_first(run: Run, title: str, build: Callable[[Progress], T]) -> T
     return built
 
 
-def optimiser_steps(loader: TrainLoader, accumulate: int, key: str) -> int:
+def optimiser_steps(batches: int, accumulate: int, key: str) -> int:
     """Optimiser steps an epoch; raises `ConfigError` naming `key` if there would be none."""
-    steps = len(loader) // accumulate
+    steps = batches // accumulate
     if steps == 0:
         raise ConfigError(
-            f"{key} = {accumulate}, but an epoch has only {len(loader)} batches; "
-            f"use at most {len(loader)}, or a smaller batch size"
+            f"{key} = {accumulate}, but an epoch has only {batches} batches; "
+            f"use at most {batches}, or a smaller batch size"
         )
     return steps
 
