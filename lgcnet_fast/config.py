@@ -64,7 +64,7 @@ class DataConfig(Section):
     val_split: str = "val"
     cache: Literal["auto", "disk", "ram", "gpu"] = "auto"
     cache_dir: Path | None = None
-    synthetic_images: Count = 400
+    synthetic_images: Count = 800
     """Training images of the synthetic set; a quarter as many again for val."""
     synthetic_size: Size = (256, 512)
     synthetic_seed: Seed = 0
