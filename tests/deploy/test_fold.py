@@ -83,6 +83,7 @@ def test_every_head(options: dict[str, str], size: tuple[int, int]) -> None:
         {"stem_strides": [1, 2, 2]},
         {"reductions": [1, 2]},
         {"cells": 4, "reductions": [2, 3]},
+        {"widths": [5, 9, 17]},
     ],
     ids=str,
 )

@@ -81,6 +81,7 @@ def test_bands_equal_the_whole_map(monkeypatch: pytest.MonkeyPatch, size) -> Non
 # -- kinds of images ------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("error")
 def test_every_kind_of_image_gives_the_same_labels(segmenter: Segmenter) -> None:
     image = picture((40, 60))
     expected = segmenter(image)
