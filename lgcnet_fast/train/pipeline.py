@@ -74,11 +74,12 @@ def check(run: Run) -> None:
     """Raises the error that a later stage would raise: data, table, target, genotype, batches."""
     config = run.config
     splits = (*config.data.train_splits, config.data.val_split, *coarse_splits(config))
+    # The fingerprint looks at every file, so that none is found missing after hours.
     for split in dict.fromkeys(splits):
-        run.dataset(split)
+        run.dataset(split).fingerprint()
     if config.pretrain.enabled:
         for split in ("train", "val"):
-            open_classes(config.pretrain, split, config.pretrain.image_size)
+            open_classes(config.pretrain, split, config.pretrain.image_size).fingerprint()
     predictor = latency_predictor(run)
     if config.genotype is not None:
         predictor.milliseconds(given_genotype(run))

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from lgcnet_fast.errors import ConfigError, DataError, GenotypeError, RunError
@@ -266,6 +267,20 @@ def test_genotype_of_another_space_is_refused_first(new_run):
 def test_missing_data_is_refused_first(new_run, tmp_path):
     with pytest.raises(DataError, match="nowhere"):
         check(new_run(data__name="camvid", data__root=str(tmp_path / "nowhere")))
+
+
+def test_missing_label_of_val_is_refused_first(new_run, tmp_path):
+    root = tmp_path / "camvid"
+    for split in ("train", "val"):
+        (root / split).mkdir(parents=True)
+        for suffix in ("image", "label"):
+            Image.new("L", (32, 32)).save(root / split / f"{suffix}.png")
+        (root / f"{split}.txt").write_text(f"{split}/image.png {split}/label.png")
+    run = new_run(data__name="camvid", data__root=str(root))
+    check(run)
+    (root / "val" / "label.png").unlink()
+    with pytest.raises(DataError, match="val/label.png: no such file"):
+        check(run)
 
 
 TINY_LGCNET = {"cells": 3, "reductions": [1, 2], "taps": [0, 1, 2], "widths": [4, 8, 16]}
