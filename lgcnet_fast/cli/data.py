@@ -12,6 +12,7 @@ from rich.table import Table
 from lgcnet_fast.cli.console import console
 from lgcnet_fast.cli.options import ConfigFile, Overrides, Preset
 from lgcnet_fast.config import load_config
+from lgcnet_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from lgcnet_fast.data.check import SplitReport
@@ -45,8 +46,9 @@ def check(config: ConfigFile = None, preset: Preset = None, overrides: Overrides
         typer.echo(f"{problem.file}: {problem.fault}; {problem.remedy}")
     if len(report.problems) > PROBLEMS_SHOWN:
         typer.echo(f"and {len(report.problems) - PROBLEMS_SHOWN} more")
-    typer.echo("no problems" if report.ok else f"{len(report.problems)} problems")
-    if not report.ok:
+    found = len(report.problems)
+    typer.echo("1 problem" if found == 1 else f"{found or 'no'} problems")
+    if found:
         raise typer.Exit(1)
 
 
@@ -65,6 +67,8 @@ def show(
 
         lgcnet data show --preset smoke --out samples.png
     """
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder; name the PNG file to write")
     settings = load_config(config, preset or "smoke", tuple(overrides or ()))
     from lgcnet_fast.data.dataset import image_and_label, open_dataset
     from lgcnet_fast.report.pictures import contact_sheet, save_picture

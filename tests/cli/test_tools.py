@@ -164,6 +164,7 @@ def test_data_show_draws_a_sheet(config: Path) -> None:
 def test_data_mistakes(config: Path) -> None:
     assert "serch" in refusal("data", "check", config, "--set", "serch.epochs=1")
     assert "exam" in refusal("data", "show", config, "--preset", "smoke", "--split", "exam")
+    assert "is a folder" in refusal("data", "show", config, "--out", config.parent)
     assert "nowhere" in refusal("data", "show", "--set", "data.name=camvid",
                                 "--set", "data.root=nowhere")  # fmt: skip
 
