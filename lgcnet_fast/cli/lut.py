@@ -56,13 +56,7 @@ def build(
     if classes is None:
         classes = len(open_dataset(settings.data, settings.data.val_split).classes)
     with counting("lut build") as progress:
-        table = build_table(
-            space,
-            settings.latency.size,
-            classes,
-            maker,
-            lambda made: progress(made.done, made.total),
-        )
+        table = build_table(space, settings.latency.size, classes, maker, progress)
     save_table(table, out)
     capped = sum(entry.capped for entry in table.entries)
     console().print(f"{len(table.entries)} entries: {out}")

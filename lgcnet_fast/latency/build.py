@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,34 +23,23 @@ from lgcnet_fast.latency.table import (
 from lgcnet_fast.space.base import LutKey, SearchSpace
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Told after each entry."""
-
-    done: int
-    total: int
-    entry: Entry
-    seconds_left: float
-    """Estimate from the mean of the entries so far."""
-
-
 def build_table(
     space: SearchSpace,
     size: tuple[int, int],
     num_classes: int,
     provider: LatencyProvider,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LookupTable:
-    """Asks `provider` for every key of `space` at input `size` (height, width)."""
+    """Asks `provider` for every key of `space` at input `size` (height, width).
+
+    `progress` is called with the number of entries so far and of all.
+    """
     keys = tuple(dict.fromkeys(space.lut_keys(size, num_classes)))
-    started = time.perf_counter()
     entries: list[Entry] = []
     for key in keys:
         entries.append(_entry(space, key, provider))
         if progress is not None:
-            mean = (time.perf_counter() - started) / len(entries)
-            left = mean * (len(keys) - len(entries))
-            progress(Progress(len(entries), len(keys), entries[-1], left))
+            progress(len(entries), len(keys))
     return LookupTable(
         made_on=provider.provenance(),
         space=space.name,

@@ -24,13 +24,12 @@ QUICK = Effort(warm_up=1, fewest=5, spread=1.0, most_seconds=0.01)
 
 def test_every_key_once_with_progress(space):
     reports = []
-    table = build_table(space, SIZE, 5, EagerProvider(CPU, effort=QUICK), reports.append)
+    provider = EagerProvider(CPU, effort=QUICK)
+    table = build_table(space, SIZE, 5, provider, lambda *report: reports.append(report))
     keys = space.lut_keys(SIZE, 5)
     assert len(keys) == 5 and len(table.entries) == 4
     assert set(table.milliseconds) == set(keys)
-    assert [report.done for report in reports] == [1, 2, 3, 4]
-    assert reports[-1].total == 4 and reports[-1].seconds_left == 0
-    assert all(report.seconds_left > 0 for report in reports[:-1])
+    assert reports == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert all(entry.median_ms > 0 and entry.runs >= 5 for entry in table.entries)
     assert (table.space, tuple(table.size), table.num_classes) == ("toy", SIZE, 5)
     assert table.options == {"channels": 8, "temperature": 1.0}
