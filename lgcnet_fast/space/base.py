@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -111,6 +111,7 @@ class SearchSpace(ABC):
     name: ClassVar[str]
     Options: ClassVar[type[SpaceOptions]]
     Genotype: ClassVar[type[AnyGenotype]]
+    """What `one_hot`, `build` and `build_classifier` take."""
 
     def __init__(self, options: SpaceOptions) -> None:
         self.options = options
@@ -134,7 +135,7 @@ class SearchSpace(ABC):
         """The genotype of the largest logits, and one line for each change that made it valid."""
 
     @abstractmethod
-    def one_hot(self, genotype: AnyGenotype) -> Arch:
+    def one_hot(self, genotype: Any) -> Arch:
         """Z of a genotype, float32 on the CPU; the inverse of `discretise`."""
 
     @abstractmethod
@@ -143,11 +144,11 @@ class SearchSpace(ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, genotype: AnyGenotype, num_classes: int) -> Segmenter: ...
+    def build(cls, genotype: Any, num_classes: int) -> Segmenter: ...
 
     @classmethod
     @abstractmethod
-    def build_classifier(cls, genotype: AnyGenotype, num_classes: int) -> nn.Module:
+    def build_classifier(cls, genotype: Any, num_classes: int) -> nn.Module:
         """Pretraining network: backbone, global average pooling, linear layer: (N, classes).
 
         Its `backbone` attribute has the state-dict keys of the segmenter's `backbone`.

@@ -152,15 +152,15 @@ class Searcher:
         return sums / self.config.accumulate, output.logits.detach(), labels
 
     @torch.no_grad()
-    def terms(self, temperature: float = 1.0) -> LatencyTerms:
-        """Latency under softmax(alpha' / temperature), on the device."""
+    def expected_latency(self, temperature: float = 1.0) -> LatencyTerms:
+        """Under softmax(alpha' / temperature), in milliseconds, on the device."""
         network = self.network
         return network.latency(probabilities(network.arch(), network.groups, temperature))
 
     def _beta(self) -> float | Tensor:
         if self.controller is None:
             return self.config.beta
-        terms = self.terms(self.temperature)
+        terms = self.expected_latency(self.temperature)
         return self.controller.multiplier(terms.total) / strength(terms, self.config.latency_loss)
 
 
@@ -264,7 +264,7 @@ def _train_epoch(
             "cross_entropy": cross_entropy,
             "latency_loss": latency,
             "sampled_ms": sampled_ms,
-            "expected_ms": float(searcher.terms().total),
+            "expected_ms": float(searcher.expected_latency().total),
             "train_miou": confusion.miou(),
             "temperature": searcher.temperature,
         }
