@@ -27,8 +27,6 @@ from lgcnet_fast.data.painting.textures import (
 
 Colour = tuple[float, float, float]
 """Red, green and blue, 0..255."""
-PERIOD = (18.0, 32.0)
-"""Range of the patterns' periods in an image 256 pixels high, pixels."""
 
 
 class Street(IntEnum):
@@ -60,15 +58,15 @@ class Street(IntEnum):
 class Difficulty:
     """How little colour and the nearest few pixels say."""
 
-    colour_swap: float = 0.85
+    colour_swap: float = 0.8
     """Share of surfaces whose colour comes from the palette shared by all classes."""
     contrast: tuple[float, float] = (0.2, 0.4)
     """Range of the contrast of the patterns that tell surfaces apart."""
-    disguise: float = 0.3
-    """Share of the parts of objects that wear a pattern of the surfaces."""
+    period: tuple[float, float] = (18.0, 32.0)
+    """Range of their periods in an image 256 pixels high, pixels."""
     grain: float = 0.35
     """Largest contrast of the fine streaks that every surface has, whatever its class."""
-    noise: float = 24.0
+    noise: float = 14.0
     """Largest amplitude of the sensor noise, grey levels."""
     blur: float = 0.9
     """Largest blur radius in an image 256 pixels high, pixels."""
@@ -120,14 +118,11 @@ class Canvas:
 
     # -- painting -------------------------------------------------------------------------------
 
-    def surface(self, label: Street, colour: Colour, pattern: Pattern | None = None) -> int:
+    def surface(self, label: Street, colour: Colour, pattern: Pattern = Pattern.PLAIN) -> int:
         """Registers a surface and returns its index.
 
-        `pattern`: None for a surface that no pattern tells apart; it may wear any. Patterns lie in
-        the image plane, turned at random: they stay readable at every distance.
+        Patterns lie in the image plane, turned at random: they stay readable at every distance.
         """
-        if pattern is None:
-            pattern = self._meaningless_pattern()
         phase = (self.uniform(0, PERIODS), self.uniform(0, PERIODS))
         contrast = self.side() * self.uniform(*self.difficulty.contrast)
         surface = _Surface(
@@ -136,16 +131,11 @@ class Canvas:
         self._surfaces.append(surface)
         return len(self._surfaces) - 1
 
-    def _meaningless_pattern(self) -> Pattern:
-        if self.chance(self.difficulty.disguise):
-            return Pattern(int(self.rng.integers(1, len(Pattern))))
-        return Pattern.PLAIN
-
     def _axis(self) -> tuple[float, float]:
-        """A random direction, and a random period within PERIOD."""
+        """A random direction, and a random period."""
         x, y = self.uniform(-1, 1), self.uniform(-1, 1)
         length = max(math.sqrt(x * x + y * y), 1e-6)
-        unit = 256 / self.camera.height / self.uniform(*PERIOD)
+        unit = 256 / self.camera.height / self.uniform(*self.difficulty.period)
         return unit * x / length, unit * y / length
 
     def _grain(self) -> tuple[float, float, float]:

@@ -18,14 +18,13 @@ WORN = {
     Street.FENCE: Pattern.STRIPES,
     Street.VEGETATION: Pattern.ZIGZAG,
     Street.TERRAIN: Pattern.DISCS,
-    Street.SKY: Pattern.PLAIN,
 }
 """The patterns that tell the surfaces of a street apart."""
 
 
 def sky(canvas: Canvas) -> None:
     camera = canvas.camera
-    surface = canvas.surface(Street.SKY, palette.air(canvas), WORN[Street.SKY])
+    surface = canvas.surface(Street.SKY, palette.air(canvas))
     canvas.rectangle((0, 0), (camera.width, camera.height), surface)
 
 
@@ -69,7 +68,7 @@ def ground(canvas: Canvas, kerb: tuple[float, float], verge: tuple[float, float]
     """Sidewalks from the kerbs to the verges (left, right; metres), the road in between."""
     strip(canvas, verge[0], verge[1], Street.SIDEWALK)
     strip(canvas, kerb[0], kerb[1], Street.ROAD)
-    marking = canvas.surface(Street.ROAD, (205.0, 203.0, 190.0), WORN[Street.ROAD])
+    marking = canvas.surface(Street.ROAD, (205.0, 203.0, 190.0))
     for lane in (-1.75, 1.75):
         if canvas.chance(0.7):
             dashes(canvas, lane, marking)
