@@ -283,34 +283,6 @@ def test_missing_label_of_val_is_refused_first(new_run, tmp_path):
         check(run)
 
 
-TINY_LGCNET = {"cells": 3, "reductions": [1, 2], "taps": [0, 1, 2], "widths": [4, 8, 16]}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"finetune__accumulate": 3}, "finetune.accumulate = 3.*only 2 batches"),
-        ({"search__accumulate": 3}, "search.accumulate = 3.*only 2 batches"),
-        *(
-            (
-                {f"{stage}__batch_size": 1, f"{stage}__{key}": value, "space": TINY_LGCNET},
-                rf"{stage}\.batch_size = 1 with {stage}\..* = 16x16: .*more than 1 value",
-            )
-            for stage, key, value in (
-                ("search", "augmentation", {"crop": [16, 16]}),
-                ("pretrain", "image_size", 16),
-                ("finetune", "augmentation", {"crop": [16, 16]}),
-            )
-        ),
-    ],
-)
-def test_batches_that_cannot_work_are_refused_first(new_run, changes, message):
-    run = new_run(**changes)
-    with pytest.raises(ConfigError, match=message):
-        check(run)
-    assert not run.stage_folder("search").exists()
-
-
 @pytest.mark.parametrize(
     ("stage", "module", "loss"),
     [("pretrain", pretrain_module, "F"), ("finetune", finetune_module, "upsample_ohem")],
