@@ -128,6 +128,7 @@ def test_a_shipped_genotype_is_no_path() -> None:
         ("data.name=cityscape", ("data.name", "cityscapes")),
         ("data.name=camvid", ("data.root",)),
         ("device=gpu", ("device", "cuda:N")),
+        ("data.train_splits=[]", ("data.train_splits",)),
         ("seeds=[]", ("seeds",)),
         ("seeds=[1, 1]", ("seeds", "differ")),
         ("seeds=[-1]", ("seeds",)),
