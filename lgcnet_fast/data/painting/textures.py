@@ -89,7 +89,7 @@ def _atlas() -> Floats:
         Pattern.CHECKER: _square(u) * _square(v),
         # Edges at 45 degrees to the axes, corners of 90 degrees.
         Pattern.ZIGZAG: _square(u + 0.5 * _triangle(v / 2)),
-        Pattern.BRICKS: _square(u + 0.125 * _square(v / 2)),
+        Pattern.BRICKS: _square(u + 0.25 * _square(v / 2)),
         # Islands that cover half of the tile.
         Pattern.SQUARES: np.where(np.maximum(x * x, y * y) < 0.5, 1.0, -1.0),
         Pattern.DISCS: np.where(staggered < 1 / np.pi, 1.0, -1.0),
