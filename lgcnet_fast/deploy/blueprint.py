@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from lgcnet_fast.deploy.fold import fold
 from lgcnet_fast.deploy.program import FoldedNetwork
 from lgcnet_fast.deploy.run_folder import read_trained_run
 from lgcnet_fast.errors import EngineError
+from lgcnet_fast.files import replacing
 from lgcnet_fast.space.genotype import Genotype, parse_genotype
 from lgcnet_fast.space.registry import registered_spaces
 
@@ -79,14 +78,11 @@ def save_blueprint(blueprint: Blueprint, path: Path) -> None:
         "description": description,
         "digest": _digest(description, tensors),
     }
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata)
     except (OSError, SafetensorError) as error:
         raise EngineError(f"{path}: cannot be written ({error}); choose another path") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_blueprint(path: Path) -> Blueprint:

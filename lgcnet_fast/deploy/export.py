@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +26,7 @@ from lgcnet_fast.deploy.export_tensorrt import EngineOptions
 from lgcnet_fast.deploy.fold import fold
 from lgcnet_fast.deploy.run_folder import TrainedRun
 from lgcnet_fast.errors import ConfigError, UserError
+from lgcnet_fast.files import replacing
 
 FORMATS = ("onnx", "torchscript", "pt2", "tensorrt")
 REAL_IMAGES = 4
@@ -85,7 +83,7 @@ def export(run: TrainedRun, out: Path, options: ExportOptions) -> Exported:
     images, complaint = real_images(run.config.data, sizes, REAL_IMAGES)
     write, load = _format(options)
     example = torch.zeros(1, *(_TRACED_SIZE if options.dynamic else size), 3, dtype=torch.uint8)
-    with _replacing(model) as temporary:
+    with replacing(model) as temporary:
         write(program, example, temporary)
         agreement = check(run.network, load(temporary), sizes, images, options.labels)
     exported = Exported(model, size, agreement, complaint)
@@ -103,7 +101,7 @@ def _with_engine(run: TrainedRun, model: Exported, out: Path, options: ExportOpt
     if engine.int8:
         images, _ = real_images(run.config.data, [size], CALIBRATION_IMAGES)
     built = export_tensorrt.build_engine(model.path, size, dynamic, engine, images)
-    with _replacing(out) as temporary:
+    with replacing(out) as temporary:
         temporary.write_bytes(built)
     return replace(model, engine=out)
 
@@ -162,17 +160,3 @@ def _require(packages: tuple[str, ...], purpose: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{purpose} needs {', '.join(missing)}: pip install 'lgcnet_fast[export]'")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes `path` if the body succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    # Now rather than after minutes of work: whether the file can be written.
-    temporary.touch()
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lgcnet_fast.config import explain
 from lgcnet_fast.errors import TableError
+from lgcnet_fast.files import replacing
 from lgcnet_fast.space.base import LutKey, SearchSpace
 
 LARGEST_FILE = 64 * 2**20
@@ -108,15 +107,8 @@ def make_entry(
 def save_table(table: LookupTable, path: Path) -> None:
     """Atomic: a reader finds the old table or the new one. Raises `TableError`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(table.model_dump_json(indent=1) + "\n")
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with replacing(path) as temporary:
+            temporary.write_text(table.model_dump_json(indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise TableError(f"{path}: cannot write the latency table: {error.strerror}") from None
 

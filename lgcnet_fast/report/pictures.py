@@ -6,7 +6,6 @@ ids; ids without a class count as ignored.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from lgcnet_fast.data.classes import ClassSet
+from lgcnet_fast.files import replacing
 
 RGB = NDArray[np.uint8]
 Labels = NDArray[np.uint8]
@@ -96,12 +96,8 @@ def contact_sheet(
 def save_picture(path: Path, picture: RGB | Image.Image) -> None:
     """PNG, replacing the file as a whole."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         image.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _to_width(picture: RGB, width: int, resample: Image.Resampling) -> RGB:

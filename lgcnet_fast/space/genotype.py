@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lgcnet_fast.config import explain
 from lgcnet_fast.errors import GenotypeError
+from lgcnet_fast.files import replacing
 
 MAX_BYTES = 1_000_000
 """A genotype has a few kilobytes; larger files are not read."""
@@ -78,18 +77,9 @@ def parse_genotype(content: bytes, source: str) -> Genotype:
 
 def save_genotype(genotype: Genotype, path: str | Path) -> None:
     """Writes JSON that `load_genotype` reads; the file appears whole or not at all."""
-    path = Path(path)
     text = json.dumps(genotype.model_dump(mode="json"), indent=1) + "\n"
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _parse_json(content: bytes, source: str) -> dict[str, Any]:

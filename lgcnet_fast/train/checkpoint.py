@@ -6,9 +6,7 @@ interrupted: parameters, optimisers, loss scaler, random generators and counters
 
 from __future__ import annotations
 
-import os
 import pickle
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from lgcnet_fast.errors import RunError
+from lgcnet_fast.files import replacing
 
 FORMAT = "lgcnet-checkpoint"
 VERSION = 1
@@ -45,7 +44,8 @@ def save_checkpoint(
         "rng_cpu": torch.get_rng_state(),
         "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def read_checkpoint(path: Path, stage: str) -> dict[str, Any]:
@@ -99,16 +99,3 @@ def load_checkpoint(
             f"{path}: does not fit this network ({first_line}); it was written with another "
             "configuration, genotype or device; use another run folder, or delete the file"
         ) from None
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Calls `write(temporary_path)`, makes the result durable and renames it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgcnet_fast.train.checkpoint import write_atomically
+from lgcnet_fast.files import replacing
 
 _said_without_tensorboard = False
 
@@ -74,7 +74,8 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["epoch"] < epochs_done]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        with replacing(self.path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)
         self._board = _open_tensorboard(folder / "tensorboard", kept)
 

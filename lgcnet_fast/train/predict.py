@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lgcnet_fast.config import Size
 from lgcnet_fast.data.classes import CITYSCAPES, ClassSet
 from lgcnet_fast.data.image_io import read_image
 from lgcnet_fast.data.normalise import network_input
+from lgcnet_fast.deploy.argmax import argmax_labels
 from lgcnet_fast.errors import ConfigError, DataError
-from lgcnet_fast.ops import upsample_argmax
 from lgcnet_fast.report.pictures import RGB, Labels, colourise, overlay, side_by_side
 from lgcnet_fast.report.video import VIDEO_EXTENSIONS, VideoWriter, frame_rate, read_frames
 from lgcnet_fast.train.precision import Precision, placed
@@ -32,9 +32,6 @@ from lgcnet_fast.train.weights import load_weights
 FORMATS = ("pictures", "cityscapes")
 Progress = Callable[[int, int | None], None]
 """Called with the images or frames done and their total, None where unknown."""
-
-_MOST_VALUES = 2**28
-"""Upsampled logits (classes x height x width) held at once; about 1 GB."""
 
 
 class Predictor:
@@ -62,25 +59,6 @@ class Predictor:
         with self.precision.autocast():
             logits = self.network(network_input(pixels, self.size))
         return argmax_labels(logits.float(), (height, width))[0].cpu().numpy()
-
-
-def argmax_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """`ops.upsample_argmax`, in bands of rows where whole maps would not fit in memory."""
-    height, width = size
-    rows = max(1, _MOST_VALUES // (logits.shape[1] * width))
-    if rows >= height:
-        return upsample_argmax(logits, size)
-    # Aligned corners: output row i lies at row i * (h - 1) / (H - 1) of the logits.
-    last = logits.shape[2] - 1
-    positions = torch.linspace(0, last, height, dtype=torch.float64, device=logits.device)
-    bands = []
-    for at in positions.split(rows):
-        above = at.floor().long()
-        below = (above + 1).clamp(max=last)
-        share = (at - above).to(logits.dtype)[:, None]
-        band = torch.lerp(logits[:, :, above], logits[:, :, below], share)
-        bands.append(upsample_argmax(band, (len(at), width)))
-    return torch.cat(bands, dim=1)
 
 
 def predict(predictor: Predictor, source: Path, out: Path, form: str, progress: Progress) -> int:

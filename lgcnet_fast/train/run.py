@@ -18,9 +18,9 @@ from lgcnet_fast.data.classes import ClassSet
 from lgcnet_fast.data.dataset import SegmentationDataset, open_dataset
 from lgcnet_fast.doctor import check_device
 from lgcnet_fast.errors import RunError
+from lgcnet_fast.files import replacing
 from lgcnet_fast.space.genotype import Genotype, load_genotype
 from lgcnet_fast.space.registry import make_space
-from lgcnet_fast.train.checkpoint import write_atomically
 from lgcnet_fast.train.class_file import class_values, read_classes
 from lgcnet_fast.train.distributed import barrier, join
 from lgcnet_fast.train.precision import resolve_precision
@@ -242,7 +242,8 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     text = json.dumps(values, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -9,14 +9,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lgcnet_fast.errors import RunError
-from lgcnet_fast.train.checkpoint import write_atomically
+from lgcnet_fast.files import replacing
 from lgcnet_fast.train.run import rerun
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
     """The state dictionary of `network`, as contiguous CPU tensors; atomic."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
 
 
 def load_weights(network: nn.Module, path: Path) -> None:

@@ -86,7 +86,7 @@ def test_saving_replaces_a_file_and_leaves_nothing_else(
     Segmenter.load(tmp_path / "a.engine", device="cpu")
 
 
-@pytest.mark.parametrize("place", ["missing/a.engine", "folder", "."])
+@pytest.mark.parametrize("place", ["folder", "."])
 def test_paths_that_cannot_be_written(segmenter: Segmenter, tmp_path: Path, place: str) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(EngineError, match="cannot be written"):

@@ -15,10 +15,8 @@ from torch.nn import functional as F
 
 from lgcnet_fast.data.classes import CAMVID, CITYSCAPES
 from lgcnet_fast.errors import ConfigError, DataError
-from lgcnet_fast.ops import upsample_argmax
-from lgcnet_fast.train import predict as module
 from lgcnet_fast.train.precision import Precision
-from lgcnet_fast.train.predict import Predictor, argmax_labels, predict
+from lgcnet_fast.train.predict import Predictor, predict
 
 
 class BrightnessNetwork(nn.Module):
@@ -83,14 +81,6 @@ def test_labels_have_the_size_of_the_image(
 
 def test_the_network_is_in_eval_mode() -> None:
     assert not make_predictor().network.training
-
-
-@pytest.mark.parametrize("size", [(33, 65), (50, 70), (5, 9), (64, 1)])
-def test_bands_equal_the_whole_map(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
-    logits = torch.randn(1, 19, 9, 17, generator=torch.Generator().manual_seed(0)).double()
-    whole = upsample_argmax(logits, size)
-    monkeypatch.setattr(module, "_MOST_VALUES", 19 * size[1] * 4)
-    assert torch.equal(argmax_labels(logits, size), whole)
 
 
 def test_out_of_memory_names_the_image(tmp_path: Path) -> None:
