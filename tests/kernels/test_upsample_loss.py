@@ -341,7 +341,6 @@ def test_hardest_loss_takes_nan_as_infinite(device):
         ({"threshold": lambda _: 1.5}, "threshold: 1.5"),
         ({"keep": lambda _: -0.1}, "keep: -0.1"),
     ],
-    ids=str,
 )
 def test_unfit_arguments_are_refused(spoil, message, device):
     arguments = {
