@@ -19,7 +19,7 @@ from tests.cli.conftest import call, call_well, refusal
 COMMANDS = [
     ("run",), ("search",), ("derive",), ("pretrain",), ("finetune",), ("eval",), ("predict",),
     ("lut",), ("lut", "build"), ("lut", "show"), ("data",), ("data", "check"), ("data", "show"),
-    ("doctor",),
+    ("doctor",), ("export",),
 ]  # fmt: skip
 
 MAIN = "from lgcnet_fast.cli import main; main()"
