@@ -164,6 +164,7 @@ def diagnose(cache_folder: Path | None = None) -> list[Finding]:
         _disk(cache_folder or Path.home()),
         _extra("tensorboard", "tensorboard", "TensorBoard scalars"),
         _extra("av", "video", "predictions on videos"),
+        _extra("onnxruntime", "export", "checked ONNX exports"),
     ]
 
 
