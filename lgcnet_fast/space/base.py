@@ -93,7 +93,7 @@ class SpaceOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Segmenter(nn.Module):
+class SegmentationNetwork(nn.Module):
     """What supernets and derived networks have in common.
 
     A derived network's `forward(x)` takes (N, 3, H, W) and returns logits
@@ -126,7 +126,7 @@ class SearchSpace(ABC):
         """Architecture parameters; `forward()` returns the logits alpha' as an `Arch`."""
 
     @abstractmethod
-    def build_supernet(self, num_classes: int) -> Segmenter: ...
+    def build_supernet(self, num_classes: int) -> SegmentationNetwork: ...
 
     # -- genotypes ----------------------------------------------------------------------------
 
@@ -144,7 +144,7 @@ class SearchSpace(ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, genotype: Any, num_classes: int) -> Segmenter: ...
+    def build(cls, genotype: Any, num_classes: int) -> SegmentationNetwork: ...
 
     @classmethod
     @abstractmethod

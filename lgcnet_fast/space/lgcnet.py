@@ -21,7 +21,7 @@ from lgcnet_fast.space.base import (
     LutKey,
     LutModule,
     SearchSpace,
-    Segmenter,
+    SegmentationNetwork,
     SpaceOptions,
 )
 from lgcnet_fast.space.layout import (
@@ -258,7 +258,7 @@ class LGCNet(SearchSpace):
         )[0]
 
     @classmethod
-    def build(cls, genotype: LGCNetGenotype, num_classes: int) -> Segmenter:
+    def build(cls, genotype: LGCNetGenotype, num_classes: int) -> SegmentationNetwork:
         return DerivedNetwork(genotype, num_classes)
 
     @classmethod

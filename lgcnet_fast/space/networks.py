@@ -16,7 +16,7 @@ from lgcnet_fast.nn.fusion import (
 from lgcnet_fast.nn.fusion_graphs import FusionGraph
 from lgcnet_fast.nn.heads import ASPP, ASPP_WIDTH, PPM, PPM_WIDTH, Classifier
 from lgcnet_fast.nn.stem import Stem
-from lgcnet_fast.space.base import Arch, Segmenter
+from lgcnet_fast.space.base import Arch, SegmentationNetwork
 from lgcnet_fast.space.layout import CellLayout, MacroLayout
 from lgcnet_fast.space.lgcnet_genotype import LGCNetGenotype
 
@@ -44,7 +44,7 @@ class Backbone(nn.Module):
         return features
 
 
-class Network(Segmenter):
+class Network(SegmentationNetwork):
     """Backbone, head and classifier."""
 
     def __init__(

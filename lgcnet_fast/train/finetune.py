@@ -14,7 +14,7 @@ from lgcnet_fast.config import FinetuneConfig, RunConfig
 from lgcnet_fast.data.loader import Batch, EvalLoader, TrainLoader
 from lgcnet_fast.errors import ConfigError
 from lgcnet_fast.ops import upsample_cross_entropy, upsample_ohem
-from lgcnet_fast.space.base import Segmenter
+from lgcnet_fast.space.base import SegmentationNetwork
 from lgcnet_fast.train.checkpoint import Stateful, load_checkpoint, save_checkpoint
 from lgcnet_fast.train.distributed import parallel
 from lgcnet_fast.train.ema import moving_average
@@ -57,7 +57,7 @@ class Finetuner:
     def __init__(
         self,
         config: FinetuneConfig,
-        network: Segmenter,
+        network: SegmentationNetwork,
         wrapped: nn.Module,
         precision: Precision,
         class_weights: Tensor | None,

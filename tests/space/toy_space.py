@@ -23,7 +23,7 @@ from lgcnet_fast.space.base import (
     LutKey,
     LutModule,
     SearchSpace,
-    Segmenter,
+    SegmentationNetwork,
     SpaceOptions,
 )
 from lgcnet_fast.space.genotype import Genotype
@@ -51,7 +51,7 @@ def _operation(name: str, width: int) -> nn.Module:
     return nn.Conv2d(width, width, kernel, padding=kernel // 2)
 
 
-class ToySupernet(Segmenter):
+class ToySupernet(SegmentationNetwork):
     output_stride = 4
 
     def __init__(self, width: int, num_classes: int) -> None:
@@ -96,7 +96,7 @@ class ToyBackbone(nn.Module):
         return self.layers(x)
 
 
-class ToyNetwork(Segmenter):
+class ToyNetwork(SegmentationNetwork):
     output_stride = 4
 
     def __init__(self, genotype: ToyGenotype, num_classes: int) -> None:
@@ -161,7 +161,7 @@ class ToySpace(SearchSpace):
     def build_arch(self) -> nn.Module:
         return ToyArch()
 
-    def build_supernet(self, num_classes: int) -> Segmenter:
+    def build_supernet(self, num_classes: int) -> SegmentationNetwork:
         return ToySupernet(self.options.width, num_classes)
 
     def discretise(self, arch: Arch) -> tuple[ToyGenotype, tuple[str, ...]]:
@@ -191,7 +191,7 @@ class ToySpace(SearchSpace):
         return self.discretise(drawn)[0]
 
     @classmethod
-    def build(cls, genotype: ToyGenotype, num_classes: int) -> Segmenter:
+    def build(cls, genotype: ToyGenotype, num_classes: int) -> SegmentationNetwork:
         return ToyNetwork(genotype, num_classes)
 
     @classmethod

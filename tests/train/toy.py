@@ -16,7 +16,7 @@ from lgcnet_fast.space.base import (
     LutKey,
     LutModule,
     SearchSpace,
-    Segmenter,
+    SegmentationNetwork,
     SpaceOptions,
 )
 from lgcnet_fast.space.genotype import Genotype
@@ -39,7 +39,7 @@ def _operation(option: str, width: int) -> nn.Module:
     return nn.Conv2d(width, width, size, padding=size // 2, bias=False)
 
 
-class ToySupernet(Segmenter):
+class ToySupernet(SegmentationNetwork):
     output_stride = 2
 
     def __init__(self, num_classes: int, width: int) -> None:
@@ -63,7 +63,7 @@ class ToyBackbone(nn.Sequential):
         super().__init__(nn.Conv2d(3, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), *kept)
 
 
-class ToyNetwork(Segmenter):
+class ToyNetwork(SegmentationNetwork):
     output_stride = 2
 
     def __init__(self, genotype: ToyGenotype, num_classes: int) -> None:
@@ -119,7 +119,7 @@ class ToySpace(SearchSpace):
     def build_arch(self) -> nn.Module:
         return ToyArch()
 
-    def build_supernet(self, num_classes: int) -> Segmenter:
+    def build_supernet(self, num_classes: int) -> SegmentationNetwork:
         return ToySupernet(num_classes, self.options.width)
 
     def discretise(self, arch: Arch) -> tuple[ToyGenotype, tuple[str, ...]]:
@@ -135,7 +135,7 @@ class ToySpace(SearchSpace):
         return ToyGenotype(ops=tuple(OPTIONS[pick] for pick in picks))
 
     @classmethod
-    def build(cls, genotype: ToyGenotype, num_classes: int) -> Segmenter:
+    def build(cls, genotype: ToyGenotype, num_classes: int) -> SegmentationNetwork:
         return ToyNetwork(genotype, num_classes)
 
     @classmethod
