@@ -55,6 +55,7 @@ def run(
     folder, config = _folder_and_config(source, preset, out, given)
     from lgcnet_fast.cli.folders import open_runs
     from lgcnet_fast.cli.summary import print_summary
+    from lgcnet_fast.train.distributed import leave
     from lgcnet_fast.train.illustrate import illustrate
     from lgcnet_fast.train.pipeline import run_all
 
@@ -62,6 +63,7 @@ def run(
     runs = open_runs(folder)
     if runs[0].ranks.first:
         print_summary(runs, summary, [illustrate(run) for run in runs])
+    leave()
 
 
 def search(
@@ -78,12 +80,14 @@ def search(
     """
     folder, config = _folder_and_config(source, preset, out, overrides or [])
     from lgcnet_fast.cli.summary import print_stage
+    from lgcnet_fast.train.distributed import leave
     from lgcnet_fast.train.pipeline import check, open_runs, run_stage
 
     runs = open_runs(folder, config)
     check(runs[0])
     for run in runs:
         print_stage(run, "search", run_stage(run, "search"))
+    leave()
 
 
 def derive(folder: RunFolder) -> None:
@@ -119,10 +123,12 @@ def register(app: typer.Typer) -> None:
 def _stage_alone(folder: Path, stage: str) -> None:
     from lgcnet_fast.cli.folders import open_runs
     from lgcnet_fast.cli.summary import print_stage
+    from lgcnet_fast.train.distributed import leave
     from lgcnet_fast.train.pipeline import run_stage
 
     for run in open_runs(folder):
         print_stage(run, stage, run_stage(run, stage))
+    leave()
 
 
 def _folder_and_config(

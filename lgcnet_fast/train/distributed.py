@@ -5,6 +5,7 @@ Without torchrun everything here is the identity. Only rank 0 writes files.
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 
@@ -45,6 +46,17 @@ def join() -> Ranks:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def leave() -> None:
+    """Ends the process group that `join` made, once its networks are no longer used.
+
+    Threads of a group that lives until the interpreter ends abort the process. Networks made by
+    `parallel` keep the group alive and lie in reference cycles, hence the collection.
+    """
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def parallel(model: nn.Module, ranks: Ranks, device: torch.device, sync_bn: bool) -> nn.Module:

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from lgcnet_fast.errors import ConfigError
 from lgcnet_fast.nn.cell import DerivedCell
 from lgcnet_fast.train.checkpoint import read_checkpoint
-from lgcnet_fast.train.distributed import Ranks
+from lgcnet_fast.train.distributed import Ranks, leave
 
 
 def test_batches_must_split_evenly():
@@ -69,7 +69,10 @@ def _search(rank: int, port: int, folder: str) -> None:
     state["noise"] = torch.rand(3, generator=network.noise)
     torch.save(state, Path(folder) / f"rank-{rank}.pt")
     _train_a_network_with_an_unread_input(rank)
-    torch.distributed.destroy_process_group()
+    del network, state
+    captured.clear()
+    module._searcher = build
+    leave()
 
 
 def test_two_processes_train_together(tmp_path):
