@@ -38,3 +38,11 @@ class ExportError(UserError):
 
 class DeviceError(UserError):
     """A device that is absent or that the installed torch cannot run on."""
+
+
+class BackendError(UserError):
+    """A backend that cannot serve, with the reason, or a tuning table that is malformed."""
+
+
+class OperandError(UserError):
+    """An argument that an operation cannot take: its device, dtype, layout, shape or value."""

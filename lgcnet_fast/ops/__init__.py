@@ -1,5 +1,6 @@
-"""Operations as pure functions: the contract and the plain-PyTorch reference of each."""
+"""Operations as pure functions: contract, plain-PyTorch reference and choice of the backend."""
 
+from lgcnet_fast.ops.backend import explain, set_backend, use_backend
 from lgcnet_fast.ops.concat_upsample import concat_upsample, upsample
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.mixed_sum import mixed_sum
@@ -7,10 +8,13 @@ from lgcnet_fast.ops.upsample_loss import upsample_argmax, upsample_cross_entrop
 
 __all__ = [
     "concat_upsample",
+    "explain",
     "mixed_sum",
     "relu_depthwise_separable",
+    "set_backend",
     "upsample",
     "upsample_argmax",
     "upsample_cross_entropy",
     "upsample_ohem",
+    "use_backend",
 ]

@@ -1,0 +1,53 @@
+"""What keeps a backend from a device: the library, the GPU or its compute capability."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+
+from lgcnet_fast.doctor import TRITON_CAPABILITY
+
+
+def is_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, so on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """Why `triton`, `cuda` or `reference` cannot serve tensors on `device`; None if it can."""
+    if backend == "triton":
+        return _why_not_triton(device)
+    return _why_not_cuda(device) if backend == "cuda" else None
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if device.type == "cuda":
+        return _too_old(device)
+    if device.type == "cpu" and is_interpreted():
+        return None
+    return f"it needs an NVIDIA GPU, the tensors are on {device}"
+
+
+@cache
+def _too_old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= TRITON_CAPABILITY:
+        return None
+    wanted, given = (f"sm_{major}{minor}" for major, minor in (TRITON_CAPABILITY, capability))
+    return f"triton needs {wanted} or later, {torch.cuda.get_device_name(device)} is {given}"
+
+
+def _why_not_cuda(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it needs an NVIDIA GPU, the tensors are on {device}"
+    from lgcnet_fast.native.loader import available
+
+    reasons = available()
+    if None in reasons.values():
+        return None
+    return "; ".join(f"{route}: {reason}" for route, reason in reasons.items())
