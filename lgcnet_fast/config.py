@@ -203,6 +203,11 @@ class RunConfig(Section):
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on GPUs that have it, else fp32."""
+    backend: Literal["auto", "triton", "cuda", "reference"] = "auto"
+    """Implementation of the operations; auto: what the device's tuning table names, else
+    reference."""
+    strict_backend: Switch = False
+    """With auto: falling back to the reference on a GPU is an error, no warning."""
     data: DataConfig = DataConfig()
     space: dict[str, Any] = {"name": "lgcnet"}
     """`name` of the search space (or `package.module:Class`) and that space's options."""
@@ -211,6 +216,14 @@ class RunConfig(Section):
     pretrain: PretrainConfig = PretrainConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _strictly_auto(self) -> RunConfig:
+        if self.strict_backend and self.backend != "auto":
+            raise ValueError(
+                f'strict_backend is for backend = "auto"; {self.backend!r} never falls back'
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_folder_a_seed(self) -> RunConfig:

@@ -45,6 +45,12 @@ def test_defaults_are_the_recipe_of_the_paper() -> None:
     assert config.evaluate.size == config.latency.size == (769, 1537)
 
 
+def test_a_named_backend_is_strict_already() -> None:
+    assert load_config(preset="smoke", overrides=("backend=cuda",)).backend == "cuda"
+    assert "strict_backend is for backend" in refusal("backend=triton", "strict_backend=true")
+    assert "backend" in refusal("backend=cublas")
+
+
 def test_override_beats_file_beats_preset(tmp_path: Path) -> None:
     path = write(tmp_path, "[search]\nepochs = 7\nbatch_size = 2\n")
     config = load_config(path, "smoke", ("search.epochs=9",))

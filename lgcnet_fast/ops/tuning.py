@@ -53,20 +53,26 @@ def shape_key(dtype: torch.dtype, *shapes: Sequence[int]) -> str:
     return " ".join([str(dtype).removeprefix("torch."), *("x".join(map(str, s)) for s in shapes)])
 
 
+def table_of(device: torch.device) -> TuningTable | None:
+    """The committed table of a GPU; none for the CPU."""
+    return _table(_device_name(device)) if device.type == "cuda" else None
+
+
 def backend_for(operation: str, device: torch.device) -> tuple[str, str | None]:
     """What the table of a GPU names, or the reference and the reason why it names nothing."""
-    name = _device_name(device)
-    table = _table(name)
+    table = table_of(device)
     if table is None:
+        name = _device_name(device)
         return "reference", f"no tuning table for {name} ({REMEDY} makes one)"
     if operation not in table.backends:
+        name = table.device
         return "reference", f"{operation} is not in the tuning table of {name} ({REMEDY} adds it)"
     return table.backends[operation], None
 
 
 def config_for(operation: str, key: str, device: torch.device) -> LaunchConfig | None:
     """The launch configuration for a shape key; None where none was measured."""
-    table = _table(_device_name(device)) if device.type == "cuda" else None
+    table = table_of(device)
     return table.configs.get(operation, {}).get(key) if table else None
 
 

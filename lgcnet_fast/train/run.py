@@ -19,13 +19,15 @@ from lgcnet_fast.data.dataset import SegmentationDataset, open_dataset
 from lgcnet_fast.doctor import check_device
 from lgcnet_fast.errors import RunError
 from lgcnet_fast.files import replacing
+from lgcnet_fast.ops.backend import check_backend, set_backend
+from lgcnet_fast.ops.tuning import table_of
 from lgcnet_fast.space.genotype import Genotype, load_genotype
 from lgcnet_fast.space.registry import make_space
 from lgcnet_fast.train.class_file import class_values, read_classes
 from lgcnet_fast.train.distributed import barrier, join
 from lgcnet_fast.train.precision import resolve_precision
 
-MACHINE_KEYS = frozenset({"device", "data.cache", "data.cache_dir"})
+MACHINE_KEYS = frozenset({"device", "backend", "strict_backend", "data.cache", "data.cache_dir"})
 """Keys that may change when a run continues on another machine."""
 
 PREPARATIONS = frozenset({"config.json", "environment.json", "classes.json", "latency_table.json"})
@@ -46,7 +48,8 @@ class Run:
     """One seed of a configuration in one folder.
 
     Creates the folder or continues in it; raises `RunError` if it belongs to another
-    configuration, `ConfigError` or `DeviceError` if space or device cannot be had. With
+    configuration, `ConfigError`, `DeviceError` or `BackendError` if space, device or backend cannot
+    be had. The backend is set for the whole process. With
     `only_reading` the folder, and its record of the machine, stay as they are.
     """
 
@@ -60,6 +63,8 @@ class Run:
         self.space = make_space(config.space)
         self.device = self._own_device()
         self.precision = resolve_precision(config.precision, self.device)
+        check_backend(config.backend, self.device)
+        set_backend(config.backend, config.strict_backend)
         _prepare(self.device)
         if self.ranks.first and not only_reading:
             self._claim_folder()
@@ -73,8 +78,11 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, device: str | None = None) -> Run:
-        """A finished run to predict with, on `device` or on that of its configuration."""
-        config = read_config(folder)
+        """A finished run to predict with, on `device` or on that of its configuration.
+
+        The backend that trained it may not exist here; `auto` chooses.
+        """
+        config = read_config(folder).model_copy(update={"backend": "auto", "strict_backend": False})
         if device is not None:
             config = config.model_copy(update={"device": device})
         return cls(folder, config, config.seeds[0], only_reading=True)
@@ -184,6 +192,7 @@ class Run:
 
     def _environment(self) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
+        table = table_of(self.device)
         return {
             "lgcnet_fast": lgcnet_fast.__version__,
             "python": platform.python_version(),
@@ -193,6 +202,8 @@ class Run:
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "processes": self.ranks.world,
             "precision": self.precision,
+            "backend": self.config.backend,
+            "tuning_table": table.device if table else None,
         }
 
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from lgcnet_fast.errors import ConfigError, RunError
+from lgcnet_fast.errors import BackendError, ConfigError, RunError
+from lgcnet_fast.ops.backend import current_backend, set_backend
 from lgcnet_fast.train.prediction import latency_predictor
 from lgcnet_fast.train.run import Run, read_config
 from tests.train.conftest import make_config
@@ -20,6 +21,7 @@ def test_records_configuration_and_environment(new_run):
     environment = json.loads((run.folder / "environment.json").read_text())
     assert environment["device"] == "cpu"
     assert environment["precision"] == "fp32"
+    assert (environment["backend"], environment["tuning_table"]) == ("auto", None)
 
 
 def test_opens_with_its_own_configuration(new_run):
@@ -52,6 +54,33 @@ def test_folder_in_which_no_stage_began_takes_another_configuration(new_run):
 def test_machine_keys_may_change(new_run):
     new_run().finish("search", {"epochs": 1})
     new_run(data__cache="ram")
+    new_run(backend="reference")
+    new_run(strict_backend=True)
+
+
+@pytest.fixture
+def backend_restored(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    yield
+    set_backend("auto")
+
+
+@pytest.mark.usefixtures("backend_restored")
+def test_the_backend_holds_for_the_process(new_run):
+    run = new_run(backend="reference")
+    assert current_backend() == ("reference", False)
+    new_run(seed=1, strict_backend=True)
+    assert current_backend() == ("auto", True)
+    Run.read(run.folder)
+    assert current_backend() == ("auto", False)
+
+
+@pytest.mark.usefixtures("backend_restored")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_backend_that_the_device_lacks_is_refused_before_any_work(new_run, tmp_path, backend):
+    with pytest.raises(BackendError, match=f"'{backend}' cannot serve here: it needs an NVIDIA"):
+        new_run(backend=backend, device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_foreign_folder_is_refused(new_run, tmp_path):
