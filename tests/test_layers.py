@@ -15,7 +15,7 @@ import lgcnet_fast
 PACKAGE = Path(lgcnet_fast.__file__).parent
 LAYERS = (
     {"cli"},
-    {"train"},
+    {"train", "benchmark"},
     {"deploy"},
     {"report"},
     {"latency", "data"},

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from lgcnet_fast.latency.hardware import device_name
 from lgcnet_fast.latency.providers import (
     ROOFLINE,
     LatencyProvider,
     RooflineProvider,
-    device_name,
 )
 from lgcnet_fast.latency.table import (
     Entry,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import difflib
 import gc
-import platform
 from abc import ABC, abstractmethod
-from pathlib import Path
 
 import torch
 
-from lgcnet_fast import stack
 from lgcnet_fast.errors import ConfigError
+from lgcnet_fast.latency.hardware import device_name, driver
 from lgcnet_fast.latency.measure import FULL_EFFORT, Effort, Measurement, measure
 from lgcnet_fast.latency.roofline import roofline_ms
 from lgcnet_fast.latency.table import Provenance
@@ -46,7 +44,7 @@ class EagerProvider(LatencyProvider):
         return Provenance(
             provider=names.get(self.batch, f"measured_batch{self.batch}"),
             device=device_name(self.device),
-            driver=_driver(self.device),
+            driver=driver(self.device),
             torch=torch.__version__,
             cuda=torch.version.cuda or "",
             runtime="eager",
@@ -89,24 +87,3 @@ def make_provider(name: str, device: torch.device) -> LatencyProvider:
         return EagerProvider(device, BATCHES[name])
     near = difflib.get_close_matches(name, PROVIDERS, n=1, cutoff=0)
     raise ConfigError(f"unknown latency provider {name!r}; did you mean {near[0]!r}?")
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's name, as tables record it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return _processor()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
-def _driver(device: torch.device) -> str:
-    gpus = stack.list_gpus().gpus if device.type == "cuda" else ()
-    return str(gpus[0].driver) if gpus else ""

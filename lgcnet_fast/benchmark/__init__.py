@@ -1,0 +1,1 @@
+"""How fast networks are: ours, any PyTorch module and any ONNX file, in one harness."""

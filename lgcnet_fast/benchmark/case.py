@@ -1,0 +1,60 @@
+"""What every subject of a benchmark does with a frame: the same images in, the same result out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lgcnet_fast.config import Size
+from lgcnet_fast.deploy.engine import DTYPES
+from lgcnet_fast.errors import ConfigError, DeviceError
+
+Copies = Literal["none", "in", "out", "both"]
+COPIES: tuple[Copies, ...] = ("none", "in", "out", "both")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Raises `ConfigError` for values that mean nothing."""
+
+    size: Size
+    """(height, width) of images, network input and label map."""
+    batch: int = 1
+    dtype: str = "fp32"
+    """fp32, fp16 or bf16, of weights and maps. In fp32, TF32 is off for every subject."""
+    upsample: bool = True
+    """End with uint8 labels at the images' size; else with logits at the output stride."""
+    copies: Copies = "none"
+    """Between the host's pinned memory and the GPU that count: images in, results out."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r}: must be one of {', '.join(DTYPES)}")
+        if self.copies not in COPIES:
+            raise ConfigError(f"copies {self.copies!r}: must be one of {', '.join(COPIES)}")
+        if self.batch < 1 or min(self.size) < 1:
+            height, width = self.size
+            raise ConfigError(f"batch {self.batch} of {height}x{width}: all must be at least 1")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def images(self, device: torch.device) -> Tensor:
+        """The same uint8 (batch, height, width, 3) every time, on `device`.
+
+        Smooth, not noise: where classes meet, noise would leave ties to rounding.
+        """
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.rand(self.batch, 3, 9, 17, generator=generator)
+        fine = torch.nn.functional.interpolate(coarse, self.size, mode="bicubic")
+        pixels = fine.clamp(0, 1).mul(255).round().to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1).contiguous().to(device)
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises `DeviceError` for copies where there is no GPU to copy to."""
+        if self.copies != "none" and device.type != "cuda":
+            raise DeviceError(f"copies {self.copies!r}: {device} needs none; use copies = 'none'")
