@@ -30,7 +30,7 @@ def _why_not_triton(device: torch.device) -> str | None:
         return _too_old(device)
     if device.type == "cpu" and is_interpreted():
         return None
-    return f"it needs an NVIDIA GPU, the tensors are on {device}"
+    return f"it needs an NVIDIA GPU, the device is {device}"
 
 
 @cache
@@ -44,7 +44,7 @@ def _too_old(device: torch.device) -> str | None:
 
 def _why_not_cuda(device: torch.device) -> str | None:
     if device.type != "cuda":
-        return f"it needs an NVIDIA GPU, the tensors are on {device}"
+        return f"it needs an NVIDIA GPU, the device is {device}"
     from lgcnet_fast.native.loader import available
 
     reasons = available()

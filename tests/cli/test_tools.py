@@ -176,6 +176,7 @@ def test_doctor_prints_findings() -> None:
     result = call("doctor")
     assert result.status in (0, 1)
     assert "torch" in result.out and "Python" in result.out
+    assert all(f"backend {name}" in result.out for name in ("triton", "cuda", "reference"))
 
 
 def test_doctor_keeps_brackets_in_remedies(monkeypatch: pytest.MonkeyPatch) -> None:

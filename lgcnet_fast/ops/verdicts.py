@@ -1,0 +1,36 @@
+"""What each backend can do on the devices of this machine, for `lgcnet doctor`."""
+
+from __future__ import annotations
+
+import torch
+
+from lgcnet_fast.doctor import Finding
+from lgcnet_fast.ops.availability import why_not
+from lgcnet_fast.ops.backend import BACKENDS, SERVES
+from lgcnet_fast.ops.tuning import REMEDY, table_of
+
+
+def backend_findings() -> list[Finding]:
+    """A line for each backend and GPU; without a GPU one for each backend."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        cpu = torch.device("cpu")
+        return [Finding(f"backend {name}", "ok", why_not(name, cpu) or SERVES) for name in BACKENDS]
+    gpus = [torch.device("cuda", index) for index in range(count)]
+    return [finding for gpu in gpus for finding in (*_named(gpu), _automatic(gpu))]
+
+
+def _named(gpu: torch.device) -> list[Finding]:
+    reasons = {name: why_not(name, gpu) for name in BACKENDS}
+    return [
+        Finding(f"backend {name} on {gpu}", "warn" if reason else "ok", reason or SERVES)
+        for name, reason in reasons.items()
+    ]
+
+
+def _automatic(gpu: torch.device) -> Finding:
+    title, table = f"backend auto on {gpu}", table_of(gpu)
+    if table is None:
+        return Finding(title, "warn", "no tuning table for this GPU: reference", REMEDY)
+    named = sorted(table.backends.items())
+    return Finding(title, "ok", ", ".join(f"{operation}: {name}" for operation, name in named))
