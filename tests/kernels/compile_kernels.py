@@ -1,4 +1,4 @@
-"""Compiles the depthwise and mixed-sum kernels for one architecture, without a GPU.
+"""Compiles the kernels of training for one architecture, without a GPU.
 
     python compile_kernels.py 90 bf16
 
@@ -28,6 +28,7 @@ from lgcnet_fast.kernels import (
     depthwise_backward,
     depthwise_input_grad,
     depthwise_weight_grad,
+    max_pool,
     mixed_sum,
     mixed_sum_backward,
 )
@@ -72,6 +73,11 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield mixed_sum_backward._gradient_sums_kernel, counts | reducing, 8
     yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming, 4
     yield common._sum_rows_kernel, {"BLOCK_ROWS": 256, "BLOCK_COLUMNS": 8}, 4
+    tile = {"ACC": tl.float32, "BLOCK_P": 8, "BLOCK_C": 64, "ROWS": 8}
+    for stride in (1, 2):
+        yield max_pool._forward_kernel, tile | {"STRIDE": stride}, 4
+    yield max_pool._backward_kernel, tile | {"BLOCK_P": 4}, 4
+    yield max_pool._backward_stride_2_kernel, tile | {"BLOCK_P": 4}, 4
 
 
 def compile_for(kernel: Any, constants: dict[str, Any], warps: int, arch: int, storage: str) -> Any:
