@@ -158,12 +158,16 @@ class Statistics:
 
 
 def batch_statistics(
-    ys: Sequence[Tensor], eps: float = 1e-5, config: TileConfig | None = None
+    ys: Sequence[Tensor],
+    eps: float = 1e-5,
+    config: TileConfig | None = None,
+    out: Tensor | None = None,
 ) -> Statistics:
     """Statistics of each map over its N H W positions.
 
-    ys: K maps (N, C, H, W), channels_last, of one shape and dtype. Raises `ValueError` for other
-    arguments and for a single value a channel, which has no variance.
+    ys: K maps (N, C, H, W), channels_last, of one shape and dtype; out: (3, K, C), contiguous, to
+    hold the mean, variance and inverse deviation. Raises `ValueError` for other arguments and for a
+    single value a channel, which has no variance.
     """
     check_maps("ys", ys, ys[0] if ys else None)
     images, channels, height, width = ys[0].shape
@@ -174,7 +178,11 @@ def batch_statistics(
     tiles = triton.cdiv(positions, config.block_m)
     acc = accumulator_dtype(ys[0].dtype)
     partial = ys[0].new_empty(tiles, count, 2, channels, dtype=acc)
-    statistics = Statistics(*ys[0].new_empty(3, count, channels, dtype=acc).unbind())
+    if out is None:
+        out = ys[0].new_empty(3, count, channels, dtype=acc)
+    check_dense("out", out, (3, count, channels), ys[0])
+    statistics = Statistics(*out.unbind())
+    check_statistics(statistics, ys)
     _tile_statistics_kernel[(tiles * triton.cdiv(channels, config.block_c),)](
         tuple(ys), partial, positions, channels, K=count, ACC=accumulator(ys[0].dtype),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.warps,

@@ -144,11 +144,13 @@ def mixed_sum_grad(
     plain_z: Tensor | None = None,
     count: int | None = None,
     config: TileConfig | None = None,
+    dys: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The gradients (dys, dxs) of the K normalised and J plain maps, given the sums.
 
     count: the positions that the statistics were taken over, N H W unless several ranks share
-    them. There is one dx for each of the plain weights. Raises `ValueError`.
+    them; dys: maps like ys to write to, otherwise new ones. There is one dx for each of the plain
+    weights. Raises `ValueError`.
     """
     check_maps("ys", ys, ys[0] if ys else None)
     check_maps("g", (g,), ys[0])
@@ -158,7 +160,10 @@ def mixed_sum_grad(
     check_dense("sums.normalised", sums.normalised, (len(ys), channels), g)
     dxs = [empty_map(tuple(g.shape), g) for _ in range(0 if plain_z is None else len(plain_z))]
     plain_z = check_weights(z, plain_z, ys, dxs)
-    dys = [empty_map(tuple(g.shape), g) for _ in ys]
+    dys = [empty_map(tuple(g.shape), g) for _ in ys] if dys is None else list(dys)
+    check_maps("dys", dys, g)
+    if len(dys) != len(ys):
+        raise ValueError(f"dys: {len(dys)} maps, need {len(ys)}")
     config = config or TileConfig.streaming(channels)
     positions = g.numel() // channels
     blocks = triton.cdiv(positions, config.block_m) * triton.cdiv(channels, config.block_c)
