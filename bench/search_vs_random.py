@@ -4,9 +4,9 @@ For each search seed: one searched genotype and two random ones whose predicted 
 3 % of it (every tap reachable), all trained with the same recipe, steps and initialisation seed;
 the last checkpoint is scored on val. The paired differences are reported with a 90 % interval.
 
-    python bench/search_vs_random.py search CONFIG --data DIR --work DIR --seeds 0 1 2
-    python bench/search_vs_random.py train  CONFIG --data DIR --work DIR --seeds 0 1 2
-    python bench/search_vs_random.py report CONFIG --work DIR --seeds 0 1 2 --out FILE --commit HASH
+    python -m bench.search_vs_random search CONFIG --data DIR --work DIR --seeds 0 1 2
+    python -m bench.search_vs_random train  CONFIG --data DIR --work DIR --seeds 0 1 2
+    python -m bench.search_vs_random report CONFIG --work DIR --seeds 0 1 2 --out FILE --commit HASH
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import statistics
 from pathlib import Path
 
 import torch
-from experiment import run_together, score
-from results_file import provenance, update_summary, write_json
 
+from bench.experiment import run_together, score
+from bench.results_file import provenance, update_summary, write_json
 from lgcnet_fast.config import load_config
 from lgcnet_fast.data.dataset import open_dataset
 from lgcnet_fast.latency.build import open_table

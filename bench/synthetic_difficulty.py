@@ -3,7 +3,7 @@
 Trains the reference genotype, and the same genotype with `skip` on every cell edge, for 2,000
 steps; the reference should win by 10 points of mIoU and stay under 90.
 
-    python bench/synthetic_difficulty.py --work DIR --out FILE --commit HASH
+    python -m bench.synthetic_difficulty --work DIR --out FILE --commit HASH
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from experiment import run_together, score
-from results_file import provenance, write_json
-
+from bench.experiment import run_together, score
+from bench.results_file import provenance, write_json
 from lgcnet_fast.space.genotype import load_genotype, save_genotype
 
 CONFIG = Path(__file__).parent / "configs" / "synthetic_2000.toml"

@@ -1,14 +1,10 @@
-"""The mixed sum against PyTorch's batch norms and against the floor of bytes.
+"""The mixed sum in Triton against PyTorch's batch norms: `python -m bench.kernels.mixed_sum`.
 
-    python -m bench.kernels.mixed_sum --out FILE [--part table|sweep|full] [--commit HASH]
+For a node with three edges (18 branches, three skips), an edge of a cell and one of the fusion
+cell: sum with statistics, sum alone (where producers deliver them), backward.
 
-Checks every case against float64 first. `table`: sum with statistics, sum alone (where producers
-deliver them), backward, with the default tiles, for a node with three edges (18 branches, three
-skips), an edge of a cell and one of the fusion cell. `sweep`: the best tile sizes of each kernel.
-Either takes about a minute; `full` adds shapes and float32.
-
-Floors, in maps over the copy bandwidth of the same run, of K branches and J skips: 2 K + J + 1
-with statistics, K + J + 1 without, 3 K + 2 J + 2 backward.
+Floors, in maps, of K branches and J skips: 2 K + J + 1 with statistics, K + J + 1 without,
+3 K + 2 J + 2 backward.
 """
 
 from __future__ import annotations
@@ -22,23 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.kernels.timing import (
-    alternatives_seconds,
-    arguments,
-    copy_bandwidth,
-    gate,
-    print_row,
-    rotations,
-    seconds_a_call,
-)
-from bench.results_file import provenance, write_json
+from bench.device import DEVICE, LAYOUTS
+from bench.kernels.command import main
+from bench.kernels.comparison import Binding, Comparison, Family, Part, Sweep
+from bench.kernels.shapes import FUSION_CHANNELS, INPUTS, Shape, at_stride, cell_shapes
+from bench.kernels.timing import Call, gate
 from lgcnet_fast.kernels.mixed_sum import Statistics, TileConfig, batch_statistics, mixed_sum
-from lgcnet_fast.kernels.mixed_sum_backward import mixed_sum_grad, mixed_sum_gradient_sums
+from lgcnet_fast.kernels.mixed_sum_backward import (
+    GradientSums,
+    mixed_sum_grad,
+    mixed_sum_gradient_sums,
+)
+from lgcnet_fast.ops.tuning import shape_key
 
-Shape = tuple[int, int, int, int]
-CELLS_256X512 = [(16, 32, 64, 128), (16, 64, 32, 64), (16, 128, 16, 32), (16, 64, 64, 128)]
-OTHERS = [(16, 64, 97, 97), (16, 128, 49, 49), (16, 64, 45, 60), (1, 64, 97, 193)]
 EDGE, NODE, FUSION = (6, 1), (18, 3), (10, 0)
+"""Branches and skips."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +43,9 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.shape} K{self.branches} J{self.plain} {dtype}"
+        return f"{shape} K{self.branches} J{self.plain} {dtype}"
 
     @property
     def map_bytes(self) -> int:
@@ -65,6 +60,8 @@ class Inputs:
     z: Tensor
     plain_z: Tensor
     statistics: Statistics
+    sums: GradientSums
+    """Of the statistics and g."""
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -72,35 +69,28 @@ def make_inputs(case: Case) -> Inputs:
 
     def maps(count: int) -> list[Tensor]:
         shape = (images, height, width, channels)
-        values = [torch.randn(shape, device="cuda", dtype=case.dtype) for _ in range(count)]
+        values = [torch.randn(shape, device=DEVICE, dtype=case.dtype) for _ in range(count)]
         return [value.movedim(-1, 1) for value in values]
 
-    ys = maps(case.branches)
-    z, plain_z = (torch.rand(count, device="cuda") for count in (case.branches, case.plain))
-    return Inputs(ys, maps(case.plain), *maps(1), z, plain_z, batch_statistics(ys))
+    ys, xs, (g,) = maps(case.branches), maps(case.plain), maps(1)
+    z, plain_z = (torch.rand(count, device=DEVICE) for count in (case.branches, case.plain))
+    statistics = batch_statistics(ys)
+    sums = mixed_sum_gradient_sums(g, ys, statistics, xs)
+    return Inputs(ys, xs, g, z, plain_z, statistics, sums)
 
 
-def cases(full: bool) -> Iterator[Case]:
-    if full:
-        dtypes = (torch.bfloat16, torch.float32)
-        for shape, counts, dtype in itertools.product(CELLS_256X512 + OTHERS, (EDGE, NODE), dtypes):
-            yield Case(shape, *counts, dtype)
-        for size, dtype in itertools.product(((64, 128), (32, 64), (16, 32)), dtypes):
-            yield Case((16, 48, *size), *FUSION, dtype)
+def cases(part: Part) -> Iterator[Case]:
+    if part == "dry":
+        yield Case((2, 4, 3, 5), 2, 1)
         return
-    for shape in CELLS_256X512:
-        yield Case(shape, *NODE)
-    yield Case(CELLS_256X512[1], *EDGE)
-    yield Case(CELLS_256X512[1], *EDGE, torch.float32)
-    yield Case((16, 48, 64, 128), *FUSION)
-
-
-def reference(i: Inputs) -> tuple[Tensor, list[Tensor]]:
-    """Output and gradients of ys, xs, z in float64."""
-    ys, xs = ([m.double().requires_grad_() for m in maps] for maps in (i.ys, i.xs))
-    z = i.z.double().requires_grad_()
-    out = stock_sum(ys, xs, z, i.plain_z.double())
-    return out.detach(), list(torch.autograd.grad(out, [*ys, *xs, z], i.g.double()))
+    for size, batch in INPUTS.items() if part == "full" else [((256, 512), 16)]:
+        for shape in cell_shapes(size):
+            yield Case(shape, *NODE)
+        yield Case(cell_shapes(size)[1], *EDGE)
+        yield Case(cell_shapes(size)[1], *EDGE, torch.float32)
+        for stride in (4, 8, 16) if part == "full" else (4,):
+            yield Case((batch, FUSION_CHANNELS, *at_stride(size, stride)), *FUSION)
+    yield Case((16, 64, 64, 128), *NODE)
 
 
 def stock_sum(ys: list[Tensor], xs: list[Tensor], z: Tensor, plain_z: Tensor) -> Tensor:
@@ -126,123 +116,105 @@ def backward(i: Inputs) -> tuple[list[Tensor], Tensor]:
     return [*dys, *dxs], sums.normalised.sum(1)
 
 
-def check(case: Case) -> None:
-    i = make_inputs(case)
-    out, gradients = reference(i)
-    gate(f"sum {case}", with_statistics(i), out)
+def check_forward(i: Inputs) -> None:
+    ys, xs = ([m.double() for m in maps] for maps in (i.ys, i.xs))
+    gate("mixed sum", with_statistics(i), stock_sum(ys, xs, i.z.double(), i.plain_z.double()))
+
+
+def check_backward(i: Inputs) -> None:
+    ys, xs = ([m.double().requires_grad_() for m in maps] for maps in (i.ys, i.xs))
+    z = i.z.double().requires_grad_()
+    out = stock_sum(ys, xs, z, i.plain_z.double())
+    *truths, dz_truth = torch.autograd.grad(out, [*ys, *xs, z], i.g.double())
     maps, dz = backward(i)
-    for number, (ours, truth) in enumerate(zip(maps, gradients[:-1], strict=True)):
-        gate(f"gradient {number} {case}", ours, truth)
+    for number, (ours, truth) in enumerate(zip(maps, truths, strict=True)):
+        gate(f"mixed sum gradient {number}", ours, truth)
     # The terms of dz cancel: compare with their size, not with their sum.
     terms = torch.stack([m.double().abs().mean() for m in i.ys]).mean() * i.g.numel() ** 0.5
-    if (dz - gradients[-1]).abs().max() > 1e-2 * terms:
-        raise SystemExit(f"WRONG RESULT: dz {case}")
+    if not (dz - dz_truth).abs().max() <= 1e-2 * terms:
+        raise SystemExit("WRONG RESULT: dz of the mixed sum")
 
 
-def stock_call(i: Inputs, layout: torch.memory_format, gradients: bool) -> Callable[[], Any]:
+def _stock(layout: torch.memory_format, gradients: bool) -> Binding:
     """The sum in PyTorch, with its gradients if asked for: both, since they share a capture."""
-    maps = [m.contiguous(memory_format=layout) for m in [*i.ys, *i.xs]]
-    z, plain_z = i.z.to(i.g.dtype), i.plain_z.to(i.g.dtype)
-    g, count = i.g.contiguous(memory_format=layout), len(i.ys)
 
-    def run() -> Any:
-        if not gradients:
-            return stock_sum(maps[:count], maps[count:], z, plain_z)
-        leaves = [leaf.detach().requires_grad_() for leaf in (*maps, z)]
-        out = stock_sum(leaves[:count], leaves[count:-1], leaves[-1], plain_z)
-        return torch.autograd.grad(out, leaves, g)
+    def bind(i: Inputs) -> Call:
+        maps = [m.contiguous(memory_format=layout) for m in [*i.ys, *i.xs]]
+        z, plain_z = i.z.to(i.g.dtype), i.plain_z.to(i.g.dtype)
+        g, count = i.g.contiguous(memory_format=layout), len(i.ys)
 
-    return run
+        def run() -> Any:
+            if not gradients:
+                return stock_sum(maps[:count], maps[count:], z, plain_z)
+            leaves = [leaf.detach().requires_grad_() for leaf in (*maps, z)]
+            out = stock_sum(leaves[:count], leaves[count:-1], leaves[-1], plain_z)
+            return torch.autograd.grad(out, leaves, g)
 
+        return run
 
-def stock_times(sets: list[Inputs]) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds forward and backward for each layout."""
-    layouts = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-    forward, both = (
-        alternatives_seconds(
-            {name: [stock_call(i, layout, grad) for i in sets] for name, layout in layouts.items()}
-        )
-        for grad in (False, True)
-    )
-    return forward, {name: both[name] - forward[name] for name in both}
+    return bind
 
 
-def measure(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
-    k, j = case.branches, case.plain
-    sets = [make_inputs(case) for _ in range(rotations((k + j + 1) * case.map_bytes))]
-    stock_forward, stock_backward = stock_times(sets)
-    parts: list[tuple[str, Callable[[Inputs], Any], dict[str, float], int]] = [
-        ("statistics + sum", with_statistics, stock_forward, 2 * k + j + 1),
-        ("sum alone", sum_alone, stock_forward, k + j + 1),
-        ("backward", backward, stock_backward, 3 * k + 2 * j + 2),
-    ]
-    for name, ours, stock, maps in parts:
-        seconds = seconds_a_call([lambda i=i, f=ours: f(i) for i in sets])
-        yield {
-            "case": f"{name} {case}",
-            "floor_us": maps * case.map_bytes / bandwidth * 1e6,
-            "ours_us": seconds * 1e6,
-            "stock_us": min(stock.values()) * 1e6,
-            "stock": min(stock, key=stock.__getitem__),
-            "bytes": maps * case.map_bytes,
-        }
+def comparisons(part: Part) -> Iterator[Comparison]:
+    forward = {name: _stock(layout, gradients=False) for name, layout in LAYOUTS.items()}
+    both = {name: _stock(layout, gradients=True) for name, layout in LAYOUTS.items()}
+    for case in cases(part):
+        k, j = case.branches, case.plain
+        parts: list[tuple[str, Callable[[Inputs], Any], Callable[[Inputs], None], int]] = [
+            ("statistics + sum", with_statistics, check_forward, 2 * k + j + 1),
+            ("alone", sum_alone, check_forward, k + j + 1),
+            ("backward", backward, check_backward, 3 * k + 2 * j + 2),
+        ]
+        for name, ours, check, maps in parts:
+            yield Comparison(
+                operation=f"mixed sum {name}",
+                case=str(case),
+                bytes=maps * case.map_bytes,
+                operations=2 * maps * case.map_bytes // case.dtype.itemsize,
+                make=lambda case=case: make_inputs(case),
+                check=check,
+                ours=ours,
+                stock=both if name == "backward" else forward,
+                stock_excess=forward if name == "backward" else {},
+            )
 
 
-def sweep(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
-    k, j = case.branches, case.plain
-    sets = [make_inputs(case) for _ in range(rotations((k + j + 1) * case.map_bytes))]
-    sums = mixed_sum_gradient_sums(sets[0].g, sets[0].ys, sets[0].statistics, sets[0].xs)
-    kernels: dict[str, tuple[Callable[[Inputs, TileConfig], Any], int]] = {
-        "statistics": (lambda i, c: batch_statistics(i.ys, config=c), k),
-        "sum": (lambda i, c: mixed_sum(i.ys, i.z, i.statistics, i.xs, i.plain_z, c), k + j + 1),
-        "gradient sums": (
-            lambda i, c: mixed_sum_gradient_sums(i.g, i.ys, i.statistics, i.xs, c),
-            k + j + 1,
-        ),
-        "gradients": (
-            lambda i, c: mixed_sum_grad(i.g, i.ys, i.z, i.statistics, sums, i.plain_z, config=c),
-            2 * k + j + 1,
-        ),
-    }
-    tiles = [(16, 64, 4), (32, 64, 4), (64, 64, 4), (64, 64, 8), (64, 32, 4), (256, 32, 8)]
-    for name, (kernel, maps) in kernels.items():
-        rows = []
-        for config in itertools.starmap(TileConfig, [*tiles, (512, 32, 8)]):
-            calls = [lambda i=i, f=kernel, c=config: f(i, c) for i in sets]
-            rows.append({"config": str(config), "us": seconds_a_call(calls, 5) * 1e6})
-        rows.sort(key=lambda row: row["us"])
-        print(f"{name:<14} {case}: floor {maps * case.map_bytes / bandwidth * 1e6:.1f}")
-        for row in rows[:3]:
-            print(f"    {row['us']:7.1f} {row['config']}", flush=True)
-        yield {"kernel": name, "case": str(case), "tiles": rows}
+def sweeps(tiny: bool) -> Iterator[Sweep]:
+    for case in cases("dry" if tiny else "full"):
+        k, j, channels = case.branches, case.plain, case.shape[1]
+        streaming, reducing = TileConfig.streaming(channels), TileConfig.reducing(channels)
+        kernels: list[tuple[str, Callable[[Inputs, TileConfig], Any], int, TileConfig]] = [
+            ("statistics", lambda i, c: batch_statistics(i.ys, config=c), k, reducing),
+            ("forward", _sum_tiled, k + j + 1, streaming),
+            ("gradient_sums", _gradient_sums_tiled, k + j + 1, reducing),
+            ("gradients", _gradients_tiled, 2 * k + j + 1, streaming),
+        ]
+        tiles = [(16, 64, 4), (32, 64, 4), (64, 64, 4), (64, 64, 8), (64, 32, 4), (256, 32, 8)]
+        others = list(itertools.starmap(TileConfig, [*tiles, (512, 32, 8)]))
+        for name, run, maps, default in kernels:
+            yield Sweep(
+                operation=f"mixed_sum_{name}",
+                key=shape_key(case.dtype, case.shape, (k, j)),
+                bytes=maps * case.map_bytes,
+                make=lambda case=case: make_inputs(case),
+                run=run,
+                configs=[default] if tiny else [default, *others],
+            )
 
 
-def table(full: bool, bandwidth: float) -> list[dict[str, Any]]:
-    chosen = list(cases(full))
-    for case in chosen:
-        check(case)
-    print(f"{len(chosen)} cases right")
-    rows = []
-    for case in chosen:
-        for row in measure(case, bandwidth):
-            rows.append(row)
-            print_row(row)
-    return rows
+def _sum_tiled(i: Inputs, config: TileConfig) -> Tensor:
+    return mixed_sum(i.ys, i.z, i.statistics, i.xs, i.plain_z, config)
 
 
-def main() -> None:
-    options = arguments("mixed sum kernels")
-    bandwidth = copy_bandwidth()
-    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
-    if options.part == "sweep":
-        shapes = [CELLS_256X512[3], *CELLS_256X512[1:3]]
-        rows = [row for shape in shapes for row in sweep(Case(shape, *EDGE), bandwidth)]
-        numbers = {"sweep": rows}
-    else:
-        numbers = {"table": table(options.part == "full", bandwidth)}
-    origin = provenance(options.commit)
-    write_json(options.out, origin | {"copy_bandwidth": bandwidth} | numbers)
+def _gradient_sums_tiled(i: Inputs, config: TileConfig) -> Any:
+    return mixed_sum_gradient_sums(i.g, i.ys, i.statistics, i.xs, config)
 
+
+def _gradients_tiled(i: Inputs, config: TileConfig) -> Any:
+    return mixed_sum_grad(i.g, i.ys, i.z, i.statistics, i.sums, i.plain_z, config=config)
+
+
+FAMILY = Family("mixed sum", comparisons, sweeps)
 
 if __name__ == "__main__":
-    main()
+    main(FAMILY)

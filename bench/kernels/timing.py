@@ -1,40 +1,75 @@
-"""Timing of single operations on a GPU: CUDA graphs, cold L2 cache, floors from bytes."""
+"""Timing of single operations: CUDA graphs, cold L2 cache, alternatives in turn."""
 
 from __future__ import annotations
 
-import argparse
-import statistics
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.device import CUDA, DEVICE
+from bench.rounds import median
+
 COLD_BYTES = 256 * 2**20
 """Inputs rotate through this much memory, several times the L2 cache of a data-centre GPU."""
+WARM_UP, ROUNDS = (2, 9) if CUDA else (0, 1)
 
 Call = Callable[[], Any]
 
 
+def rotations(bytes_a_call: int) -> int:
+    """How many sets of inputs to rotate."""
+    return int(min(max(COLD_BYTES // bytes_a_call, 2), 64)) if CUDA else 1
+
+
 def copy_bandwidth() -> float:
     """Bytes a second of a device-to-device copy, read and written bytes both counted."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    source = torch.empty(2**30 if CUDA else 2**20, dtype=torch.uint8, device=DEVICE)
     targets = [torch.empty_like(source) for _ in range(2)]
-    seconds = seconds_a_call([lambda target=target: target.copy_(source) for target in targets])
-    return 2 * source.numel() / seconds
+    calls = [lambda target=target: target.copy_(source) for target in targets]
+    return 2 * source.numel() / seconds_a_call(calls)
 
 
-def rotations(bytes_a_call: float) -> int:
-    """How many sets of inputs to rotate."""
-    return int(min(max(COLD_BYTES // bytes_a_call, 2), 64))
+def seconds_a_call(calls: Sequence[Call], rounds: int = ROUNDS) -> float:
+    """Median over the rounds."""
+    return median(in_turn({"": calls}, rounds)[""])
 
 
-def seconds_a_call(calls: Sequence[Call], replays: int = 12) -> float:
-    """Median over replays of one CUDA graph that holds all the calls, a call.
+def in_turn(
+    alternatives: Mapping[str, Sequence[Call]], rounds: int = ROUNDS
+) -> dict[str, list[float]]:
+    """Seconds a call of every alternative, one number a round.
 
-    What the calls return stays alive until the end of the capture, so that their outputs do not
-    share memory and every call writes to cold lines.
+    All alternatives run in every round, in an order that is swapped from round to round. One that
+    does not run at all is left out, with a line that says why.
+    """
+    prepared = {}
+    for name, calls in alternatives.items():
+        try:
+            prepared[name] = _prepared(calls)
+        except RuntimeError as error:
+            print(f"    {name} does not run: {str(error).splitlines()[0]}", flush=True)
+    times: dict[str, list[float]] = {name: [] for name in prepared}
+    for number in range(WARM_UP + rounds):
+        order = list(prepared.items())
+        for name, timed in order if number % 2 else reversed(order):
+            seconds = timed()
+            if number >= WARM_UP:
+                times[name].append(seconds)
+    return times
+
+
+def _prepared(calls: Sequence[Call]) -> Callable[[], float]:
+    return _captured(calls) if CUDA else _by_clock(calls)
+
+
+def _captured(calls: Sequence[Call]) -> Callable[[], float]:
+    """Replays one CUDA graph of all the calls.
+
+    What the calls return stays alive as long as the graph, so that their outputs do not share
+    memory and every call writes to cold lines.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -45,27 +80,26 @@ def seconds_a_call(calls: Sequence[Call], replays: int = 12) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = [call() for call in calls]
-    times = []
-    for _ in range(3 + replays):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def timed() -> float:
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    del outputs
-    return statistics.median(times[3:]) / len(calls)
+        return begin.elapsed_time(end) / 1e3 / len(outputs)
+
+    return timed
 
 
-def alternatives_seconds(alternatives: dict[str, Sequence[Call]]) -> dict[str, float]:
-    """Seconds a call of every alternative that runs at all."""
-    times = {}
-    for name, calls in alternatives.items():
-        try:
-            times[name] = seconds_a_call(calls)
-        except RuntimeError as error:
-            print(f"    {name} does not run: {str(error).splitlines()[0]}")
-    return times
+def _by_clock(calls: Sequence[Call]) -> Callable[[], float]:
+    def timed() -> float:
+        started = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - started) / len(calls)
+
+    return timed
 
 
 def relative_error(result: Tensor, truth: Tensor) -> float:
@@ -78,26 +112,3 @@ def gate(name: str, result: Tensor, truth: Tensor) -> None:
     limit = {torch.bfloat16: 5e-3, torch.float16: 1e-3}.get(result.dtype, 1e-5)
     if not error <= limit:
         raise SystemExit(f"WRONG RESULT: {name}: relative error {error:.2e}, limit {limit:.0e}")
-
-
-def arguments(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of all numbers")
-    parser.add_argument(
-        "--part",
-        choices=("table", "sweep", "full"),
-        default="table",
-        help="table of selected cases, sweep of tile sizes, or the table of every case",
-    )
-    parser.add_argument("--commit", default="unknown")
-    return parser.parse_args()
-
-
-def print_row(row: dict[str, Any]) -> None:
-    """One line of the table; times in microseconds."""
-    print(
-        f"{row['case']:<58} floor {row['floor_us']:7.1f}  ours {row['ours_us']:7.1f} "
-        f"({row['ours_us'] / row['floor_us']:4.1f}x)  stock {row['stock_us']:8.1f} "
-        f"{row['stock']:<14} speed-up {row['stock_us'] / row['ours_us']:5.1f}",
-        flush=True,
-    )

@@ -1,0 +1,1 @@
+"""Measurements: `python -m bench.NAME`. What was measured lies in results/."""

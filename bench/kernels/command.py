@@ -1,0 +1,92 @@
+"""The command line of every family of kernels.
+
+    python -m bench.kernels.FAMILY --out FILE [--part table|full|sweep|dry] [--only TEXT]
+
+Every case is checked against float64 before it is timed. `table` has selected cases and takes
+about a minute, `full` has all; `sweep` tries tile sizes; `dry` runs tiny shapes through the
+interpreter, to see that the script works.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from bench.device import require_gpu, use_fastest_convolutions
+from bench.kernels.comparison import Family, Row
+from bench.kernels.timing import copy_bandwidth
+from bench.options import Deadline, parser
+from bench.results_file import Rows, provenance
+
+
+def main(family: Family) -> None:
+    options = _options(family)
+    deadline = Deadline(options.seconds)
+    require_gpu(dry=options.part == "dry")
+    use_fastest_convolutions()
+    bandwidth = copy_bandwidth()
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
+    origin = provenance(options.commit) | {"copy_bandwidth": bandwidth}
+    rows = Rows(
+        options.out, origin, lambda row: (row["operation"], row.get("case", row.get("key")))
+    )
+    if options.part in ("table", "full", "dry"):
+        compare(family, options, rows, deadline, bandwidth)
+    if options.part in ("sweep", "dry"):
+        for row in sweep(family, options.only, options.part == "dry", deadline, bandwidth):
+            rows.add(row)
+
+
+def _identity(row: Row) -> tuple[str, str]:
+    return row["operation"], row.get("case", row.get("key"))
+
+
+def compare(
+    family: Family, options: argparse.Namespace, rows: Rows, deadline: Deadline, bandwidth: float
+) -> None:
+    chosen = [case for case in family.comparisons(options.part) if options.only in str(case)]
+    for done, case in enumerate(chosen):
+        if deadline.over:
+            print(f"out of time: {len(chosen) - done} of {len(chosen)} cases left out")
+            return
+        case.verify()
+        row = case.measure(bandwidth)
+        print_row(row)
+        rows.add(row)
+    print(f"{len(chosen)} cases, all results right")
+
+
+def sweep(family: Family, only: str, tiny: bool, deadline: Deadline, bandwidth: float) -> list[Row]:
+    found = []
+    for one in family.sweeps(tiny):
+        if only not in str(one):
+            continue
+        if deadline.over:
+            print("out of time: sweeps left out")
+            break
+        found.append(one.measure(bandwidth))
+        print_sweep(found[-1])
+    return found
+
+
+def print_row(row: Row) -> None:
+    """One line of the table; times in microseconds."""
+    print(
+        f"{row['operation']} {row['case']:<50} floor {row['floor_us']:7.1f}  "
+        f"ours {row['ours_us']:8.1f} ({row['floor_ratio']:5.1f}x)  "
+        f"stock {row['stock_us']:8.1f} {row['stock']:<6} speed-up {row['speed_up']:5.2f}",
+        flush=True,
+    )
+
+
+def print_sweep(row: Row) -> None:
+    default = "does not run" if row["default_us"] is None else f"{row['default_us']:.1f}"
+    print(f"{row['operation']} {row['key']}: floor {row['floor_us']:.1f}, default {default}")
+    for config in row["configs"][:3]:
+        print(f"    {config['us']:7.1f} {config['config']}", flush=True)
+
+
+def _options(family: Family) -> argparse.Namespace:
+    options = parser(f"{family.name} kernels against PyTorch and the floor of bytes")
+    options.add_argument("--part", choices=("table", "full", "sweep", "dry"), default="table")
+    options.add_argument("--only", default="", help="cases whose name contains this")
+    return options.parse_args()

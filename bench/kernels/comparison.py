@@ -1,0 +1,131 @@
+"""What a family of kernels has measured: comparisons with PyTorch, and sweeps over tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from bench.device import release_memory
+from bench.kernels.timing import ROUNDS, Call, in_turn, rotations
+from bench.rounds import median, ratios, tenth_percentile
+
+Part = Literal["table", "full", "sweep", "dry"]
+Row = dict[str, Any]
+Binding = Callable[[Any], Call]
+"""From a set of inputs to a call; conversions of the inputs happen here, outside the timing."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line of a table."""
+
+    operation: str
+    """`depthwise forward`: what lines of several cases have in common."""
+    case: str
+    bytes: int
+    """That have to move: the floor, at the copy bandwidth."""
+    operations: int
+    """Arithmetic operations."""
+    make: Callable[[], Any]
+    """A set of random inputs."""
+    check: Callable[[Any], None]
+    """Exits unless our result for these inputs is right."""
+    ours: Callable[[Any], Any]
+    stock: Mapping[str, Binding]
+    """Alternatives by name."""
+    stock_excess: Mapping[str, Binding] = field(default_factory=dict)
+    """What an alternative does beyond the operation, measured apart and taken off."""
+    most_sets: int = 64
+
+    def __str__(self) -> str:
+        return f"{self.operation} {self.case}"
+
+    def verify(self) -> None:
+        self.check(self.make())
+
+    def measure(self, bandwidth: float, rounds: int = ROUNDS) -> Row:
+        """Ours and all alternatives in turn; times in microseconds."""
+        sets = [self.make() for _ in range(min(rotations(self.bytes), self.most_sets))]
+        calls: dict[str, Sequence[Call]] = {"ours": [lambda i=i: self.ours(i) for i in sets]}
+        calls |= {name: [bind(i) for i in sets] for name, bind in self.stock.items()}
+        calls |= {
+            f"excess {name}": [bind(i) for i in sets] for name, bind in self.stock_excess.items()
+        }
+        times = in_turn(calls, rounds)
+        release_memory()
+        return self._row(times, bandwidth)
+
+    def _row(self, times: Mapping[str, Sequence[float]], bandwidth: float) -> Row:
+        stock = {}
+        for name in self.stock.keys() & times.keys():
+            excess = times.get(f"excess {name}", [0.0] * len(times[name]))
+            stock[name] = [a - b for a, b in zip(times[name], excess, strict=True)]
+        if not stock:
+            raise SystemExit(f"{self}: no alternative of PyTorch runs")
+        best = min(sorted(stock), key=lambda name: median(stock[name]))
+        ours, floor = median(times["ours"]), self.bytes / bandwidth
+        return {
+            "operation": self.operation,
+            "case": self.case,
+            "floor_us": floor * 1e6,
+            "ours_us": ours * 1e6,
+            "floor_ratio": ours / floor,
+            "stock_us": median(stock[best]) * 1e6,
+            "stock": best,
+            "speed_up": median(stock[best]) / ours,
+            "speed_up_p10": tenth_percentile(ratios(stock[best], times["ours"])),
+            "alternatives_us": {name: median(stock[name]) * 1e6 for name in sorted(stock)},
+            "bytes": self.bytes,
+            "operations": self.operations,
+        }
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The launch configurations of one kernel for one shape."""
+
+    operation: str
+    """Under which name the tuning table keeps the best one."""
+    key: str
+    """Under which shape key."""
+    bytes: int
+    make: Callable[[], Any]
+    run: Callable[[Any, Any], Any]
+    """From inputs and a configuration."""
+    configs: Sequence[Any]
+    """Dataclasses; the first is the default."""
+
+    def __str__(self) -> str:
+        return f"{self.operation} {self.key}"
+
+    def measure(self, bandwidth: float, rounds: int = (ROUNDS + 1) // 2) -> Row:
+        """Microseconds of every configuration that runs, fastest first."""
+        sets = [self.make() for _ in range(min(rotations(self.bytes), 16))]
+        rows = []
+        for config in dict.fromkeys(self.configs):
+            calls = [lambda i=i, c=config: self.run(i, c) for i in sets]
+            times = in_turn({str(config): calls}, rounds)
+            rows += [
+                {"config": vars(config), "us": median(seconds) * 1e6} for seconds in times.values()
+            ]
+        default = next((r["us"] for r in rows if r["config"] == vars(self.configs[0])), None)
+        rows.sort(key=lambda row: row["us"])
+        release_memory()
+        return {
+            "operation": self.operation,
+            "key": self.key,
+            "floor_us": self.bytes / bandwidth * 1e6,
+            "default_us": default,
+            "configs": rows,
+        }
+
+
+@dataclass(frozen=True)
+class Family:
+    """Kernels that one script measures."""
+
+    name: str
+    comparisons: Callable[[Part], Iterable[Comparison]]
+    sweeps: Callable[[bool], Iterable[Sweep]]
+    """Of tiny shapes if True."""
