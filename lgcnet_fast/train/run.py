@@ -27,7 +27,9 @@ from lgcnet_fast.train.class_file import class_values, read_classes
 from lgcnet_fast.train.distributed import barrier, join
 from lgcnet_fast.train.precision import resolve_precision
 
-MACHINE_KEYS = frozenset({"device", "backend", "strict_backend", "data.cache", "data.cache_dir"})
+MACHINE_KEYS = frozenset(
+    {"device", "cuda_graph", "backend", "strict_backend", "data.cache", "data.cache_dir"}
+)
 """Keys that may change when a run continues on another machine."""
 
 PREPARATIONS = frozenset({"config.json", "environment.json", "classes.json", "latency_table.json"})
