@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from lgcnet_fast.deploy.fold_modules import fold_module, fold_stem_stage
+from lgcnet_fast.deploy.fold_modules import fold_module, fold_stem_stage, is_one_operation
 from lgcnet_fast.deploy.operations import (
     Concatenation,
     Constant,
@@ -76,7 +76,7 @@ class _Folding:
         """What `module` makes of `x`; stride: that of the result."""
         if isinstance(module, nn.Identity):
             return x
-        if type(module) is nn.Sequential:
+        if isinstance(module, nn.Sequential) and not is_one_operation(module):
             for index, part in enumerate(module):
                 x = self.apply(f"{name}/{index}", part, x, stride)
             return x

@@ -40,6 +40,11 @@ def fold_module(module: nn.Module, kept: list[int]) -> FoldedOperation:
     raise ConfigError(f"networks with a {type(module).__name__} cannot be folded for deployment")
 
 
+def is_one_operation(module: nn.Module) -> bool:
+    """Whether `fold_module` takes the module as a whole."""
+    return fold_module.dispatch(type(module)) is not fold_module.dispatch(object)
+
+
 @fold_module.register
 def _(module: ReLUConvBN, kept: list[int]) -> FoldedOperation:
     convolution, norm = _convolution_and_norm(module)
