@@ -160,6 +160,10 @@ class SearchSpace(ABC):
     def lut_keys(self, size: tuple[int, int], num_classes: int) -> tuple[LutKey, ...]:
         """Every key that `latency_model` looks up for an input of `size` (height, width)."""
 
+    def engine_keys(self, size: tuple[int, int], num_classes: int) -> tuple[LutKey, ...]:
+        """The same for a table of whole engines, which may tell apart what they share or skip."""
+        return self.lut_keys(size, num_classes)
+
     @abstractmethod
     def lut_module(self, key: LutKey) -> LutModule: ...
 
@@ -167,4 +171,7 @@ class SearchSpace(ABC):
     def latency_model(
         self, milliseconds: Mapping[LutKey, float], size: tuple[int, int], num_classes: int
     ) -> LatencyModel:
-        """Raises `TableError` naming the first key that the table lacks."""
+        """Linear in the table: half the milliseconds predict half the latency.
+
+        Raises `TableError` naming the first key that the table lacks.
+        """

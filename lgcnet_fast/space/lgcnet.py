@@ -36,7 +36,7 @@ from lgcnet_fast.space.layout import (
     macro_layout,
 )
 from lgcnet_fast.space.lgcnet_genotype import LGCNetGenotype
-from lgcnet_fast.space.lgcnet_keys import NetworkKeys, network_keys
+from lgcnet_fast.space.lgcnet_keys import NetworkKeys, engine_keys, network_keys
 from lgcnet_fast.space.lgcnet_latency import LGCNetLatency
 from lgcnet_fast.space.lgcnet_lut import lut_module
 from lgcnet_fast.space.networks import DerivedNetwork, PretrainingClassifier, Supernet
@@ -273,13 +273,22 @@ class LGCNet(SearchSpace):
     def lut_keys(self, size: tuple[int, int], num_classes: int) -> tuple[LutKey, ...]:
         return self._keys(size, num_classes).distinct()
 
+    def _engine_keys(self, size: tuple[int, int], num_classes: int) -> NetworkKeys:
+        return engine_keys(self.layout, self.options.head, self.graph, size, num_classes)
+
+    def engine_keys(self, size: tuple[int, int], num_classes: int) -> tuple[LutKey, ...]:
+        return self._engine_keys(size, num_classes).distinct()
+
     def lut_module(self, key: LutKey) -> LutModule:
         return lut_module(key, self.options.stem)
 
     def latency_model(
         self, milliseconds: Mapping[LutKey, float], size: tuple[int, int], num_classes: int
     ) -> LatencyModel:
-        return LGCNetLatency(self._keys(size, num_classes), milliseconds)
+        """Of a table of whole engines where it has entries for nodes."""
+        of_engines = any(key.op == "node.cell" for key in milliseconds)
+        keys = self._engine_keys if of_engines else self._keys
+        return LGCNetLatency(keys(size, num_classes), milliseconds)
 
 
 def _one_hot(chosen: Sequence[str], options: Sequence[str]) -> Tensor:

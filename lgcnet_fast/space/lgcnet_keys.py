@@ -2,12 +2,17 @@
 
 Keys hold the evaluation widths. Every cell operation except `none` includes the sum into its node,
 so that `skip` is not free. Everything that is not searched is a `const.*` key.
+
+Tables of whole engines know more: what a node costs that computes anything (`node.cell`: a launch
+and its output, whichever operations are fused into it), so that an operation's entry is what it
+adds to the node; and what the preprocessing of a cell's input costs where an edge reads it
+(`input.*`), because engines leave out what nothing reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lgcnet_fast.nn.cell import CELL_EDGES, edge_stride
 from lgcnet_fast.nn.fusion import FUSION_WIDTH
@@ -30,9 +35,11 @@ class NetworkKeys:
     fusion: tuple[KeyRow, ...]
     up: tuple[KeyRow, ...]
     constant: tuple[LutKey, ...]
+    shared: tuple[tuple[LutKey, LutKey, LutKey, LutKey], ...] = ()
+    """Of engines, one row a cell: nodes x1 and x2, preprocessing of i1 and i2."""
 
     def distinct(self) -> tuple[LutKey, ...]:
-        rows = (*self.cells, *self.fusion, *self.up, self.constant)
+        rows = (*self.cells, *self.fusion, *self.up, *self.shared, self.constant)
         return tuple(dict.fromkeys(key for row in rows for key in row if key is not None))
 
 
@@ -59,6 +66,19 @@ def network_keys(
     )
 
 
+def engine_keys(
+    layout: MacroLayout, head: str, graph: FusionGraph | None, size: Size, num_classes: int
+) -> NetworkKeys:
+    """`network_keys` for tables of whole engines."""
+    keys = network_keys(layout, head, graph, size, num_classes)
+    shared = tuple(_cell_shared(cell, size) for cell in layout.cells)
+    remaining = list(keys.constant)
+    for cell in layout.cells:
+        for key in _preprocessing(cell, size):
+            remaining.remove(key)
+    return replace(keys, shared=shared, constant=tuple(remaining))
+
+
 def at_stride(size: Size, stride: int) -> Size:
     """Size of a map: every stride-2 layer takes n to ceil(n / 2)."""
     return -(-size[0] // stride), -(-size[1] // stride)
@@ -76,13 +96,25 @@ def _cell_rows(cell: CellLayout, size: Size) -> Iterator[KeyRow]:
         )
 
 
-def _cell_constants(cell: CellLayout, size: Size) -> Iterator[LutKey]:
+def _cell_shared(cell: CellLayout, size: Size) -> tuple[LutKey, LutKey, LutKey, LutKey]:
+    node = LutKey("node.cell", cell.channels, cell.channels, *at_stride(size, cell.stride), 1)
+    in0, in1 = (
+        replace(key, op=key.op.replace("const.", "input.")) for key in _preprocessing(cell, size)
+    )
+    return node, node, in0, in1
+
+
+def _preprocessing(cell: CellLayout, size: Size) -> tuple[LutKey, LutKey]:
+    size0 = at_stride(size, cell.stride_in0)
     if cell.reduce_first:
-        size0 = at_stride(size, cell.stride_in0)
-        yield LutKey("const.factorized_reduce", cell.c_in0, cell.channels, *size0, 2)
+        first = LutKey("const.factorized_reduce", cell.c_in0, cell.channels, *size0, 2)
     else:
-        yield _relu_conv_bn(cell.c_in0, cell.channels, at_stride(size, cell.stride_in0))
-    yield _relu_conv_bn(cell.c_in1, cell.channels, at_stride(size, cell.stride_in1))
+        first = _relu_conv_bn(cell.c_in0, cell.channels, size0)
+    return first, _relu_conv_bn(cell.c_in1, cell.channels, at_stride(size, cell.stride_in1))
+
+
+def _cell_constants(cell: CellLayout, size: Size) -> Iterator[LutKey]:
+    yield from _preprocessing(cell, size)
     yield LutKey("const.concat", cell.channels, cell.c_out, *at_stride(size, cell.stride), 1)
 
 

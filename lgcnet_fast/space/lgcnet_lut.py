@@ -37,6 +37,10 @@ def lut_module(key: LutKey, stem: StemShape) -> LutModule:
         return LutModule(_Concat(), (shape,) * (key.c_out // key.c_in))
     if family == "const" and name == "sum":
         return LutModule(_Accumulate(nn.Identity()), (shape, shape))
+    if family == "node" and name == "cell":
+        return LutModule(_Accumulate(nn.Identity()), (shape, shape))
+    if family == "input" and name in ("relu_conv_bn", "factorized_reduce"):
+        family = "const"
     if family == "const" and (module := _constant(name, key, stem)) is not None:
         return LutModule(module, (shape,))
     raise TableError(f"the entry '{key}' does not belong to this search space")

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lgcnet_fast.errors import TableError
+from lgcnet_fast.latency.genotypes import light_genotype
 from lgcnet_fast.space.base import LutKey
 from lgcnet_fast.space.genotype import load_genotype
 from lgcnet_fast.space.lgcnet_keys import at_stride
@@ -144,5 +145,64 @@ def test_foreign_keys_are_refused(op):
 def test_the_model_moves_with_its_device_and_keeps_nothing_in_checkpoints():
     space = make_space(SMALL)
     model = space.latency_model(_table(space.lut_keys(SIZE, 7)), SIZE, 7)
-    assert dict(model.named_buffers()).keys() == {"cells", "fusion", "up"}
+    assert dict(model.named_buffers()).keys() >= {"cells", "fusion", "up"}
     assert not model.state_dict()
+
+
+# -- tables of whole engines ----------------------------------------------------------------------
+
+
+def _engine_sum(space, genotype, table, size, num_classes):
+    """Edge by edge, and each node and input that is used once."""
+    total = _table_sum(space, genotype, table, size, num_classes)
+    for cell, ops in zip(genotype.layout.cells, genotype.cells, strict=True):
+        i1x1, i2x1, i1x2, i2x2, x1x2 = (op != "none" for op in ops)
+        at = at_stride(size, cell.stride)
+        node = table[LutKey("node.cell", cell.channels, cell.channels, *at, 1)]
+        x1 = i1x1 or i2x1
+        if x1x2 and not x1:
+            total -= table[LutKey(f"cell.{ops[4]}", cell.channels, cell.channels, *at, 1)]
+        total += node * (x1 + (i1x2 or i2x2 or (x1x2 and x1)))
+        if i1x1 or i1x2:
+            first = "factorized_reduce" if cell.reduce_first else "relu_conv_bn"
+            at0, stride = at_stride(size, cell.stride_in0), 2 if cell.reduce_first else 1
+            total += table[LutKey(f"input.{first}", cell.c_in0, cell.channels, *at0, stride)]
+        if i2x1 or i2x2:
+            at1 = at_stride(size, cell.stride_in1)
+            total += table[LutKey("input.relu_conv_bn", cell.c_in1, cell.channels, *at1, 1)]
+    return total
+
+
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_engines_pay_once_for_what_edges_share(options):
+    space = make_space(SMALL | options)
+    table = _table(space.engine_keys(SIZE, 7))
+    model = space.latency_model(table, SIZE, 7)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        genotype = light_genotype(space, 0.9, generator)
+        terms = model(space.one_hot(genotype))
+        expected = _engine_sum(space, genotype, table, SIZE, 7)
+        assert terms.searchable.item() == pytest.approx(expected, rel=1e-5)
+        torch.testing.assert_close(terms.edges.sum(), terms.cells.sum())
+
+
+def test_engine_tables_have_the_parts_of_operation_tables_and_the_nodes():
+    space = make_space({"name": "lgcnet"})
+    engine, single = space.engine_keys((769, 1537), 19), space.lut_keys((769, 1537), 19)
+    added = {key.op for key in set(engine) - set(single)}
+    assert added == {"node.cell", "input.relu_conv_bn", "input.factorized_reduce"}
+    # What remains of the 1x1 convolutions are the inputs of the fusion cell.
+    assert {key.c_out for key in engine if key.op == "const.relu_conv_bn"} == {48}
+    ones = space.latency_model(dict.fromkeys(engine, 1.0), (769, 1537), 19)
+    both = space.latency_model(dict.fromkeys(single, 1.0), (769, 1537), 19)
+    assert ones.constant == both.constant - 28
+
+
+def test_an_engine_table_without_an_entry_is_refused():
+    space = make_space(SMALL)
+    table = _table(space.engine_keys(SIZE, 7))
+    missing = next(key for key in table if key.op == "input.factorized_reduce")
+    del table[missing]
+    with pytest.raises(TableError, match="lacks the entry 'input.factorized_reduce"):
+        space.latency_model(table, SIZE, 7)
