@@ -34,14 +34,14 @@ class Provenance(_Record):
     """What a table was made on and with; empty strings where something does not apply."""
 
     provider: str
-    """measured, measured_batch8 or roofline_titanxp."""
+    """measured (each operation), measured_batchN, fitted (whole networks), roofline_titanxp."""
     device: str
     driver: str = ""
     torch: str = ""
     cuda: str = ""
     dtype: str = "float32"
     runtime: str
-    """What runs the operations: eager, roofline, ..."""
+    """What runs the operations: eager, deploy or roofline."""
     batch: Positive = 1
     """Images a run; entries are for one image."""
 
@@ -57,14 +57,28 @@ class Entry(_Record):
     stride: Whole
     median_ms: NonNegative
     spread: NonNegative = 0.0
-    """Half the width of the median's 95 % interval by the median."""
+    """Half the width of the median's 95 % interval by the median; of fitted entries, of the cost:
+    wide where only sums with other entries, such as the constant part, are known."""
     runs: Positive = 1
+    """Of fitted entries the networks that have it."""
     capped: bool = False
     """Whether the time limit ended the measurement before the interval was narrow enough."""
 
     @property
     def key(self) -> LutKey:
         return LutKey(self.op, self.c_in, self.c_out, self.h_in, self.w_in, self.stride)
+
+
+class Fit(_Record):
+    """How a table was fitted to whole networks, and how well it predicts those left out."""
+
+    networks: Positive
+    seconds: NonNegative
+    median_error: NonNegative
+    """Relative, each network predicted from a fit without it and a fifth of the others."""
+    worst_error: NonNegative
+    genotypes: tuple[str, ...]
+    """Fingerprints, so that none of them serves as a test."""
 
 
 class LookupTable(_Record):
@@ -79,6 +93,8 @@ class LookupTable(_Record):
     """Input (height, width)."""
     num_classes: Positive
     entries: tuple[Entry, ...]
+    fit: Fit | None = None
+    """Of tables of whole engines; entries then hold what an operation adds to an engine."""
 
     @model_validator(mode="after")
     def _one_entry_a_key(self) -> LookupTable:
@@ -153,7 +169,8 @@ def check_table(
             f"{source}: built for input {_size(table.size)}, but latency.size is {_size(size)}; "
             f"set latency.size to that, or {REBUILD}"
         )
-    keys = dict.fromkeys(space.lut_keys(size, num_classes))
+    wanted = space.engine_keys if table.fit else space.lut_keys
+    keys = dict.fromkeys(wanted(size, num_classes))
     known = table.milliseconds
     missing = [key for key in keys if key not in known]
     if missing:

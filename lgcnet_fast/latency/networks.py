@@ -1,0 +1,76 @@
+"""Timing whole networks of a space: what tables of engines are fitted to and checked against."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from lgcnet_fast.latency.regression import Array
+from lgcnet_fast.latency.table import Provenance
+from lgcnet_fast.latency.timing import Frame, back_to_back_ms
+from lgcnet_fast.space.base import LutKey, SearchSpace
+from lgcnet_fast.space.genotype import Genotype
+
+COLLECT_EVERY = 16
+"""Networks between two collections of what they have left in memory."""
+
+
+class Measurable(Protocol):
+    """Something that times a network of one space, input size and number of classes."""
+
+    def provenance(self) -> Provenance: ...
+
+    def milliseconds(self, genotype: Genotype) -> float:
+        """Of one image, back to back."""
+        ...
+
+
+@dataclass
+class FrameTimer:
+    """Builds the frame of a genotype, with random weights, and times it."""
+
+    build: Callable[[Genotype], Frame]
+    device: torch.device
+    made_on: Provenance
+    measured: int = 0
+
+    def provenance(self) -> Provenance:
+        return self.made_on
+
+    def milliseconds(self, genotype: Genotype) -> float:
+        frame = self.build(genotype)
+        milliseconds = back_to_back_ms(frame, self.device) / self.made_on.batch
+        del frame
+        self.measured += 1
+        if self.measured % COLLECT_EVERY == 0:
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return milliseconds
+
+
+@torch.no_grad()
+def entry_counts(
+    space: SearchSpace,
+    keys: Sequence[LutKey],
+    genotypes: Sequence[Genotype],
+    size: tuple[int, int],
+    num_classes: int,
+) -> Array:
+    """How often each genotype pays for each entry: (genotypes, keys).
+
+    Every space predicts a latency that is linear in its table, so an entry of 1 ms in a table of
+    zeros tells its count.
+    """
+    choices = [space.one_hot(genotype) for genotype in genotypes]
+    counts = np.zeros((len(genotypes), len(keys)))
+    for column, key in enumerate(keys):
+        table = dict.fromkeys(keys, 0.0) | {key: 1.0}
+        model = space.latency_model(table, size, num_classes)
+        counts[:, column] = [float(model(z).total) for z in choices]
+    return counts
