@@ -7,12 +7,7 @@ For the branches y_k of all edges that end in a node, and the plain terms x_j (s
 mean_k and var_k (biased) are per channel over the M = N H W positions; batch norm without affine
 parameters, as in the search. All maps are (N, C, H, W) in channels_last memory.
 
-The statistics come in two stages. A program takes a tile of positions, its mean and then its M2 =
-sum (y - mean)^2 from the values it holds; the tiles merge by Chan's rule
-
-    M2 = sum_t M2_t + sum_t n_t (mean_t - mean)^2
-
-so that no sum of squares of a large mean is ever formed.
+The statistics come in two stages, those of tiles and their merger: see tile_statistics.py.
 
 Least traffic of K branches and J plain terms, in maps: K for the statistics (none where the
 producers deliver them), K + J + 1 for the sum.
@@ -34,6 +29,12 @@ from lgcnet_fast.kernels.common import (
     check_like,
     check_map,
     empty_map,
+)
+from lgcnet_fast.kernels.tile_statistics import (
+    Statistics,
+    check_positions,
+    empty_partial,
+    merge_statistics,
 )
 
 
@@ -91,41 +92,6 @@ def _tile_statistics_kernel(
         tl.store(partial + (2 * k + 1) * C, square, mask=channel < C)
 
 
-@triton.jit(do_not_specialize=["M", "tiles", "K", "eps"])
-def _merge_statistics_kernel(
-    partial_ptr, mean_ptr, variance_ptr, r_ptr, eps, M, tiles, tile_size, K, C,
-    ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """mean, variance and r (K, C) from the tiles' mean and M2; one program for BLOCK_C channels."""
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    k = tl.program_id(0) // channel_blocks
-    lane = tl.arange(0, BLOCK_T)[:, None]
-    partial = partial_ptr + (2 * k * C + channel)[None, :]
-
-    total = tl.zeros((BLOCK_T, BLOCK_C), dtype=ACC)
-    for first in range(0, tiles, BLOCK_T):
-        tile = (first + lane).to(tl.int64)
-        mask = (tile < tiles) & (channel < C)[None, :]
-        count = tl.minimum(M - tile * tile_size, tile_size).to(ACC)
-        total += count * tl.load(partial + tile * (2 * K * C), mask=mask, other=0.0)
-    mean = tl.sum(total, axis=0) / M.to(ACC)
-
-    total = tl.zeros((BLOCK_T, BLOCK_C), dtype=ACC)
-    for first in range(0, tiles, BLOCK_T):
-        tile = (first + lane).to(tl.int64)
-        mask = (tile < tiles) & (channel < C)[None, :]
-        count = tl.minimum(M - tile * tile_size, tile_size).to(ACC)
-        tile_mean = tl.load(partial + tile * (2 * K * C), mask=mask, other=0.0)
-        square = tl.load(partial + tile * (2 * K * C) + C, mask=mask, other=0.0)
-        distance = tl.where(mask, tile_mean - mean[None, :], 0.0)
-        total += square + count * distance * distance
-    variance = tl.sum(total, axis=0) / M.to(ACC)
-    tl.store(mean_ptr + k * C + channel, mean, mask=channel < C)
-    tl.store(variance_ptr + k * C + channel, variance, mask=channel < C)
-    tl.store(r_ptr + k * C + channel, 1.0 / tl.sqrt(variance + eps), mask=channel < C)
-
-
 @triton.jit(do_not_specialize=["M"])
 def _mixed_sum_kernel(
     y_ptrs, x_ptrs, z_ptr, plain_z_ptr, mean_ptr, r_ptr, out_ptr, M, C,
@@ -146,17 +112,6 @@ def _mixed_sum_kernel(
     tl.store(out_ptr + offset, total, mask=mask)
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Of K maps, each (K, C) in the accumulator dtype and contiguous."""
-
-    mean: Tensor
-    variance: Tensor
-    """Biased, for the running statistics; the sums need only the other two."""
-    inverse_deviation: Tensor
-    """r = 1 / sqrt(variance + eps)."""
-
-
 def batch_statistics(
     ys: Sequence[Tensor],
     eps: float = 1e-5,
@@ -172,29 +127,14 @@ def batch_statistics(
     check_maps("ys", ys, ys[0] if ys else None)
     images, channels, height, width = ys[0].shape
     positions, count = images * height * width, len(ys)
-    if positions == 1:
-        raise ValueError(f"ys: one value a channel in shape {tuple(ys[0].shape)}, need more")
+    check_positions("ys", ys[0], positions)
     config = config or TileConfig.reducing(channels)
-    tiles = triton.cdiv(positions, config.block_m)
-    acc = accumulator_dtype(ys[0].dtype)
-    partial = ys[0].new_empty(tiles, count, 2, channels, dtype=acc)
-    if out is None:
-        out = ys[0].new_empty(3, count, channels, dtype=acc)
-    check_dense("out", out, (3, count, channels), ys[0])
-    statistics = Statistics(*out.unbind())
-    check_statistics(statistics, ys)
-    _tile_statistics_kernel[(tiles * triton.cdiv(channels, config.block_c),)](
+    partial = empty_partial(count, channels, positions, config.block_m, ys[0])
+    _tile_statistics_kernel[(len(partial) * triton.cdiv(channels, config.block_c),)](
         tuple(ys), partial, positions, channels, K=count, ACC=accumulator(ys[0].dtype),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
-    # As in `sum_rows`: 8 columns of float32 fill one memory transaction.
-    block_t, block_c = min(256, triton.next_power_of_2(tiles)), 8
-    _merge_statistics_kernel[(count * triton.cdiv(channels, block_c),)](
-        partial, statistics.mean, statistics.variance, statistics.inverse_deviation, eps,
-        positions, tiles, config.block_m, count, channels,
-        ACC=accumulator(ys[0].dtype), BLOCK_T=block_t, BLOCK_C=block_c,
-    )  # fmt: skip
-    return statistics
+    return merge_statistics(partial, positions, config.block_m, eps, out)
 
 
 def mixed_sum(

@@ -31,6 +31,7 @@ from lgcnet_fast.kernels import (
     max_pool,
     mixed_sum,
     mixed_sum_backward,
+    tile_statistics,
 )
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -64,11 +65,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     reducing = {"BLOCK_M": 256, "BLOCK_C": 32}
     statistics = {"K": BRANCHES, "ACC": tl.float32}
     yield mixed_sum._tile_statistics_kernel, statistics | reducing, 8
-    yield (
-        mixed_sum._merge_statistics_kernel,
-        {"ACC": tl.float32, "BLOCK_T": 256, "BLOCK_C": 8},
-        4,
-    )
+    yield tile_statistics._merge_statistics_kernel, {"BLOCK_T": 256, "BLOCK_C": 8}, 4
     yield mixed_sum._mixed_sum_kernel, counts | streaming, 4
     yield mixed_sum_backward._gradient_sums_kernel, counts | reducing, 8
     yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming, 4

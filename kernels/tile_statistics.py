@@ -1,0 +1,121 @@
+"""Batch statistics from tiles: what a kernel that holds a tile writes, and how tiles merge.
+
+A tile gives its mean and its M2 = sum (y - mean)^2 a channel, of the values as the map holds them,
+rounded to its storage dtype; tiles merge by Chan's rule
+
+    M2 = sum_t M2_t + sum_t n_t (mean_t - mean)^2
+
+so that no sum of squares of a large mean is ever formed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lgcnet_fast.kernels.common import accumulator_dtype, check_dense
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of K maps, each (K, C) in the accumulator dtype and contiguous."""
+
+    mean: Tensor
+    variance: Tensor
+    """Biased, for the running statistics; the sums need only the other two."""
+    inverse_deviation: Tensor
+    """r = 1 / sqrt(variance + eps)."""
+
+
+@triton.jit
+def store_with_statistics(y, partial, value, position, channel, M, C, count, ACC: tl.constexpr):
+    """Writes a tile (m, c) of a map (M, C) at `y`, and its (mean, M2) a channel at `partial`.
+
+    position: (m, 1), the first `count` of them below M; channel: (1, c).
+    """
+    mask = (position < M) & (channel < C)
+    stored = value.to(y.dtype.element_ty)
+    tl.store(y + position * C + channel, stored, mask=mask)
+    kept = tl.where(mask, stored.to(ACC), 0.0)
+    mean = tl.sum(kept, axis=0)[None, :] / count.to(ACC)
+    centred = tl.where(mask, kept - mean, 0.0)
+    square = tl.sum(centred * centred, axis=0)[None, :]
+    tl.store(partial + channel, mean, mask=channel < C)
+    tl.store(partial + C + channel, square, mask=channel < C)
+
+
+@triton.jit(do_not_specialize=["M", "tiles", "K", "eps"])
+def _merge_statistics_kernel(
+    partial_ptr, mean_ptr, variance_ptr, r_ptr, eps, M, tiles, tile_size, K, C,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """mean, variance and r (K, C) from the tiles' mean and M2; one program for BLOCK_C channels."""
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.program_id(0) // channel_blocks
+    lane = tl.arange(0, BLOCK_T)[:, None]
+    ACC = partial_ptr.dtype.element_ty
+    partial = partial_ptr + (2 * k * C + channel)[None, :]
+
+    total = tl.zeros((BLOCK_T, BLOCK_C), dtype=ACC)
+    for first in range(0, tiles, BLOCK_T):
+        tile = (first + lane).to(tl.int64)
+        mask = (tile < tiles) & (channel < C)[None, :]
+        count = tl.minimum(M - tile * tile_size, tile_size).to(ACC)
+        total += count * tl.load(partial + tile * (2 * K * C), mask=mask, other=0.0)
+    mean = tl.sum(total, axis=0) / M.to(ACC)
+
+    total = tl.zeros((BLOCK_T, BLOCK_C), dtype=ACC)
+    for first in range(0, tiles, BLOCK_T):
+        tile = (first + lane).to(tl.int64)
+        mask = (tile < tiles) & (channel < C)[None, :]
+        count = tl.minimum(M - tile * tile_size, tile_size).to(ACC)
+        tile_mean = tl.load(partial + tile * (2 * K * C), mask=mask, other=0.0)
+        square = tl.load(partial + tile * (2 * K * C) + C, mask=mask, other=0.0)
+        distance = tl.where(mask, tile_mean - mean[None, :], 0.0)
+        total += square + count * distance * distance
+    variance = tl.sum(total, axis=0) / M.to(ACC)
+    tl.store(mean_ptr + k * C + channel, mean, mask=channel < C)
+    tl.store(variance_ptr + k * C + channel, variance, mask=channel < C)
+    tl.store(r_ptr + k * C + channel, 1.0 / tl.sqrt(variance + eps), mask=channel < C)
+
+
+def check_positions(name: str, feature_map: Tensor, positions: int) -> None:
+    """Raises `ValueError` for a single value a channel, which has no variance."""
+    if positions < 2:
+        shape = tuple(feature_map.shape)
+        raise ValueError(f"{name}: one value a channel from shape {shape}, need more")
+
+
+def empty_partial(maps: int, channels: int, positions: int, block_m: int, like: Tensor) -> Tensor:
+    """For `store_with_statistics`: (tiles, maps, 2, channels) in the accumulator's dtype."""
+    tiles = triton.cdiv(positions, block_m)
+    return like.new_empty(tiles, maps, 2, channels, dtype=accumulator_dtype(like.dtype))
+
+
+def merge_statistics(
+    partial: Tensor, positions: int, block_m: int, eps: float, out: Tensor | None = None
+) -> Statistics:
+    """Statistics of K maps of `positions` values a channel from `partial`: (tiles, K, 2, C).
+
+    partial: mean and M2 of tiles of `block_m` positions, the last one of what is left; out:
+    (3, K, C), contiguous, of partial's dtype, to hold the mean, variance and inverse deviation.
+    Raises `ValueError`.
+    """
+    tiles, maps, _, channels = partial.shape
+    if out is None:
+        out = partial.new_empty(3, maps, channels)
+    check_dense("out", out, (3, maps, channels), partial)
+    if out.dtype != partial.dtype:
+        raise ValueError(f"out: dtype {out.dtype}, need {partial.dtype}")
+    statistics = Statistics(*out.unbind())
+    # As in `sum_rows`: 8 columns of float32 fill one memory transaction.
+    block_t, block_c = min(256, triton.next_power_of_2(tiles)), 8
+    _merge_statistics_kernel[(maps * triton.cdiv(channels, block_c),)](
+        partial, statistics.mean, statistics.variance, statistics.inverse_deviation, eps,
+        positions, tiles, block_m, maps, channels, BLOCK_T=block_t, BLOCK_C=block_c,
+    )  # fmt: skip
+    return statistics
