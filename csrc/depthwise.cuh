@@ -8,7 +8,8 @@
 // so that neighbouring threads touch neighbouring pixels whatever d is.
 //
 // Blocks are (channel vectors, columns). No atomics: the weight gradient is summed over a thread's
-// own outputs, over the columns of its block in shared memory, and over blocks by sum_partials.
+// own outputs, over the columns of its block in shared memory, and over blocks by sum_partials of
+// sums.cuh.
 #pragma once
 
 #include "numeric.cuh"
@@ -49,13 +50,6 @@ struct DepthwiseBackwardArguments {
   int dilation;
   int relu;
   int row_groups;
-};
-
-struct SumPartialsArguments {
-  const float* partial;  // (count, width)
-  float* total;          // (width,)
-  int count;
-  int width;
 };
 
 // First of `length` positions, `dilation` apart, that walk number `group` visits.
@@ -304,26 +298,6 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     }
   }
   write_partial<V>(a, dw);
-}
-
-// total[i] = sum over n of partial[n, i], in an order that depends on `count` alone.
-// Block: 32 sums x Lanes, each lane taking every Lanes-th n.
-template <int Lanes>
-__global__ void __launch_bounds__(32 * Lanes) sum_partials(const SumPartialsArguments a) {
-  __shared__ float shared[Lanes][32];
-  const int i = blockIdx.x * 32 + threadIdx.x;
-  float total = 0.0f;
-  if (i < a.width) {
-#pragma unroll 4
-    for (int n = threadIdx.y; n < a.count; n += Lanes) {
-      total += a.partial[static_cast<long long>(n) * a.width + i];
-    }
-  }
-  shared[threadIdx.y][threadIdx.x] = total;
-  __syncthreads();
-  if (threadIdx.y > 0 || i >= a.width) return;
-  for (int lane = 1; lane < Lanes; ++lane) total += shared[lane][threadIdx.x];
-  a.total[i] = total;
 }
 
 }  // namespace lgcnet

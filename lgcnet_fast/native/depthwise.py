@@ -27,6 +27,7 @@ from lgcnet_fast.native.operands import (
     view_of,
     widest_vector,
 )
+from lgcnet_fast.native.sums import sum_partials
 
 _SIZES = [(f"{side}_{axis}", "i4") for side in ("in", "out") for axis in ("height", "width")]
 
@@ -60,8 +61,6 @@ BACKWARD_ARGUMENTS = np.dtype(
     ],
     align=True,
 )
-
-SUM_ARGUMENTS = np.dtype([("partial", "u8"), ("total", "u8"), ("count", "i4"), ("width", "i4")])
 
 BACKWARD_THREADS = 256
 """kBackwardThreads of the kernels: the most that a block may have."""
@@ -177,7 +176,7 @@ def depthwise_backward(
     )
     arguments = pack(BACKWARD_ARGUMENTS, fields)
     launcher.launch(instance, grid, (across, pixels, 1), arguments, x.device)
-    return dx, _sum_partials(partial, launcher)
+    return dx, sum_partials(partial, launcher)
 
 
 def forward_tile(x: Tensor, y: Tensor) -> Tile:
@@ -243,18 +242,3 @@ def _backward_instance(storage: str, tile: Tile, stride: int) -> Instance:
     if stride == 2:
         return instances.depthwise_backward_stride2(storage, tile.vector)
     return instances.depthwise_backward(storage, tile.vector, tile.columns, tile.rows)
-
-
-def _sum_partials(partial: Tensor, launcher: Launcher) -> Tensor:
-    """(count, 3, 3, C) -> (3, 3, C)."""
-    total = torch.empty_like(partial[0])
-    width = total.numel()
-    fields = (partial.data_ptr(), total.data_ptr(), partial.shape[0], width)
-    launcher.launch(
-        instances.sum_partials(),
-        (-(-width // 32), 1, 1),
-        (32, instances.SUM_LANES, 1),
-        pack(SUM_ARGUMENTS, fields),
-        partial.device,
-    )
-    return total

@@ -44,7 +44,7 @@ def depthwise_backward_stride2(storage: str, vector: int) -> Instance:
 
 
 def sum_partials() -> Instance:
-    return _instance("depthwise.cuh", "sum_partials", SUM_LANES)
+    return _instance("sums.cuh", "sum_partials", SUM_LANES)
 
 
 def upsample_forward(storage: str, vector: int) -> Instance:
@@ -59,8 +59,31 @@ def upsample_backward_axis(source: str, target: str, vector: int) -> Instance:
     return _instance("upsample.cuh", "upsample_backward_axis", source, target, vector)
 
 
+def tile_statistics(storage: str, vector: int) -> Instance:
+    return _instance("mixed_sum.cuh", "tile_statistics", storage, vector)
+
+
+def merge_statistics() -> Instance:
+    return _instance("mixed_sum.cuh", "merge_statistics", MERGE_LANES)
+
+
+def mixed_sum(storage: str, vector: int) -> Instance:
+    return _instance("mixed_sum.cuh", "mixed_sum", storage, vector)
+
+
+def gradient_sums(storage: str, vector: int) -> Instance:
+    return _instance("mixed_sum.cuh", "gradient_sums", storage, vector)
+
+
+def mixed_sum_gradients(storage: str, vector: int) -> Instance:
+    return _instance("mixed_sum.cuh", "mixed_sum_gradients", storage, vector)
+
+
 SUM_LANES = 16
 """Threads that share one sum of `sum_partials`."""
+
+MERGE_LANES = 32
+"""Threads that merge the tiles of one channel's statistics."""
 
 
 BACKWARD_WALKS = ((4, 1, 4), (2, 1, 4), (2, 2, 4), (2, 2, 8), (2, 4, 4))
@@ -75,7 +98,7 @@ def vectors(storage: str) -> tuple[int, ...]:
 @cache
 def all_instances() -> dict[Instance, None]:
     """Everything that a launcher can ask for, as an ordered set."""
-    found = [sum_partials()]
+    found = [sum_partials(), merge_statistics()]
     for storage in BYTES:
         wide, narrow, single = vectors(storage)
         for vector, columns in product((wide, narrow), (1, 2)):
@@ -91,6 +114,8 @@ def all_instances() -> dict[Instance, None]:
         found.append(depthwise_backward(storage, single, 2, 4))
         for vector in (wide, single):
             found += [upsample_forward(storage, vector), upsample_backward(storage, vector)]
+            found += [tile_statistics(storage, vector), mixed_sum(storage, vector)]
+            found += [gradient_sums(storage, vector), mixed_sum_gradients(storage, vector)]
         for vector in (4, single):
             found.append(upsample_backward_axis(storage, "float", vector))
             found.append(upsample_backward_axis("float", storage, vector))

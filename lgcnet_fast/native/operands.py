@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -33,6 +33,32 @@ def check_map(name: str, feature_map: Tensor, launcher: Launcher) -> None:
     if feature_map.device.type != launcher.device_type:
         raise ValueError(f"{name}: on {feature_map.device}, need a {launcher.device_type} tensor")
     _check_nhwc(name, feature_map)
+
+
+def check_dense_maps(
+    name: str, maps: Sequence[Tensor], like: Tensor | None, launcher: Launcher
+) -> None:
+    """Raises `ValueError` unless all are dense NHWC maps of the shape, dtype, device of `like`."""
+    if like is None:
+        raise ValueError(f"{name}: need at least one map")
+    for index, feature_map in enumerate(maps):
+        one = f"{name}[{index}]"
+        check_map(one, feature_map, launcher)
+        check_same(one, feature_map, tuple(like.shape), like.dtype, like.device)
+        if not feature_map.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(
+                f"{one}: strides {feature_map.stride()} of shape {tuple(like.shape)} are not dense "
+                "NHWC; call .contiguous(memory_format=torch.channels_last)"
+            )
+
+
+def check_dense(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """As `check_same`, and the tensor must be contiguous."""
+    check_same(name, tensor, shape, dtype, device)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: strides {tensor.stride()}, need a contiguous tensor")
 
 
 def check_output(name: str, feature_map: Tensor, shape: tuple[int, ...], like: Tensor) -> None:

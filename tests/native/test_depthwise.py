@@ -13,8 +13,8 @@ from lgcnet_fast.native import instances
 from lgcnet_fast.native.depthwise import Tile, depthwise_backward, depthwise_forward
 from lgcnet_fast.native.launcher import Launcher
 from lgcnet_fast.native.operands import STORAGE
+from tests.native.truth import assert_canaries_live, assert_close, poisoned
 
-ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 SHAPES = [(2, 8, 9, 13), (1, 3, 5, 3), (1, 17, 1, 1), (2, 16, 12, 11), (1, 1, 4, 1)]
 LARGE = [(4, 48, 49, 97), (1, 255, 33, 7), (2, 64, 97, 193), (16, 32, 64, 128)]
 DILATIONS = (1, 2, 4, 8, 12)
@@ -63,33 +63,6 @@ def truth(
     nhwc = torch.channels_last
     x, dy = x.contiguous(memory_format=nhwc), dy.contiguous(memory_format=nhwc)
     return Truth(x, weight, dy, y.detach(), dx, dw)
-
-
-def assert_close(found: Tensor, exact: Tensor, dtype: torch.dtype, terms: int = 9) -> None:
-    """Every element within one rounding to `dtype` and the float32 error of summing `terms`.
-
-    Rounding errors are as often up as down, so they grow with the root of their number.
-    """
-    error = (found.double() - exact).abs()
-    scale = exact.abs().max() + 1
-    bound = ROUNDING[dtype] * 1.01 * exact.abs() + 2**-24 * (4 + terms**0.5) * scale
-    assert not found.isnan().any()
-    assert (error <= bound).all(), f"error {error.max():.3g}, {(error / bound).max():.3g} x allowed"
-
-
-def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A slice of a NaN-filled NHWC map; what lies around it are canaries."""
-    images, channels, height, width = shape
-    whole = torch.full((images, height + 2, width + 1, channels + 16), float("nan"), dtype=dtype)
-    return whole.to(device).permute(0, 3, 1, 2)[:, 8:-8, 1:-1, 1:]
-
-
-def assert_canaries_live(part: Tensor) -> None:
-    """Nothing but `part` of its storage was written."""
-    base = part._base
-    assert base is not None
-    part.fill_(float("nan"))
-    assert base.isnan().all()
 
 
 def check(

@@ -3,6 +3,8 @@
 #include "device.h"
 
 #include "depthwise.cuh"
+#include "mixed_sum.cuh"
+#include "sums.cuh"
 #include "upsample.cuh"
 
 #include <string.h>
