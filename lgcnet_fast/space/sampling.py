@@ -13,15 +13,16 @@ from lgcnet_fast.space.base import Arch, ArchGroup
 
 def gumbel_softmax(
     arch: Arch,
-    temperature: float,
+    temperature: float | Tensor,
     generator: torch.Generator | None = None,
     groups: Sequence[ArchGroup] = (),
 ) -> Arch:
     """Z = softmax((alpha' + G) / temperature) for each row, float32, differentiable.
 
-    arch: group -> logits (rows, options). generator: on the logits' device. groups: their masks
-    give 0 to options that a row does not have. G = -log(E) with E ~ Exponential(1), because
-    -log(-log(U)) overflows where float32 rounds U to 1.
+    arch: group -> logits (rows, options). temperature: a number or, where a step is captured in a
+    CUDA graph, a scalar tensor. generator: on the logits' device. groups: their masks give 0 to
+    options that a row does not have. G = -log(E) with E ~ Exponential(1), because -log(-log(U))
+    overflows where float32 rounds U to 1.
     """
     z = {}
     for name, logits in masked(arch, groups).items():
@@ -31,7 +32,9 @@ def gumbel_softmax(
     return z
 
 
-def probabilities(arch: Arch, groups: Sequence[ArchGroup] = (), temperature: float = 1.0) -> Arch:
+def probabilities(
+    arch: Arch, groups: Sequence[ArchGroup] = (), temperature: float | Tensor = 1.0
+) -> Arch:
     """softmax(alpha' / temperature) of every row, float32; near the argmax at low temperatures."""
     return {
         name: (logits / temperature).softmax(dim=-1)

@@ -25,6 +25,8 @@ logits cannot move far."""
 class LatencyController:
     """Proportional-integral controller of the signed latency multiplier, without synchronisation.
 
+    Its numbers stay where they are, so that a step with it can be captured in a CUDA graph.
+
     The multiplier is positive while the architecture is slower than the target, negative while it
     is faster; the integral part keeps what the target costs in the long run.
     """
@@ -40,7 +42,7 @@ class LatencyController:
         """Scalar; called once an optimiser step with the latency at the present temperature."""
         error = torch.log(milliseconds.clamp(min=1e-6) / self.target_ms).clamp(-2, 2)
         self.integral.add_(error * (INTEGRAL / self.steps)).clamp_(-LIMIT, LIMIT)
-        self.last = PROPORTIONAL * error + self.integral
+        self.last.copy_(PROPORTIONAL * error + self.integral)
         return self.last
 
     def state_dict(self) -> dict[str, Tensor]:

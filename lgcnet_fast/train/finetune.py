@@ -15,16 +15,18 @@ from lgcnet_fast.data.loader import Batch, EvalLoader, TrainLoader
 from lgcnet_fast.errors import ConfigError
 from lgcnet_fast.ops import upsample_cross_entropy, upsample_ohem
 from lgcnet_fast.space.base import SegmentationNetwork
+from lgcnet_fast.train.capture import Step, captured
 from lgcnet_fast.train.checkpoint import Stateful, load_checkpoint, save_checkpoint
 from lgcnet_fast.train.distributed import parallel
-from lgcnet_fast.train.ema import moving_average
+from lgcnet_fast.train.ema import MovingAverage
 from lgcnet_fast.train.evaluate import score
 from lgcnet_fast.train.finite import require_finite, require_finite_parameters
 from lgcnet_fast.train.metrics import MetricsLog
+from lgcnet_fast.train.optimisers import SGD
 from lgcnet_fast.train.precision import Precision, placed
 from lgcnet_fast.train.progress import StageProgress
 from lgcnet_fast.train.run import Run
-from lgcnet_fast.train.schedules import poly
+from lgcnet_fast.train.schedules import DeviceScalar, poly
 from lgcnet_fast.train.sources import eval_loader, label_shares, optimiser_steps, train_loader
 from lgcnet_fast.train.weights import load_weights, save_weights
 
@@ -64,14 +66,9 @@ class Finetuner:
     ) -> None:
         self.config, self.network, self.wrapped = config, network, wrapped
         self.precision, self.class_weights = precision, class_weights
-        self.optimiser = torch.optim.SGD(
-            network.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=precision.device.type == "cuda",
-        )
-        self.average = moving_average(network, config.ema) if config.ema is not None else None
+        self.lr = DeviceScalar(config.lr, precision.device)
+        self.optimiser = SGD(network.parameters(), self.lr, config.momentum, config.weight_decay)
+        self.average = MovingAverage(network, config.ema) if config.ema is not None else None
         self.best = Best()
 
     @property
@@ -88,10 +85,8 @@ class Finetuner:
         }
         return parts if self.average is None else {**parts, "ema": self.average}
 
-    def step(self, batches: Iterable[Batch], lr: float) -> Tensor:
+    def step(self, batches: Iterable[Batch]) -> Tensor:
         """One optimiser step on `config.accumulate` micro-batches; mean loss, on the device."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
         self.optimiser.zero_grad()
         total = torch.zeros((), device=self.precision.device)
         for images, labels in batches:
@@ -144,13 +139,14 @@ def finetune(run: Run) -> dict[str, Any]:
     first = load_checkpoint(path, STAGE, trainer.parts(), {}) if path.exists() else 0
     validation = eval_loader(run, run.config.data.val_split)
     log = MetricsLog(run.stage_folder(STAGE), first, enabled=ranks.first)
+    step = captured(run, STAGE, trainer.step)
     done = sum(phase.steps_before(first) for phase in phases)
     total = sum(phase.steps_before(epochs) for phase in phases)
     miou: float | None = None
     with StageProgress(STAGE, total, done, ranks.first) as progress:
         for epoch in range(first, epochs):
             phase = next(p for p in reversed(phases) if epoch >= p.first)
-            _train_epoch(trainer, phase, epoch, epochs, miou, log, progress)
+            _train_epoch(trainer, step, phase, epoch, epochs, miou, log, progress)
             require_finite_parameters(trainer.network, STAGE, epoch, WHEN_NOT_FINITE)
             last = epoch + 1 == epochs
             if last or (epoch + 1) % config.validate_every == 0:
@@ -211,6 +207,7 @@ def _phase(run: Run, splits: tuple[str, ...], first: int, epochs: int) -> Phase:
 
 def _train_epoch(
     trainer: Finetuner,
+    train: Step[Tensor],
     phase: Phase,
     epoch: int,
     epochs: int,
@@ -226,7 +223,8 @@ def _train_epoch(
     for index in range(phase.steps):
         in_phase = phase.steps_before(epoch) + index
         lr = poly(in_phase, phase.steps * phase.epochs, config.lr, config.power)
-        total = total + trainer.step(islice(batches, config.accumulate), lr)
+        trainer.lr.set(lr)
+        total = total + train(islice(batches, config.accumulate))
         counted, step = counted + 1, done + index + 1
         if (index + 1) % LOG_EVERY and index + 1 < phase.steps:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
@@ -10,15 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lgcnet_fast.config import PretrainConfig
-from lgcnet_fast.data.class_loader import ClassLoader
+from lgcnet_fast.data.class_loader import ClassBatch, ClassLoader
+from lgcnet_fast.train.capture import Step, captured
 from lgcnet_fast.train.checkpoint import Stateful, load_checkpoint, save_checkpoint
 from lgcnet_fast.train.distributed import parallel
 from lgcnet_fast.train.finite import require_finite, require_finite_parameters
 from lgcnet_fast.train.metrics import MetricsLog
+from lgcnet_fast.train.optimisers import SGD
 from lgcnet_fast.train.precision import Precision, placed
 from lgcnet_fast.train.progress import StageProgress
 from lgcnet_fast.train.run import Run
-from lgcnet_fast.train.schedules import cosine, exponential, warmup
+from lgcnet_fast.train.schedules import DeviceScalar, cosine, exponential, warmup
 from lgcnet_fast.train.sources import class_loaders
 from lgcnet_fast.train.weights import save_weights
 
@@ -38,6 +41,36 @@ def learning_rate(config: PretrainConfig, epoch: int) -> float:
     return lr * warmup(epoch, config.warmup_epochs)
 
 
+class Pretrainer:
+    """Everything that one step of the training needs."""
+
+    def __init__(
+        self, config: PretrainConfig, network: nn.Module, wrapped: nn.Module, precision: Precision
+    ) -> None:
+        self.config, self.network, self.wrapped = config, network, wrapped
+        self.precision = precision
+        self.lr = DeviceScalar(config.lr, precision.device)
+        self.optimiser = SGD(network.parameters(), self.lr, config.momentum, config.weight_decay)
+
+    def parts(self) -> dict[str, Stateful]:
+        return {
+            "model": self.network,
+            "optimiser": self.optimiser,
+            "scaler": self.precision.scaler,
+        }
+
+    def step(self, batches: Iterable[ClassBatch]) -> Tensor:
+        """One optimiser step on the only batch; its loss, on the device."""
+        ((images, targets),) = batches
+        self.optimiser.zero_grad()
+        with self.precision.autocast():
+            logits = self.wrapped(images)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
+        self.precision.scaler.scale(loss).backward()
+        self.precision.step((self.optimiser, self.config.clip))
+        return loss.detach()
+
+
 def pretrain(run: Run) -> dict[str, Any]:
     """Runs or continues the stage; writes the weights of the backbone.
 
@@ -52,33 +85,22 @@ def pretrain(run: Run) -> dict[str, Any]:
     network = placed(network, device)
     wrapped = parallel(network, ranks, device, sync_bn=False)
     precision = Precision(run.precision, device)
-    optimiser = torch.optim.SGD(
-        network.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        fused=device.type == "cuda",
-    )
-    parts: dict[str, Stateful] = {
-        "model": network,
-        "optimiser": optimiser,
-        "scaler": precision.scaler,
-    }
+    trainer = Pretrainer(config, network, wrapped, precision)
     path, steps = run.checkpoint_path(STAGE), len(loader)
-    first = load_checkpoint(path, STAGE, parts, {}) if path.exists() else 0
+    first = load_checkpoint(path, STAGE, trainer.parts(), {}) if path.exists() else 0
     log = MetricsLog(run.stage_folder(STAGE), first, enabled=ranks.first)
+    step = captured(run, STAGE, trainer.step)
     with StageProgress(STAGE, steps * config.epochs, first * steps, ranks.first) as progress:
         for epoch in range(first, config.epochs):
             loader.set_epoch(epoch)
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(config, epoch)
-            _train_epoch(wrapped, optimiser, precision, loader, epoch, config, log, progress)
+            trainer.lr.set(learning_rate(config, epoch))
+            _train_epoch(trainer, step, loader, epoch, log, progress)
             require_finite_parameters(network, STAGE, epoch, WHEN_NOT_FINITE)
             top1 = accuracy(network, validation, precision)
             log.write(epoch, (epoch + 1) * steps, top1=top1)
             log.flush()
             if ranks.first:
-                save_checkpoint(path, STAGE, epoch + 1, parts, {})
+                save_checkpoint(path, STAGE, epoch + 1, trainer.parts(), {})
     log.close()
     if ranks.first:
         save_weights(network.get_submodule("backbone"), run.weights_path(STAGE))
@@ -88,32 +110,24 @@ def pretrain(run: Run) -> dict[str, Any]:
 
 
 def _train_epoch(
-    network: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    precision: Precision,
+    trainer: Pretrainer,
+    train: Step[Tensor],
     loader: ClassLoader,
     epoch: int,
-    config: PretrainConfig,
     log: MetricsLog,
     progress: StageProgress,
 ) -> None:
-    network.train()
-    total, counted = torch.zeros((), device=precision.device), 0
-    for index, (images, targets) in enumerate(islice(loader, len(loader))):
-        optimiser.zero_grad()
-        with precision.autocast():
-            logits = network(images)
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
-        precision.scaler.scale(loss).backward()
-        precision.step((optimiser, config.clip))
-        total, counted, step = total + loss.detach(), counted + 1, epoch * len(loader) + index + 1
+    trainer.network.train()
+    epochs, lr = trainer.config.epochs, trainer.lr.value
+    total, counted = torch.zeros((), device=trainer.precision.device), 0
+    for index, batch in enumerate(islice(loader, len(loader))):
+        total, counted = total + train((batch,)), counted + 1
         if (index + 1) % LOG_EVERY and index + 1 < len(loader):
             continue
-        mean = float(total) / counted
-        lr = optimiser.param_groups[0]["lr"]
+        mean, step = float(total) / counted, epoch * len(loader) + index + 1
         require_finite(mean, STAGE, epoch, step, WHEN_NOT_FINITE)
         log.write(epoch, step, loss=mean, lr=lr)
-        progress.show(step, f"{epoch + 1}/{config.epochs}", loss=mean, lr=lr)
+        progress.show(step, f"{epoch + 1}/{epochs}", loss=mean, lr=lr)
         total, counted = torch.zeros_like(total), 0
 
 

@@ -19,6 +19,7 @@ from lgcnet_fast.data.loader import Batch
 from lgcnet_fast.ops import upsample_cross_entropy
 from lgcnet_fast.space.base import LatencyModel, LatencyTerms, SearchSpace
 from lgcnet_fast.space.sampling import gumbel_softmax, probabilities
+from lgcnet_fast.train.capture import Step, captured
 from lgcnet_fast.train.checkpoint import Stateful, load_checkpoint, save_checkpoint
 from lgcnet_fast.train.controller import LatencyController
 from lgcnet_fast.train.distributed import parallel
@@ -26,11 +27,12 @@ from lgcnet_fast.train.finite import require_finite, require_finite_parameters
 from lgcnet_fast.train.losses import latency_loss, strength
 from lgcnet_fast.train.metrics import Confusion, MetricsLog
 from lgcnet_fast.train.monitor import inspect
+from lgcnet_fast.train.optimisers import SGD, Adam
 from lgcnet_fast.train.precision import Precision, placed
 from lgcnet_fast.train.prediction import LatencyPredictor, latency_predictor
 from lgcnet_fast.train.progress import StageProgress
 from lgcnet_fast.train.run import Run
-from lgcnet_fast.train.schedules import cosine, temperature
+from lgcnet_fast.train.schedules import DeviceScalar, cosine, temperature
 from lgcnet_fast.train.sources import optimiser_steps, train_loader
 
 STAGE = "search"
@@ -64,7 +66,8 @@ class SearchNetwork(nn.Module):
         self.num_classes = num_classes
         self.noise = noise
 
-    def forward(self, images: Tensor, temperature: float) -> SearchOutput:
+    def forward(self, images: Tensor, temperature: Tensor) -> SearchOutput:
+        """images: (N, 3, H, W); temperature: a scalar."""
         # Small matrices, where half precision would cost accuracy and save nothing.
         with torch.autocast(images.device.type, enabled=False):
             z = gumbel_softmax(self.arch(), temperature, self.noise, self.groups)
@@ -87,20 +90,13 @@ class Searcher:
         self.config, self.network, self.wrapped = config, network, wrapped
         self.precision, self.scale = precision, scale
         device = precision.device
-        fused = device.type == "cuda"
-        self.weight_optimiser = torch.optim.SGD(
-            network.supernet.parameters(),
-            lr=config.weight_lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=fused,
+        self.weight_lr = DeviceScalar(config.weight_lr, device)
+        self.temperature = DeviceScalar(config.temperature_start, device)
+        self.weight_optimiser = SGD(
+            network.supernet.parameters(), self.weight_lr, config.momentum, config.weight_decay
         )
-        self.arch_optimiser = torch.optim.Adam(
-            network.arch.parameters(),
-            lr=config.arch_lr,
-            betas=config.arch_betas,
-            weight_decay=config.arch_weight_decay,
-            fused=fused,
+        self.arch_optimiser = Adam(
+            network.arch.parameters(), config.arch_lr, config.arch_betas, config.arch_weight_decay
         )
         self.controller = None
         if config.latency_target_ms is not None:
@@ -120,11 +116,9 @@ class Searcher:
     def set_epoch(self, epoch: int) -> None:
         config = self.config
         lr = cosine(epoch, config.epochs, config.weight_lr, config.weight_lr_min)
-        for group in self.weight_optimiser.param_groups:
-            group["lr"] = lr
-        self.temperature = temperature(
-            epoch, config.epochs, config.temperature_start, config.temperature_end
-        )
+        self.weight_lr.set(lr)
+        first, last = config.temperature_start, config.temperature_end
+        self.temperature.set(temperature(epoch, config.epochs, first, last))
 
     def step(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor, Tensor]:
         """One optimiser step on `config.accumulate` micro-batches.
@@ -138,7 +132,7 @@ class Searcher:
         sums = torch.zeros(4, device=self.precision.device)
         for images, labels in batches:
             with self.precision.autocast():
-                output = self.wrapped(images, self.temperature)
+                output = self.wrapped(images, self.temperature.tensor)
             cross_entropy = upsample_cross_entropy(output.logits, labels)
             latency = beta * latency_loss(output.latency, self.config.latency_loss, self.scale)
             loss = cross_entropy + latency
@@ -152,7 +146,7 @@ class Searcher:
         return sums / self.config.accumulate, output.logits.detach(), labels
 
     @torch.no_grad()
-    def expected_latency(self, temperature: float = 1.0) -> LatencyTerms:
+    def expected_latency(self, temperature: float | Tensor = 1.0) -> LatencyTerms:
         """Under softmax(alpha' / temperature), in milliseconds, on the device."""
         network = self.network
         return network.latency(probabilities(network.arch(), network.groups, temperature))
@@ -160,7 +154,7 @@ class Searcher:
     def _beta(self) -> float | Tensor:
         if self.controller is None:
             return self.config.beta
-        terms = self.expected_latency(self.temperature)
+        terms = self.expected_latency(self.temperature.tensor)
         return self.controller.multiplier(terms.total) / strength(terms, self.config.latency_loss)
 
 
@@ -190,12 +184,13 @@ def _train(run: Run, predictor: LatencyPredictor) -> dict[str, object]:
     if path.exists():
         first = load_checkpoint(path, STAGE, searcher.parts(), generators)
     log = MetricsLog(run.stage_folder(STAGE), first, enabled=ranks.first)
+    step = captured(run, STAGE, searcher.step, [network.noise])
     network.train()
     with StageProgress(STAGE, steps * config.epochs, first * steps, ranks.first) as progress:
         for epoch in range(first, config.epochs):
             loader.set_epoch(epoch)
             searcher.set_epoch(epoch)
-            _train_epoch(searcher, iter(loader), epoch, steps, log, progress)
+            _train_epoch(searcher, step, iter(loader), epoch, steps, log, progress)
             require_finite_parameters(network, STAGE, epoch, WHEN_NOT_FINITE)
             state = _inspect(run, network, predictor)
             log.write(epoch, (epoch + 1) * steps, **state)
@@ -238,6 +233,7 @@ def _inspect(run: Run, network: SearchNetwork, predictor: LatencyPredictor) -> d
 
 def _train_epoch(
     searcher: Searcher,
+    train: Step[tuple[Tensor, Tensor, Tensor]],
     batches: Iterator[Batch],
     epoch: int,
     steps: int,
@@ -248,7 +244,7 @@ def _train_epoch(
     confusion = Confusion(searcher.network.num_classes, device)
     sums, counted = torch.zeros(4, device=device), 0
     for step in range(epoch * steps, (epoch + 1) * steps):
-        terms, logits, labels = searcher.step(islice(batches, config.accumulate))
+        terms, logits, labels = train(islice(batches, config.accumulate))
         sums, counted = sums + terms, counted + 1
         last = step + 1 == (epoch + 1) * steps
         if not last and (step + 1) % LOG_EVERY:
@@ -266,10 +262,10 @@ def _train_epoch(
             "sampled_ms": sampled_ms,
             "expected_ms": float(searcher.expected_latency().total),
             "train_miou": confusion.miou(),
-            "temperature": searcher.temperature,
+            "temperature": searcher.temperature.value,
         }
         if searcher.controller is not None:
             values["multiplier"] = float(searcher.controller.last)
-        log.write(epoch, step + 1, **values, lr=searcher.weight_optimiser.param_groups[0]["lr"])
+        log.write(epoch, step + 1, **values, lr=searcher.weight_lr.value)
         progress.show(step + 1, f"{epoch + 1}/{config.epochs}", **values)
         sums, counted = torch.zeros_like(sums), 0

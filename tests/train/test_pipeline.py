@@ -303,8 +303,8 @@ def test_infinite_parameters_never_reach_a_checkpoint(new_run, monkeypatch):
     run = derived(new_run())
     step = finetune_module.Finetuner.step
 
-    def blow_up(trainer, batches, lr):
-        loss = step(trainer, batches, lr)
+    def blow_up(trainer, batches):
+        loss = step(trainer, batches)
         next(trainer.network.parameters()).data.fill_(float("inf"))
         return loss
 

@@ -1,0 +1,144 @@
+"""Training steps as CUDA graphs: recorded once, then replayed with one launch.
+
+A step is a function of its micro-batches. Everything else that it reads lies at addresses that do
+not change: parameters, optimiser state, scheduled numbers (`DeviceScalar`) and random generators,
+which the graph advances as the recorded operations would.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from lgcnet_fast.errors import RunError
+from lgcnet_fast.train.run import Run
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result", bound="Tensor | tuple[Tensor, ...]")
+MicroBatch = tuple[Tensor, ...]
+Step = Callable[[Iterable[MicroBatch]], Result]
+
+
+class Recorder(Protocol):
+    """How `CapturedStep` runs a function beforehand, and records it."""
+
+    def warm_up(self, function: Callable[[], Result]) -> Result: ...
+
+    def record(self, function: Callable[[], Result]) -> Callable[[], Result]:
+        """A replay of `function`, which is not executed yet; raises what makes that impossible."""
+        ...
+
+
+def captured(
+    run: Run, stage: str, step: Step[Result], generators: Sequence[torch.Generator] = ()
+) -> Step[Result]:
+    """`step` as a CUDA graph where the run can have one, else `step` itself.
+
+    `generators`: those that the step draws from, besides torch's default one.
+    """
+    if run.device.type != "cuda" or not run.config.cuda_graph:
+        return step
+    if run.ranks.world > 1:
+        if run.ranks.first:
+            log.warning(
+                "%s: %d processes train together, so their steps run eagerly: the exchange of "
+                "gradients is not captured in a CUDA graph",
+                stage,
+                run.ranks.world,
+            )
+        return step
+    return CapturedStep(stage, step, CudaRecorder(run.device, generators))
+
+
+class CapturedStep(Generic[Result]):
+    """Runs `step` on copies of its micro-batches at fixed addresses, for each of their shapes.
+
+    The first step of a shape runs eagerly, because choosing cuDNN algorithms, compiling kernels
+    and filling caches cannot be recorded. It is a step of the training like any other, so nothing
+    has to be undone. The second is recorded, which executes nothing, and replayed, as are all
+    others. A result is valid until the next step.
+    """
+
+    def __init__(self, stage: str, step: Step[Result], recorder: Recorder) -> None:
+        self._stage, self._step, self._recorder = stage, step, recorder
+        self._inputs: dict[object, list[MicroBatch]] = {}
+        self._replays: dict[object, Callable[[], Result]] = {}
+
+    def __call__(self, batches: Iterable[MicroBatch]) -> Result:
+        batches = list(batches)
+        shape = tuple(tensor.shape for batch in batches for tensor in batch)
+        if shape not in self._inputs:
+            inputs = [tuple(tensor.clone() for tensor in batch) for batch in batches]
+            self._inputs[shape] = inputs
+            return self._recorder.warm_up(lambda: self._step(inputs))
+        inputs = self._inputs[shape]
+        for own, batch in zip(inputs, batches, strict=True):
+            for buffer, tensor in zip(own, batch, strict=True):
+                buffer.copy_(tensor, non_blocking=True)
+        if shape not in self._replays:
+            self._replays[shape] = self._record(lambda: self._step(inputs))
+        return self._replays[shape]()
+
+    def _record(self, function: Callable[[], Result]) -> Callable[[], Result]:
+        try:
+            return self._recorder.record(function)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RunError(
+                f"{self._stage}: the training step cannot be captured in a CUDA graph ({reason}); "
+                "set cuda_graph = false to run it eagerly"
+            ) from error
+
+
+class CudaRecorder:
+    """Records on a stream of its own, with `generators` besides the default one."""
+
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._generators = generators
+
+    def warm_up(self, function: Callable[[], Result]) -> Result:
+        """Runs it on that stream, so that what belongs to a stream exists when it is recorded."""
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = function()
+        current.wait_stream(self._stream)
+        return result
+
+    def record(self, function: Callable[[], Result]) -> Callable[[], Result]:
+        graph = torch.cuda.CUDAGraph()
+        for generator in self._generators:
+            graph.register_generator_state(generator)
+        # The garbage of former stages must not be freed while recording.
+        gc.collect()
+        result, failure = None, None
+        try:
+            # The outer context restores the stream, which a failed capture leaves set. Loaders go
+            # on allocating pinned memory in their threads: `thread_local` lets them.
+            with (
+                torch.cuda.stream(self._stream),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    result = function()
+                except Exception as error:
+                    failure = error
+                    raise
+        except RuntimeError as error:
+            # Ending a failed capture fails as well, which says nothing about the cause.
+            raise failure or error from None
+
+        def replay() -> Result:
+            graph.replay()
+            return result
+
+        return replay

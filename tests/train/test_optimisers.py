@@ -1,0 +1,142 @@
+"""Optimisers for captured steps compute what torch's do, and read torch's checkpoints."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lgcnet_fast.train.ema import MovingAverage
+from lgcnet_fast.train.optimisers import SGD, Adam
+from lgcnet_fast.train.precision import Precision
+from lgcnet_fast.train.schedules import DeviceScalar
+
+CPU = torch.device("cpu")
+OPTIONS = {
+    SGD: {"momentum": 0.9, "weight_decay": 1e-2},
+    Adam: {"lr": 0.01, "betas": (0.5, 0.99), "weight_decay": 1e-2},
+}
+
+
+def model() -> nn.Module:
+    """The last layer stands aside, as operations without a path to the output do."""
+    torch.manual_seed(0)
+    return nn.ModuleList([nn.Linear(4, 3), nn.Linear(2, 2)])
+
+
+def ours(kind, network):
+    if kind is SGD:
+        return SGD(network.parameters(), DeviceScalar(0.1, CPU), **OPTIONS[SGD])
+    return Adam(network.parameters(), **OPTIONS[Adam])
+
+
+def theirs(kind, network):
+    if kind is SGD:
+        return torch.optim.SGD(network.parameters(), lr=0.1, **OPTIONS[SGD])
+    return torch.optim.Adam(network.parameters(), **OPTIONS[Adam])
+
+
+def train(network, optimiser, steps):
+    inputs = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        network[0](torch.randn(5, 4, generator=inputs)).square().sum().backward()
+        optimiser.step()
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_steps_are_those_of_torch(kind):
+    first, second = model(), model()
+    train(first, ours(kind, first), 4)
+    train(second, theirs(kind, second), 4)
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_checkpoints_of_torch_continue(kind):
+    """As of a run that began before steps were captured, or on a device without fused steps."""
+    first, second = model(), model()
+    before, after = theirs(kind, first), ours(kind, second)
+    train(first, before, 3)
+    second.load_state_dict(first.state_dict())
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert after.param_groups[0]["fused"]
+    train(first, before, 2)
+    train(second, after, 2)
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=1e-5, atol=1e-6)
+    assert len(after.state) == 4
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_torch_reads_our_checkpoints(kind):
+    first, second = model(), model()
+    before, after = ours(kind, first), theirs(kind, second)
+    train(first, before, 3)
+    second.load_state_dict(first.state_dict())
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert isinstance(after.param_groups[0]["lr"], float)
+    train(first, before, 2)
+    train(second, after, 2)
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_state_exists_before_the_first_step_and_stays_where_it_is(kind):
+    network = model()
+    optimiser = ours(kind, network)
+    before = {name: t.data_ptr() for s in optimiser.state.values() for name, t in s.items()}
+    train(network, optimiser, 2)
+    after = {name: t.data_ptr() for s in optimiser.state.values() for name, t in s.items()}
+    assert before and before == after
+
+
+def test_the_schedule_sets_the_rate_also_after_loading():
+    network, lr = model(), DeviceScalar(0.1, CPU)
+    optimiser = SGD(network.parameters(), lr, **OPTIONS[SGD])
+    optimiser.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    lr.set(0.0)
+    before = copy.deepcopy(network.state_dict())
+    train(network, optimiser, 1)
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+
+
+def test_without_momentum_there_is_no_state():
+    network = model()
+    optimiser = SGD(network.parameters(), DeviceScalar(0.1, CPU), 0.0, 0.0)
+    train(network, optimiser, 1)
+    assert all(not state for state in optimiser.state.values())
+
+
+def test_an_overflow_in_the_first_step_leaves_the_momentum_at_zero():
+    """torch's fused SGD leaves it uninitialised there."""
+    network, precision = model(), Precision("fp16", CPU)
+    optimiser = SGD(network.parameters(), DeviceScalar(0.1, CPU), **OPTIONS[SGD])
+    before = copy.deepcopy(network.state_dict())
+    loss = (network[0](torch.ones(1, 4)) * 1e38).sum()
+    precision.scaler.scale(loss).backward()
+    precision.step((optimiser, None))
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    buffers = [state["momentum_buffer"] for state in optimiser.state.values()]
+    assert all(not buffer.any() for buffer in buffers)
+
+
+def test_moving_average_is_that_of_torch():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    reference = AveragedModel(
+        network, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True
+    ).eval()
+    average = MovingAverage(network, 0.9)
+    assert average.state_dict().keys() == reference.state_dict().keys()
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(1)
+        network(torch.randn(2, 3, 4, 4))
+        average.update_parameters(network)
+        reference.update_parameters(network)
+        expected = reference.state_dict()
+        expected["module.1.num_batches_tracked"] = network[1].num_batches_tracked
+        torch.testing.assert_close(average.state_dict(), expected)
