@@ -76,16 +76,13 @@ def pretrain(run: Run) -> dict[str, Any]:
 
     Returns top-1 accuracy on val, or why the stage was skipped.
     """
-    config, ranks, device = run.config.pretrain, run.ranks, run.device
+    config, ranks = run.config.pretrain, run.ranks
     if not config.enabled:
         return run.finish(STAGE, {"skipped": "pretrain.enabled is false"})
     torch.manual_seed(run.seed)
     loader, validation, num_classes = class_loaders(run)
-    network = run.space.build_classifier(run.genotype(), num_classes)
-    network = placed(network, device)
-    wrapped = parallel(network, ranks, device, sync_bn=False)
-    precision = Precision(run.precision, device)
-    trainer = Pretrainer(config, network, wrapped, precision)
+    trainer = _trainer(run, num_classes)
+    network, precision = trainer.network, trainer.precision
     path, steps = run.checkpoint_path(STAGE), len(loader)
     first = load_checkpoint(path, STAGE, trainer.parts(), {}) if path.exists() else 0
     log = MetricsLog(run.stage_folder(STAGE), first, enabled=ranks.first)
@@ -107,6 +104,13 @@ def pretrain(run: Run) -> dict[str, Any]:
     return run.finish(
         STAGE, {"epochs": config.epochs, "top1": accuracy(network, validation, precision)}
     )
+
+
+def _trainer(run: Run, num_classes: int) -> Pretrainer:
+    network = placed(run.space.build_classifier(run.genotype(), num_classes), run.device)
+    wrapped = parallel(network, run.ranks, run.device, sync_bn=False)
+    precision = Precision(run.precision, run.device)
+    return Pretrainer(run.config.pretrain, network, wrapped, precision)
 
 
 def _train_epoch(
