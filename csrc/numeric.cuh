@@ -67,14 +67,27 @@ __device__ __forceinline__ unsigned short float_to_bfloat16(float value) {
   return static_cast<unsigned short>(value == value ? rounded : 0x7fc0u);
 }
 
-// The larger of value and bound; a NaN stays a NaN.
+__device__ __forceinline__ float minus_infinity() { return bits_to_float(0xff800000u); }
+
+// The larger of value and bound, which is no NaN; a NaN stays a NaN.
 __device__ __forceinline__ float at_least(float value, float bound) {
 #if LGCNET_SM80
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(value), "f"(bound));
-  return larger;
+  float found;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(found) : "f"(value), "f"(bound));
+  return found;
 #else
   return value < bound ? bound : value;
+#endif
+}
+
+// The larger of the two; NaN if either is.
+__device__ __forceinline__ float larger(float a, float b) {
+#if LGCNET_SM80
+  float found;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(found) : "f"(a), "f"(b));
+  return found;
+#else
+  return b > a || b != b ? b : a;
 #endif
 }
 
@@ -213,7 +226,7 @@ __device__ __forceinline__ void load(const T* from, bool valid, float (&out)[V])
 
 // Where ReLU cuts: 0, or -inf to leave every value as it is.
 __device__ __forceinline__ float relu_bound(int relu) {
-  return relu ? 0.0f : bits_to_float(0xff800000u);
+  return relu ? 0.0f : minus_infinity();
 }
 
 // As load(), each value raised to `bound` at least.

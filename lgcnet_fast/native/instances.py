@@ -59,6 +59,15 @@ def upsample_backward_axis(source: str, target: str, vector: int) -> Instance:
     return _instance("upsample.cuh", "upsample_backward_axis", source, target, vector)
 
 
+def max_pool_forward(storage: str, vector: int, stride: int) -> Instance:
+    return _instance("max_pool.cuh", "max_pool_forward", storage, vector, stride)
+
+
+def max_pool_backward(storage: str, vector: int, stride: int) -> Instance:
+    kernel = "max_pool_backward" if stride == 1 else "max_pool_backward_stride2"
+    return _instance("max_pool.cuh", kernel, storage, vector)
+
+
 def tile_statistics(storage: str, vector: int) -> Instance:
     return _instance("mixed_sum.cuh", "tile_statistics", storage, vector)
 
@@ -116,6 +125,9 @@ def all_instances() -> dict[Instance, None]:
             found += [upsample_forward(storage, vector), upsample_backward(storage, vector)]
             found += [tile_statistics(storage, vector), mixed_sum(storage, vector)]
             found += [gradient_sums(storage, vector), mixed_sum_gradients(storage, vector)]
+            found += [max_pool_forward(storage, vector, stride) for stride in (1, 2)]
+        for vector in (4, 2, single):
+            found += [max_pool_backward(storage, vector, stride) for stride in (1, 2)]
         for vector in (4, single):
             found.append(upsample_backward_axis(storage, "float", vector))
             found.append(upsample_backward_axis("float", storage, vector))

@@ -3,6 +3,7 @@
 #include "device.h"
 
 #include "depthwise.cuh"
+#include "max_pool.cuh"
 #include "mixed_sum.cuh"
 #include "sums.cuh"
 #include "upsample.cuh"
