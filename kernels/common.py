@@ -57,6 +57,36 @@ def empty_map(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return like.new_empty(*outer, height, width, channels).movedim(-1, -3)
 
 
+def operand(storage: torch.dtype) -> tl.dtype:
+    """What kernels give to `tl.dot`: the storage dtype on a GPU.
+
+    Triton's interpreter multiplies the bits of bfloat16, so there it is the accumulator's dtype,
+    which holds the same values.
+    """
+    if INTERPRETED:
+        return accumulator(storage)
+    return {
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+        torch.float32: tl.float32,
+    }[storage]
+
+
+def check_product(name: str, feature_map: Tensor) -> None:
+    """Raises `ValueError` where `tl.dot` has no fast product of this map's dtype.
+
+    Triton multiplies in matrix units from compute capability 8.0 on; before, and for float64, its
+    code spills or does not compile. The interpreter serves every dtype.
+    """
+    if INTERPRETED:
+        return
+    if feature_map.dtype == torch.float64:
+        raise ValueError(f"{name}: float64 is served by Triton's interpreter only")
+    major, minor = torch.cuda.get_device_capability(feature_map.device)
+    if major < 8:
+        raise ValueError(f"{name}: on a GPU of compute capability {major}.{minor}, need 8.0")
+
+
 @triton.jit
 def _sum_rows_kernel(
     partial_ptr, out_ptr, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
@@ -72,6 +102,10 @@ def _sum_rows_kernel(
             partial_ptr + offset, mask=(row < rows) & (column < columns)[None, :], other=0.0
         )
     tl.store(out_ptr + column, tl.sum(total, axis=0), mask=column < columns)
+
+
+INTERPRETED = not isinstance(_sum_rows_kernel, triton.JITFunction)
+"""Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 at the first import)."""
 
 
 def sum_rows(partial: Tensor, block_rows: int = 256, block_columns: int = 8) -> Tensor:

@@ -8,6 +8,7 @@ interpreter in which Triton compiles, so not one with TRITON_INTERPRET set.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -31,6 +32,7 @@ from lgcnet_fast.kernels import (
     max_pool,
     mixed_sum,
     mixed_sum_backward,
+    pointwise,
     tile_statistics,
 )
 
@@ -44,8 +46,10 @@ LISTS = {
     "dx_ptrs": PLAIN,
     "map_ptrs": BRANCHES + PLAIN,
 }
+OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 SCALARS = {"packed_dilations": "i64", "eps": "fp32"}
-MULTIPLES_OF_16 = {"H", "W", "HO", "WO", "C", "columns", "tile_size"}
+MULTIPLES_OF_16 = {"H", "W", "HO", "WO", "C", "CO", "columns", "tile_size"}
+SHOWN = ("STRIDE", "EDGES", "AFFINE", "BLOCK_M", "BLOCK_N", "BLOCK_K")
 DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -77,7 +81,18 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield max_pool._backward_stride_2_kernel, tile | {"BLOCK_P": 4}, 4
 
 
-def compile_for(kernel: Any, constants: dict[str, Any], warps: int, arch: int, storage: str) -> Any:
+def products(storage: str) -> Iterator[tuple[Any, dict[str, Any], int]]:
+    """As `kernels`, those with matrix products, which need compute capability 8.0."""
+    dtypes = {"ACC": tl.float32, "OPERAND": OPERANDS[storage]}
+    shared = dtypes | {"RELU": True, "BLOCK_K": 64}
+    for affine, (block_n, warps) in itertools.product((False, True), ((64, 4), (128, 8))):
+        tile = {"BRANCHES": PLAIN, "AFFINE": affine, "BLOCK_M": 64, "BLOCK_N": block_n}
+        yield pointwise._pointwise_kernel, shared | tile, warps
+
+
+def compile_for(
+    kernel: Any, constants: dict[str, Any], warps: int, arch: int, storage: str, stages: int = 3
+) -> Any:
     signature: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     for index, name in enumerate(kernel.arg_names):
@@ -96,7 +111,8 @@ def compile_for(kernel: Any, constants: dict[str, Any], warps: int, arch: int, s
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
     target = GPUTarget("cuda", arch, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=target, options=options)
 
 
 def resources(compiled: Any) -> dict[str, int]:
@@ -113,10 +129,13 @@ def resources(compiled: Any) -> dict[str, int]:
 
 def main() -> None:
     arch, storage = int(sys.argv[1]), sys.argv[2]
-    for kernel, constants, warps in kernels():
-        compiled = compile_for(kernel, constants, warps, arch, storage)
-        chosen = {name: constants[name] for name in ("STRIDE", "EDGES") if name in constants}
-        print(json.dumps({"kernel": kernel.fn.__name__} | chosen | resources(compiled)), flush=True)
+    chosen = [(*each, 3) for each in kernels()]
+    if arch >= 80:
+        chosen += [(*each, 2) for each in products(storage)]
+    for kernel, constants, warps, stages in chosen:
+        compiled = compile_for(kernel, constants, warps, arch, storage, stages)
+        shown = {name: constants[name] for name in SHOWN if name in constants}
+        print(json.dumps({"kernel": kernel.fn.__name__} | shown | resources(compiled)), flush=True)
 
 
 if __name__ == "__main__":

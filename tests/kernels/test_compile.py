@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+MOST_SHARED = {75: 48 * 1024, 80: 80 * 1024, 90: 112 * 1024}
+"""Bytes a block: without an opt-in, and for two blocks a multiprocessor."""
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
@@ -22,4 +24,4 @@ def test_kernels_compile_without_spills(arch: int, storage: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert rows
-    assert [row for row in rows if row["stack"] > 0 or row["shared"] > 48 * 1024] == []
+    assert [row for row in rows if row["stack"] > 0 or row["shared"] > MOST_SHARED[arch]] == []
