@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lgcnet_fast.nn.mixed import MixedOp
+from lgcnet_fast.nn.mixed import MixedOp, Terms, edge_terms, node_sum
 from lgcnet_fast.nn.operations import CELL_OPS, cell_operation
 from lgcnet_fast.nn.primitives import FactorizedReduce, ReLUConvBN
-from lgcnet_fast.ops import mixed_sum
 
 CELL_NODES = ("i1", "i2", "x1", "x2")
 """i1 is the output of cell k - 2, i2 that of cell k - 1; the cell's output is concat(x1, x2)."""
@@ -22,10 +21,14 @@ CELL_EDGES = (("i1", "x1"), ("i2", "x1"), ("i1", "x2"), ("i2", "x2"), ("x1", "x2
 EDGES_PER_CELL = len(CELL_EDGES)
 
 _SOURCES = tuple(CELL_NODES.index(source) for source, _ in CELL_EDGES)
-_EDGES_INTO = tuple(
-    tuple(edge for edge, (_, target) in enumerate(CELL_EDGES) if target == node)
+_EDGES_FROM = {
+    node: tuple(edge for edge, (source, _) in enumerate(CELL_EDGES) if source == node)
+    for node in CELL_NODES
+}
+_EDGES_INTO = {
+    node: tuple(edge for edge, (_, target) in enumerate(CELL_EDGES) if target == node)
     for node in ("x1", "x2")
-)
+}
 
 
 def edge_stride(edge: int, reduction: bool) -> int:
@@ -61,21 +64,20 @@ class SearchCell(Cell):
 
     def forward(self, s0: Tensor, s1: Tensor, z: Tensor) -> Tensor:
         """s0: output of cell k - 2, s1: of cell k - 1; z: (5, 8). Returns (N, 2C, H', W')."""
-        rows = z.unbind()
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
-        for edges in _EDGES_INTO:
-            terms = [
-                term for edge in edges for term in self._terms(edge, rows, states[_SOURCES[edge]])
-            ]
-            outputs, weights = zip(*terms, strict=True)
-            states.append(mixed_sum(outputs, weights))
-        return torch.cat(states[2:], dim=1)
+        terms = self._leave("i1", self.preprocess0(s0)) | self._leave("i2", self.preprocess1(s1))
+        outputs = []
+        rows = z.split([len(edges) for edges in _EDGES_INTO.values()])
+        for (node, edges), weights in zip(_EDGES_INTO.items(), rows, strict=True):
+            x = node_sum([terms[edge] for edge in edges], weights)
+            terms |= self._leave(node, x)
+            outputs.append(x)
+        return torch.cat(outputs, dim=1)
 
-    def _terms(
-        self, edge: int, rows: Sequence[Tensor], source: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        mixed = cast(MixedOp, self.edges[edge])
-        return mixed.terms(rows[edge], source)
+    def _leave(self, node: str, x: Tensor) -> dict[int, Terms]:
+        """What the edges that leave a node bring to their ends, by edge; x: the node's map."""
+        edges = _EDGES_FROM[node]
+        mixed = [cast(MixedOp, self.edges[edge]) for edge in edges]
+        return dict(zip(edges, edge_terms(mixed, x), strict=True))
 
 
 class DerivedCell(Cell):
@@ -101,7 +103,7 @@ class DerivedCell(Cell):
     def forward(self, s0: Tensor, s1: Tensor) -> Tensor:
         """s0: output of cell k - 2, s1: of cell k - 1. Returns (N, 2C, H', W')."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        for edges in _EDGES_INTO:
+        for edges in _EDGES_INTO.values():
             terms = [
                 self.edges[str(edge)](states[_SOURCES[edge]])
                 for edge in edges

@@ -10,7 +10,7 @@ from lgcnet_fast.nn.fusion_graphs import FusionEdge, FusionGraph
 from lgcnet_fast.nn.mixed import MixedOp
 from lgcnet_fast.nn.operations import FUSION_OPS, UP_OPS, fusion_operation, up_operation
 from lgcnet_fast.nn.primitives import ReLUConvBN
-from lgcnet_fast.ops import concat_upsample, upsample
+from lgcnet_fast.ops import concat_upsample, sum_upsample
 
 FUSION_WIDTH = 48
 """Channels of every value inside the fusion cell and of its output."""
@@ -59,10 +59,7 @@ class FusionCell(nn.Module):
             inputs = (sources[0], size) if edge.kind == "up" else (concat_upsample(sources, size),)
             weights = () if z is None or edge.kind == "join" else (z[edge.name],)
             values[edge.name] = self.edges[edge.name](*weights, *inputs)
-        total = upsample(values[self.graph.output[0]], sizes[0])
-        for name in self.graph.output[1:]:
-            total = total + upsample(values[name], sizes[0])
-        return total
+        return sum_upsample([values[name] for name in self.graph.output], sizes[0])
 
 
 def search_fusion_cell(graph: FusionGraph, channels: Sequence[int]) -> FusionCell:

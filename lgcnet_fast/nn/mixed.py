@@ -1,12 +1,32 @@
-"""The mixed operation: every candidate of an edge, weighted by one row of Z (equation 3)."""
+"""The mixed operation: every candidate of an edge, weighted by one row of Z (equation 3).
+
+Candidates are computed up to their batch norms, those of all edges that leave a node together. The
+batch norms and the weighted sum of all edges that end in a node are then one operation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import cast
 
 from torch import Tensor, nn
 
-from lgcnet_fast.ops import mixed_sum
+from lgcnet_fast.nn.primitives import DepthwiseSeparable, SeparablePair, Source, raw_branches
+from lgcnet_fast.ops import mixed_norm_sum
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What an edge brings to the node where it ends, in option order."""
+
+    maps: list[Tensor]
+    """(N, C, H, W), or stacks (B, N, C, H, W) of neighbouring candidates."""
+    norms: list[nn.Module | None]
+    """One a candidate; none where its map counts as it is."""
+    options: tuple[int, ...]
+    """Positions of the candidates in the edge's row of Z."""
 
 
 class MixedOp(nn.Module):
@@ -15,17 +35,71 @@ class MixedOp(nn.Module):
     def __init__(self, candidates: Mapping[str, nn.Module | None]) -> None:
         super().__init__()
         self.candidates = nn.ModuleDict({k: op for k, op in candidates.items() if op is not None})
-        self._options = tuple(i for i, op in enumerate(candidates.values()) if op is not None)
+        self.options = tuple(i for i, op in enumerate(candidates.values()) if op is not None)
+        # Neighbouring depthwise-separable candidates go on as one stack.
+        names = groupby(self.candidates, lambda name: _is_branch(self.candidates[name]) or name)
+        self._runs = tuple(tuple(run) for _, run in names)
 
-    def terms(self, weights: Tensor, *inputs: object) -> Iterator[tuple[Tensor, Tensor]]:
-        """(output, weight) of each computed candidate, to be summed by the edge's target node.
+    def forward(self, weights: Tensor, x: Tensor, *inputs: object) -> Tensor:
+        """weights: (options,), one row of Z; x, inputs: what the candidates take."""
+        return node_sum(edge_terms([self], x, *inputs), weights[None])
 
-        weights: (options,), one row of Z; inputs: what the candidates take, the map first.
-        """
-        row = weights.unbind()
-        for option, candidate in zip(self._options, self.candidates.values(), strict=True):
-            yield candidate(*inputs), row[option]
+    def runs(self) -> Iterator[list[nn.Module]]:
+        """The candidates, those of a stack together."""
+        for names in self._runs:
+            yield [self.candidates[name] for name in names]
 
-    def forward(self, weights: Tensor, *inputs: object) -> Tensor:
-        outputs, row = zip(*self.terms(weights, *inputs), strict=True)
-        return mixed_sum(outputs, row)
+    def terms(self, source: Source, stacks: Iterator[list[Tensor]], *inputs: object) -> Terms:
+        """stacks: the raw maps of the edge's `separable_runs`."""
+        maps: list[Tensor] = []
+        norms: list[nn.Module | None] = []
+        for run in self.runs():
+            norms += [getattr(candidate, "norm", None) for candidate in run]
+            if _is_branch(run[0]):
+                maps += next(stacks)
+            elif isinstance(run[0], SeparablePair):
+                maps += run[0].raw(next(stacks))
+            elif norms[-1] is None:
+                maps.append(run[0](source.x, *inputs))
+            else:
+                maps.append(run[0].raw(source, *inputs))
+        return Terms(maps, norms, self.options)
+
+    def separable_runs(self) -> Iterator[list[DepthwiseSeparable]]:
+        """The depthwise-separable convolutions that read the edge's input."""
+        for run in self.runs():
+            if isinstance(run[0], SeparablePair):
+                yield [run[0][0]]
+            elif _is_branch(run[0]):
+                yield cast(list[DepthwiseSeparable], run)
+
+
+def edge_terms(edges: Sequence[MixedOp], x: Tensor, *inputs: object) -> list[Terms]:
+    """The terms of all edges that leave a node, which have the same candidates; x: its map."""
+    source = Source(x)
+    runs = [list(edge.separable_runs()) for edge in edges]
+    stacks = iter(_raw_stacks(runs, x) if any(runs) else ())
+    return [edge.terms(source, stacks, *inputs) for edge in edges]
+
+
+def node_sum(edges: Sequence[Terms], z: Tensor) -> Tensor:
+    """The map of a node: all terms of the edges that end there; z: (edges, options)."""
+    options = z.shape[1]
+    return mixed_norm_sum(
+        [y for terms in edges for y in terms.maps],
+        z.flatten(),
+        [norm for terms in edges for norm in terms.norms],
+        [row * options + option for row, terms in enumerate(edges) for option in terms.options],
+    )
+
+
+def _raw_stacks(edges: Sequence[list[list[DepthwiseSeparable]]], x: Tensor) -> list[list[Tensor]]:
+    """The raw maps of every run of every edge, all computed at once."""
+    dilations = [branch.depthwise.dilation[0] for run in edges[0] for branch in run]
+    runs = [run for edge in edges for run in edge]
+    branches = [branch for run in runs for branch in run]
+    return raw_branches(branches, x, dilations, [len(run) for run in runs])
+
+
+def _is_branch(candidate: nn.Module) -> bool:
+    return isinstance(candidate, DepthwiseSeparable)

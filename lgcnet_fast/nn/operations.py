@@ -10,7 +10,9 @@ from lgcnet_fast.nn.primitives import (
     FactorizedReduce,
     GlobalPool,
     Interpolate,
+    PoolBN,
     ReLUConvBN,
+    SeparablePair,
 )
 
 CELL_OPS = ("max3", "skip", "conv3", "none", "sep3", "dil3_2", "dil3_4", "dil3_8")
@@ -45,15 +47,13 @@ def cell_operation(
     if name == "skip":
         return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
     if name == "max3":
-        pool = nn.MaxPool2d(3, stride=stride, padding=1)
-        return nn.Sequential(pool, nn.BatchNorm2d(channels, affine=affine)) if pool_norm else pool
+        if pool_norm:
+            return PoolBN(channels, stride, affine)
+        return nn.MaxPool2d(3, stride=stride, padding=1)
     if name == "conv3":
         return ReLUConvBN(channels, channels, kernel=3, stride=stride, affine=affine)
     if name == "sep3":
-        return nn.Sequential(
-            DepthwiseSeparable(channels, channels, stride, affine=affine),
-            DepthwiseSeparable(channels, channels, affine=affine),
-        )
+        return SeparablePair(channels, stride, affine)
     if name in CELL_OPS:
         return DepthwiseSeparable(channels, channels, stride, _suffix(name, "dil3_"), affine)
     raise ValueError(f"unknown cell operation {name!r}; one of {', '.join(CELL_OPS)}")

@@ -2,15 +2,38 @@
 
 `affine` is False in the supernet, where the weights Z scale each candidate, and True afterwards.
 Convolutions in front of batch norm have no bias.
+
+A candidate that ends in a batch norm has it as `norm`, and `raw` is all that comes before: a mixed
+node takes both apart, to normalise and sum all its candidates at once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lgcnet_fast.ops import relu_depthwise_separable, upsample
+from lgcnet_fast.ops import max_pool, mixed_norm_sum, separable_branches, upsample
+
+
+class Source:
+    """A map that candidates read, with what several of them need of it, computed once."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    @cached_property
+    def rectified(self) -> Tensor:
+        """The ReLU that convolutions begin with."""
+        return F.relu(self.x)
+
+    @cached_property
+    def pooled(self) -> dict[int, Tensor]:
+        """By stride, filled by `Pool`."""
+        return {}
 
 
 class ReLUConvBN(nn.Sequential):
@@ -39,6 +62,33 @@ class ReLUConvBN(nn.Sequential):
             nn.BatchNorm2d(c_out, affine=affine),
         )
 
+    @property
+    def norm(self) -> nn.Module:
+        return self[2]
+
+    def raw(self, source: Source) -> Tensor:
+        y: Tensor = self[1](source.rectified)
+        return y
+
+
+class PoolBN(nn.Sequential):
+    """3x3 max pooling and batch norm: (N, C, H, W) -> (N, C, ceil(H / stride), ...)."""
+
+    def __init__(self, channels: int, stride: int, affine: bool = True) -> None:
+        super().__init__(
+            nn.MaxPool2d(3, stride=stride, padding=1), nn.BatchNorm2d(channels, affine=affine)
+        )
+        self.stride = stride
+
+    @property
+    def norm(self) -> nn.Module:
+        return self[1]
+
+    def raw(self, source: Source) -> Tensor:
+        if self.stride not in source.pooled:
+            source.pooled[self.stride] = max_pool(source.x, self.stride)
+        return source.pooled[self.stride]
+
 
 class DepthwiseSeparable(nn.Module):
     """ReLU, depthwise 3x3, pointwise 1x1, batch norm."""
@@ -61,14 +111,47 @@ class DepthwiseSeparable(nn.Module):
         self.norm = nn.BatchNorm2d(c_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        filtered = relu_depthwise_separable(
-            x,
-            self.depthwise.weight,
-            self.pointwise.weight,
-            self.depthwise.stride[0],
-            self.depthwise.dilation[0],
+        ((y,),) = raw_branches([self], x)
+        return self.norm(y.flatten(0, 1) if y.ndim == 5 else y)
+
+
+def raw_branches(
+    branches: Sequence[DepthwiseSeparable],
+    x: Tensor,
+    dilations: Sequence[int] | None = None,
+    stacks: Sequence[int] | None = None,
+) -> list[list[Tensor]]:
+    """What the norms of depthwise-separable branches of x receive; see `separable_branches`.
+
+    dilations: those after which the list of branches starts over.
+    """
+    return separable_branches(
+        x,
+        [branch.depthwise.weight for branch in branches],
+        [branch.pointwise.weight for branch in branches],
+        dilations or [branch.depthwise.dilation[0] for branch in branches],
+        branches[0].depthwise.stride[0],
+        stacks,
+    )
+
+
+class SeparablePair(nn.Sequential):
+    """Two depthwise-separable stages, the second of stride 1."""
+
+    def __init__(self, channels: int, stride: int, affine: bool = True) -> None:
+        super().__init__(
+            DepthwiseSeparable(channels, channels, stride, affine=affine),
+            DepthwiseSeparable(channels, channels, affine=affine),
         )
-        return self.norm(filtered)
+
+    @property
+    def norm(self) -> nn.Module:
+        return self[1].norm
+
+    def raw(self, first: list[Tensor]) -> list[Tensor]:
+        """first: the raw map of the first stage, as `raw_branches` gives it."""
+        x = mixed_norm_sum(first, None, [self[0].norm])
+        return raw_branches([self[1]], x)[0]
 
 
 class FactorizedReduce(nn.Module):
@@ -84,10 +167,12 @@ class FactorizedReduce(nn.Module):
         self.odd = nn.Conv2d(c_in, c_out - c_out // 2, 1, stride=2, bias=False)
         self.norm = nn.BatchNorm2d(c_out, affine=affine)
 
+    def raw(self, source: Source) -> Tensor:
+        shifted = F.pad(source.rectified, (-1, 1, -1, 1))
+        return torch.cat((self.even(source.rectified), self.odd(shifted)), dim=1)
+
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(x)
-        shifted = F.pad(x, (-1, 1, -1, 1))
-        return self.norm(torch.cat((self.even(x), self.odd(shifted)), dim=1))
+        return self.norm(self.raw(Source(x)))
 
 
 class GlobalPool(nn.Module):
@@ -103,10 +188,12 @@ class GlobalPool(nn.Module):
         self.conv = nn.Conv2d(c_in, c_out, 1, bias=False)
         self.norm = nn.BatchNorm2d(c_out, affine=affine)
 
+    def raw(self, source: Source) -> Tensor:
+        height, width = source.x.shape[-2:]
+        return upsample(self.conv(self.pool(source.rectified)), (height, width))
+
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        pooled = self.conv(self.pool(F.relu(x)))
-        return self.norm(upsample(pooled, (height, width)))
+        return self.norm(self.raw(Source(x)))
 
 
 class Interpolate(nn.Module):
@@ -124,5 +211,9 @@ class Deconvolution(nn.Module):
         self.conv = nn.ConvTranspose2d(channels, channels, 3, stride=2, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(channels, affine=affine)
 
+    def raw(self, source: Source, size: tuple[int, int]) -> Tensor:
+        y: Tensor = self.conv(source.rectified, output_size=list(size))
+        return y
+
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.norm(self.conv(F.relu(x), output_size=list(size)))
+        return self.norm(self.raw(Source(x), size))

@@ -1,0 +1,230 @@
+"""`mixed_norm_sum` by Triton kernels, registered with torch: `lgcnet_fast::mixed_norm_sum`.
+
+Two launches take the statistics of all maps, one writes the sum. The backward pass takes three:
+the sums of the gradient against every map, in two stages, and the gradients of all maps. The
+running statistics of all batch norms are updated by three multi-tensor launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc, unstacked
+
+
+def refuse(
+    ys: Sequence[Tensor],
+    z: Tensor | None,
+    norms: Sequence[nn.Module | None],
+    options: Sequence[int],
+) -> str | None:
+    """Why the kernels cannot serve these arguments of `mixed_norm_sum`."""
+    for index, y in enumerate(ys):
+        if y.dtype != ys[0].dtype:
+            return f"ys[{index}] is {y.dtype}, ys[0] is {ys[0].dtype}"
+        refusal = dtype_refusal(f"ys[{index}]", y)
+        if refusal is not None:
+            return refusal
+    if all(norm is None for norm in norms):
+        return "norms holds no batch norm"
+    if any(y.ndim == 5 and None in own for y, own in _with_norms(ys, norms)):
+        return "norms is None for a map of a stack"
+    return _norm_refusal([norm for norm in norms if norm is not None], ys[0])
+
+
+def _norm_refusal(norms: Sequence[nn.Module], y: Tensor) -> str | None:
+    first = norms[0]
+    for norm in norms:
+        if isinstance(norm, nn.SyncBatchNorm):
+            return "norms holds a SyncBatchNorm, whose statistics the ranks share"
+        if not isinstance(norm, nn.BatchNorm2d):
+            return f"norms holds a {type(norm).__name__}, not only BatchNorm2d"
+        assert isinstance(first, nn.BatchNorm2d)
+        if norm.affine:
+            return "norms holds one with an affine part"
+        if norm.running_mean is None or norm.momentum is None:
+            return "norms holds one without running statistics or momentum"
+        if norm.num_features != y.shape[-3]:
+            return f"norms holds one of {norm.num_features} channels, the maps have {y.shape[-3]}"
+        if norm.running_mean.dtype != _accumulator(y.dtype):
+            return f"running statistics are {norm.running_mean.dtype}, need {_accumulator(y.dtype)}"
+        settings = [(n.training, n.eps, n.momentum) for n in (first, norm)]
+        if settings[0] != settings[1]:
+            return f"norms differ in (training, eps, momentum): {settings[0]} and {settings[1]}"
+    return None
+
+
+def run(
+    ys: Sequence[Tensor],
+    z: Tensor | None,
+    norms: Sequence[nn.Module | None],
+    options: Sequence[int],
+) -> Tensor:
+    """`mixed_norm_sum`, see there. The first call must come before capturing a CUDA graph."""
+    ys = [nhwc(y) for y in ys]
+    normed = [norm for norm in norms if isinstance(norm, nn.BatchNorm2d)]
+    normalised = [y for y, own in _with_norms(ys, norms) if own[0] is not None]
+    plain = [y for y, own in _with_norms(ys, norms) if own[0] is None]
+    training, eps = normed[0].training, normed[0].eps
+    with torch.no_grad():
+        if training:
+            statistics = _batch_statistics(normalised, eps)
+            _update_running_statistics(normed, statistics, normalised[0])
+        else:
+            statistics = _running_statistics(normed, eps)
+    if z is None:
+        weights = statistics.new_ones(1)
+    else:
+        kept = [o for o, norm in zip(options, norms, strict=True) if norm is not None]
+        kept += [o for o, norm in zip(options, norms, strict=True) if norm is None]
+        weights = z if kept == list(range(len(z))) else z[_positions(tuple(kept), z.device)]
+    result: Tensor = _mixed_sum(normalised, plain, weights, statistics, training)
+    return result
+
+
+def _with_norms(
+    ys: Sequence[Tensor], norms: Sequence[nn.Module | None]
+) -> Iterator[tuple[Tensor, Sequence[nn.Module | None]]]:
+    """Each map or stack with the norms of its maps."""
+    first = 0
+    for y in ys:
+        count = len(y) if y.ndim == 5 else 1
+        yield y, norms[first : first + count]
+        first += count
+
+
+@cache
+def _positions(options: tuple[int, ...], device: torch.device) -> Tensor:
+    """As a tensor that outlives inference mode and is not copied to the device again."""
+    with torch.inference_mode(False):
+        return torch.tensor(options, device=device)
+
+
+def _update_running_statistics(
+    norms: Sequence[nn.BatchNorm2d], statistics: Tensor, y: Tensor
+) -> None:
+    """As `nn.BatchNorm2d` does in training; statistics: (3, K, C)."""
+    count = y[..., 0, :, :].numel() // (len(y) if y.ndim == 5 else 1)
+    mean, variance = statistics[0], statistics[1] * (count / (count - 1))
+    running: list[Any] = [norm.running_mean for norm in norms]
+    running += [norm.running_var for norm in norms]
+    momentum: Any = norms[0].momentum
+    torch._foreach_lerp_(running, [*mean.unbind(), *variance.unbind()], momentum)
+    counts: list[Any] = [norm.num_batches_tracked for norm in norms]
+    torch._foreach_add_(counts, 1)
+
+
+def _running_statistics(norms: Sequence[Any], eps: float) -> Tensor:
+    """(3, K, C): mean, variance and inverse deviation."""
+    mean = torch.stack([norm.running_mean for norm in norms])
+    variance = torch.stack([norm.running_var for norm in norms])
+    return torch.stack((mean, variance, (variance + eps).rsqrt()))
+
+
+def _accumulator(storage: torch.dtype) -> torch.dtype:
+    """Dtype of statistics and sums over maps of a storage dtype."""
+    return torch.float64 if storage == torch.float64 else torch.float32
+
+
+def _statistics_shape(ys: Sequence[Tensor]) -> tuple[int, int, int]:
+    return (3, sum(len(y) if y.ndim == 5 else 1 for y in ys), ys[0].shape[-3])
+
+
+@torch.library.custom_op("lgcnet_fast::batch_statistics", mutates_args=())
+def _batch_statistics(ys: list[Tensor], eps: float) -> Tensor:
+    """(3, K, C): mean, biased variance and inverse deviation of every map."""
+    from lgcnet_fast.kernels.mixed_sum import batch_statistics
+
+    out = ys[0].new_empty(_statistics_shape(ys), dtype=_accumulator(ys[0].dtype))
+    batch_statistics(unstacked(ys), eps, out=out)
+    return out
+
+
+@_batch_statistics.register_fake
+def _(ys: list[Tensor], eps: float) -> Tensor:
+    return ys[0].new_empty(_statistics_shape(ys), dtype=_accumulator(ys[0].dtype))
+
+
+@torch.library.custom_op("lgcnet_fast::mixed_norm_sum", mutates_args=())
+def _mixed_sum(
+    ys: list[Tensor], xs: list[Tensor], z: Tensor, statistics: Tensor, training: bool
+) -> Tensor:
+    """Of K normalised maps ys and J plain ones xs; z: (K + J,), statistics: (3, K, C)."""
+    from lgcnet_fast.kernels.mixed_sum import Statistics, mixed_sum
+
+    maps = unstacked(ys)
+    return mixed_sum(maps, z[: len(maps)], Statistics(*statistics.unbind()), xs, z[len(maps) :])
+
+
+@_mixed_sum.register_fake
+def _(ys: list[Tensor], xs: list[Tensor], z: Tensor, statistics: Tensor, training: bool) -> Tensor:
+    return empty_nhwc(ys[0], ys[0].shape[-4:])
+
+
+@torch.library.custom_op("lgcnet_fast::mixed_norm_sum_backward", mutates_args=())
+def _mixed_sum_backward(
+    g: Tensor,
+    ys: list[Tensor],
+    xs: list[Tensor],
+    z: Tensor,
+    statistics: Tensor,
+    training: bool,
+    with_z: bool,
+) -> list[Tensor]:
+    """Gradients of every entry of ys, of every one of xs and, `with_z`, of z."""
+    from lgcnet_fast.kernels.mixed_sum import Statistics
+    from lgcnet_fast.kernels.mixed_sum_backward import mixed_sum_grad, mixed_sum_gradient_sums
+
+    maps, packed = unstacked(ys), Statistics(*statistics.unbind())
+    sums = mixed_sum_gradient_sums(g, maps, packed, xs)
+    through = sums if training else _no_sums(sums)
+    dys = [empty_nhwc(g, y.shape) for y in ys]
+    weights, plain = z[: len(maps)], z[len(maps) :]
+    _, dxs = mixed_sum_grad(g, maps, weights, packed, through, plain, dys=unstacked(dys))
+    if not with_z:
+        return [*dys, *dxs]
+    totals = torch.cat((sums.normalised, sums.plain)) if xs else sums.normalised
+    return [*dys, *dxs, totals.sum(1).to(z.dtype)]
+
+
+def _no_sums(sums: Any) -> Any:
+    """Running statistics do not depend on the maps: no gradient passes through them."""
+    zeros = (torch.zeros_like(total) for total in (sums.gradient, sums.normalised, sums.plain))
+    return type(sums)(*zeros)
+
+
+@_mixed_sum_backward.register_fake
+def _(
+    g: Tensor,
+    ys: list[Tensor],
+    xs: list[Tensor],
+    z: Tensor,
+    statistics: Tensor,
+    training: bool,
+    with_z: bool,
+) -> list[Tensor]:
+    gradients = [empty_nhwc(g, x.shape) for x in (*ys, *xs)]
+    return [*gradients, torch.empty_like(z)] if with_z else gradients
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ys, xs, z, statistics, ctx.training = inputs
+    ctx.counts = (len(ys), len(xs))
+    ctx.save_for_backward(*ys, *xs, z, statistics)
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    *maps, z, statistics = ctx.saved_tensors
+    ys, xs = maps[: ctx.counts[0]], maps[ctx.counts[0] :]
+    with_z = ctx.needs_input_grad[2]
+    gradients = _mixed_sum_backward(nhwc(g), ys, xs, z, statistics, ctx.training, with_z)
+    dys, dxs = gradients[: len(ys)], gradients[len(ys) : len(maps)]
+    return dys, dxs, gradients[-1] if with_z else None, None, None
+
+
+_mixed_sum.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,232 @@
+"""`separable_branches` by Triton kernels, registered as `lgcnet_fast::separable_branches`.
+
+The depthwise maps of all branches come from one launch and the pointwise products from one batched
+matrix product a stack: in NHWC memory a depthwise map is a (positions, C) matrix. The backward
+pass computes the depthwise maps again, multiplies for the pointwise gradients and for those of the
+depthwise maps, and ends in one launch each for x and the depthwise weights (a single launch for a
+single branch).
+
+Traffic in maps of the output's size, with B branches, C_out = C and stride 1: forward reads
+B + 1 and writes 2 B, backward reads 5 B + 3 and writes 2 B + 1. B depthwise maps are in memory
+until the end of each pass, none between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
+
+
+def refuse(
+    x: Tensor,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    dilations: Sequence[int],
+    stride: int,
+    stacks: Sequence[int],
+) -> str | None:
+    """Why the kernels cannot serve these arguments of `separable_branches`."""
+    return dtype_refusal("x", x)
+
+
+def run(
+    x: Tensor,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    dilations: Sequence[int],
+    stride: int,
+    stacks: Sequence[int],
+) -> list[list[Tensor]]:
+    """`separable_branches`, see there: one stack of maps in each list."""
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    maps: list[Tensor] = _separable_branches(
+        nhwc(x.to(dtype)),
+        _stacked(depthwise),
+        _stacked(pointwise).flatten(2).to(dtype),
+        list(dilations),
+        stride,
+        list(stacks),
+    )
+    return [[stack] for stack in maps]
+
+
+def _stacked(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0][None] if len(weights) == 1 else torch.stack(list(weights))
+
+
+def _windows(depthwise: Tensor, branches: int) -> Tensor:
+    """Weights (B, C, 1, 3, 3) as the kernels take them: (edges, branches an edge, 3, 3, C)."""
+    windows = depthwise.flatten(2).transpose(1, 2).contiguous()
+    return windows.view(-1, branches, 3, 3, windows.shape[-1])
+
+
+def _matrices(stack: Tensor) -> Tensor:
+    """NHWC maps (..., N, C, H, W), the outer dimensions as one: (B, N H W, C), a view."""
+    images, channels, height, width = stack.shape[-4:]
+    return stack.movedim(-3, -1).reshape(-1, images * height * width, channels)
+
+
+def _output_shape(x: Tensor, pointwise: Tensor, stride: int) -> tuple[int, int, int, int]:
+    images, _, height, width = x.shape
+    return images, pointwise.shape[1], -(-height // stride), -(-width // stride)
+
+
+@custom_op(
+    "lgcnet_fast::separable_branches",
+    mutates_args=(),
+    schema="(Tensor x, Tensor depthwise, Tensor pointwise, int[] dilations, int stride, "
+    "int[] stacks) -> Tensor[]",
+)
+def _separable_branches(
+    x: Tensor,
+    depthwise: Tensor,
+    pointwise: Tensor,
+    dilations: Sequence[int],
+    stride: int,
+    stacks: Sequence[int],
+) -> list[Tensor]:
+    """depthwise: (B, C, 1, 3, 3), pointwise: (B, C_out, C); a stack (b, N, C_out, H', W') each."""
+    from lgcnet_fast.kernels.depthwise import depthwise_multi
+
+    windows = _windows(depthwise, len(dilations))
+    filtered = _matrices(depthwise_multi(x, windows, dilations, stride, relu=True))
+    shape = _output_shape(x, pointwise, stride)
+    outputs = []
+    for matrices, weights in zip(filtered.split(stacks), pointwise.split(stacks), strict=True):
+        out = empty_nhwc(x, (len(weights), *shape))
+        torch.bmm(matrices, weights.transpose(1, 2), out=_matrices(out))
+        outputs.append(out)
+    return outputs
+
+
+@_separable_branches.register_fake
+def _(
+    x: Tensor,
+    depthwise: Tensor,
+    pointwise: Tensor,
+    dilations: Sequence[int],
+    stride: int,
+    stacks: Sequence[int],
+) -> list[Tensor]:
+    shape = _output_shape(x, pointwise, stride)
+    return [empty_nhwc(x, (count, *shape)) for count in stacks]
+
+
+@custom_op(
+    "lgcnet_fast::separable_branches_backward",
+    mutates_args=(),
+    schema="(Tensor[] gradients, Tensor x, Tensor depthwise, Tensor pointwise, int[] dilations, "
+    "int stride) -> (Tensor, Tensor, Tensor)",
+)
+def _separable_branches_backward(
+    gradients: list[Tensor],
+    x: Tensor,
+    depthwise: Tensor,
+    pointwise: Tensor,
+    dilations: Sequence[int],
+    stride: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, depthwise and pointwise from those of the stacks."""
+    from lgcnet_fast.kernels.depthwise import depthwise_multi
+
+    windows = _windows(depthwise, len(dilations))
+    stacks = [len(g) for g in gradients]
+    filtered = depthwise_multi(x, windows, dilations, stride, relu=True)
+    d_pointwise = torch.cat(
+        [
+            _product_gradient(g, maps)
+            for g, maps in zip(gradients, filtered.flatten(0, 1).split(stacks), strict=True)
+        ]
+    )
+    # The gradients of the depthwise maps take the place of the maps, now that these have served.
+    d_filtered = filtered
+    for g, weights, out in zip(
+        gradients, pointwise.split(stacks), _matrices(d_filtered).split(stacks), strict=True
+    ):
+        torch.bmm(_matrices(g), weights, out=out)
+    dx, d_windows = _depthwise_gradients(d_filtered, x, windows, dilations, stride)
+    d_depthwise = d_windows.flatten(0, 1).flatten(1, 2).transpose(1, 2).contiguous()
+    return dx, d_depthwise.view_as(depthwise).to(depthwise.dtype), d_pointwise
+
+
+@_separable_branches_backward.register_fake
+def _(
+    gradients: list[Tensor],
+    x: Tensor,
+    depthwise: Tensor,
+    pointwise: Tensor,
+    dilations: Sequence[int],
+    stride: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = empty_nhwc(x, x.shape)
+    return dx, torch.empty_like(depthwise), torch.empty_like(pointwise)
+
+
+def _product_gradient(g: Tensor, maps: Tensor) -> Tensor:
+    """(b, C_out, C): sum over the positions of g times the depthwise maps, both stacks of b.
+
+    The positions far outnumber the entries of the result, so they are cut into parts, whose
+    products run side by side and are added in the accumulator's dtype.
+    """
+    images, _, height, width = g.shape[-4:]
+    parts = images * _row_groups(height, width)
+    products = torch.bmm(
+        _matrices(g).unflatten(1, (parts, -1)).flatten(0, 1).transpose(1, 2),
+        _matrices(maps).unflatten(1, (parts, -1)).flatten(0, 1),
+    )
+    products = products.unflatten(0, (-1, parts))
+    return products.sum(1, dtype=_accumulator(g.dtype)).to(g.dtype)
+
+
+def _row_groups(height: int, width: int) -> int:
+    """Equal groups of rows of a map, as many as leave each at least POSITIONS_A_PART positions."""
+    most = max(1, height * width // POSITIONS_A_PART)
+    return max(groups for groups in range(1, most + 1) if height % groups == 0)
+
+
+POSITIONS_A_PART = 1024
+"""Long enough for a matrix product to run at speed."""
+
+
+def _depthwise_gradients(
+    dy: Tensor, x: Tensor, windows: Tensor, dilations: Sequence[int], stride: int
+) -> tuple[Tensor, Tensor]:
+    """dx, and the gradient of the windows in the accumulator's dtype."""
+    if dy.shape[:2] == (1, 1):
+        from lgcnet_fast.kernels.depthwise_backward import depthwise_backward
+
+        dilation = dilations[0]
+        dx, dw = depthwise_backward(dy[0, 0], x, windows[0, 0], dilation, stride, relu=True)
+        return dx, dw[None, None]
+    from lgcnet_fast.kernels.depthwise_input_grad import depthwise_multi_input_grad
+    from lgcnet_fast.kernels.depthwise_weight_grad import depthwise_multi_weight_grad
+
+    arguments = (dy, x, windows, dilations, stride, True)
+    return depthwise_multi_input_grad(*arguments), depthwise_multi_weight_grad(*arguments)
+
+
+def _accumulator(storage: torch.dtype) -> torch.dtype:
+    return torch.float64 if storage == torch.float64 else torch.float32
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, depthwise, pointwise, ctx.dilations, ctx.stride, _ = inputs
+    ctx.save_for_backward(x, depthwise, pointwise)
+
+
+def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
+    found = _separable_branches_backward(
+        [nhwc(g) for g in gradients], *ctx.saved_tensors, ctx.dilations, ctx.stride
+    )
+    return *found, None, None, None
+
+
+_separable_branches.register_autograd(_backward, setup_context=_keep)

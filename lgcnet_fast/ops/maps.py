@@ -1,0 +1,33 @@
+"""Feature maps (N, C, H, W) and stacks (B, N, C, H, W) of them; NHWC memory on the fused path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+STORAGE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def unstacked(maps: Sequence[Tensor]) -> list[Tensor]:
+    """All maps, those of stacks as views."""
+    return [y for entry in maps for y in (entry.unbind() if entry.ndim == 5 else (entry,))]
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """A map or stack as it is, or copied where its channels are not innermost."""
+    return x.movedim(-3, -1).contiguous().movedim(-1, -3)
+
+
+def empty_nhwc(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised map or stack (..., C, H, W) in NHWC memory, dtype and device of `like`."""
+    *outer, channels, height, width = shape
+    return like.new_empty(*outer, height, width, channels).movedim(-1, -3)
+
+
+def dtype_refusal(name: str, x: Tensor) -> str | None:
+    """Why no kernel can take a map of this dtype."""
+    if x.dtype in STORAGE:
+        return None
+    return f"{name} is {x.dtype}, kernels take {', '.join(map(str, STORAGE))}"

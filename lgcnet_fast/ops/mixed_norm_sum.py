@@ -1,0 +1,107 @@
+"""The sum at a mixed node, batch norms included: LGCNet equation 3 over all edges into a node.
+
+    out = sum_k z_k BN_k(y_k) + sum_j z_j x_j
+
+The batch norms have no affine part in the supernet. In training they normalise by the statistics
+of the batch, through which the gradient passes, and update their running statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from lgcnet_fast.errors import OperandError
+from lgcnet_fast.ops import fused_mixed_norm_sum
+from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.maps import unstacked
+from lgcnet_fast.ops.mixed_sum import mixed_sum
+from lgcnet_fast.ops.operands import check_beside, check_map, check_shape
+
+
+def mixed_norm_sum(
+    ys: Sequence[Tensor],
+    z: Tensor | None,
+    norms: Sequence[nn.Module | None],
+    options: Sequence[int] | None = None,
+) -> Tensor:
+    """`sum_k z[options[k]] * norms[k](y_k)`: (N, C, H, W) in the maps' dtype.
+
+    ys: maps (N, C, H, W) of one shape, or stacks (B, N, C, H, W) of them; K maps in all. norms: K
+    of them in the order of the maps: `nn.BatchNorm2d`, or None where a map enters as it is. z:
+    vector of weights, float32 or the maps' dtype, of which options[k] is the k-th map's (K numbers;
+    the first K weights by default); none for the single map of a plain batch norm.
+
+    Differentiable in the maps and z. The batch norms behave as when called: training mode updates
+    running mean, running variance (unbiased) and the count of batches. The fused form takes batch
+    norms without an affine part that agree in mode, eps and momentum, and maps in NHWC memory; it
+    keeps for the backward pass the maps themselves and 3 C numbers a map, and nothing of the
+    products. It does not wait for the device.
+
+    A weight that is NaN or infinite is refused where z lies on the CPU; on a GPU, where looking
+    would stall the step, it spreads into the loss, which the training loop watches.
+
+    Raises `OperandError` naming the argument at fault, `ValueError` for training statistics of a
+    single value a channel, `BackendError` where the chosen backend cannot serve.
+    """
+    maps = unstacked(ys)
+    options = tuple(range(len(maps)) if options is None else options)
+    _check(maps, z, norms, options)
+    result: Tensor = _operation(tuple(ys), z, tuple(norms), options)
+    return result
+
+
+def _reference(
+    ys: Sequence[Tensor],
+    z: Tensor | None,
+    norms: Sequence[nn.Module | None],
+    options: Sequence[int],
+) -> Tensor:
+    maps = [y if norm is None else norm(y) for y, norm in zip(unstacked(ys), norms, strict=True)]
+    if z is None:
+        return maps[0]
+    weights = z.unbind()
+    return mixed_sum(maps, [weights[option] for option in options])
+
+
+def _check(
+    maps: Sequence[Tensor],
+    z: Tensor | None,
+    norms: Sequence[nn.Module | None],
+    options: Sequence[int],
+) -> None:
+    """Raises `OperandError`."""
+    if not maps:
+        raise OperandError("ys: no maps to sum")
+    for index, y in enumerate(maps):
+        check_map(f"ys, map {index}", y)
+        check_shape(f"ys, map {index}", y, tuple(maps[0].shape))
+        check_beside(f"ys, map {index}", y, "the first", maps[0])
+    if len(norms) != len(maps):
+        raise OperandError(f"norms: {len(norms)} for {len(maps)} maps")
+    if len(options) != len(maps):
+        raise OperandError(f"options: {len(options)} for {len(maps)} maps")
+    if z is not None:
+        _check_weights(z, options, maps[0])
+    elif len(maps) > 1:
+        raise OperandError(f"z: none given for {len(maps)} maps, only a single one needs none")
+
+
+def _check_weights(z: Tensor, options: Sequence[int], like: Tensor) -> None:
+    """Raises `OperandError`."""
+    if z.ndim != 1 or not z.is_floating_point():
+        raise OperandError(f"z: need a float vector, got {z.dtype} of shape {tuple(z.shape)}")
+    check_beside("z", z, "ys", like)
+    outside = [option for option in options if not 0 <= option < len(z)]
+    if outside:
+        raise OperandError(f"options: {outside[0]} is no position in z of {len(z)} weights")
+    if z.device.type == "cpu" and not z.isfinite().all():
+        raise OperandError(f"z: weights must be finite, got {z.tolist()}")
+
+
+_operation = Operation(
+    "mixed_norm_sum",
+    _reference,
+    triton=Implementation(fused_mixed_norm_sum.run, fused_mixed_norm_sum.refuse),
+)

@@ -1,0 +1,110 @@
+"""Depthwise-separable branches of one map: the bodies of `sep3` and `dil3_*` of several edges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lgcnet_fast.errors import OperandError
+from lgcnet_fast.ops import fused_separable_branches
+from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
+from lgcnet_fast.ops.operands import check_beside, check_map, check_shape
+
+MAX_DILATIONS = 7
+
+
+def separable_branches(
+    x: Tensor,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    dilations: Sequence[int],
+    stride: int = 1,
+    stacks: Sequence[int] | None = None,
+) -> list[list[Tensor]]:
+    """`pointwise[b] * (depthwise[b] * relu(x))` of every branch, without batch norms.
+
+    x: (N, C, H, W). depthwise: weights (C, 1, 3, 3), pointwise: weights (C_out, C, 1, 1), one a
+    branch; padding is the dilation. dilations: 1 to 7 of them, each 1 to 255; where there are more
+    branches they repeat, so that edge after edge can list its branches. stacks: numbers of
+    neighbouring branches that go on together, all of them by default.
+
+    Returns the maps of each stack in a list: one map (N, C_out, ceil(H / stride), ceil(W / stride))
+    a branch, or a single stack (B, N, C_out, ...) of them, as suits the backend. `mixed_norm_sum`
+    takes either. Under autocast x and the weights enter the products in its dtype, and the maps
+    come out in it.
+
+    Differentiable in x and the weights. The fused form reads x once for all branches; for the
+    backward pass it keeps x and copies of the weights, and computes the depthwise maps anew. The
+    reference keeps three maps a branch: the ReLU of x, the depthwise map and its result.
+
+    Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
+    cannot serve.
+    """
+    stacks = (len(depthwise),) if stacks is None else tuple(stacks)
+    arguments = (x, tuple(depthwise), tuple(pointwise), tuple(dilations), stride, stacks)
+    _check(*arguments)
+    result: list[list[Tensor]] = _operation(*arguments)
+    return result
+
+
+def _reference(
+    x: Tensor,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    dilations: Sequence[int],
+    stride: int,
+    stacks: Sequence[int],
+) -> list[list[Tensor]]:
+    branches = iter(enumerate(zip(depthwise, pointwise, strict=True)))
+    return [
+        [
+            relu_depthwise_separable(x, *weights, stride, dilations[branch % len(dilations)])
+            for branch, weights in (next(branches) for _ in range(count))
+        ]
+        for count in stacks
+    ]
+
+
+def _check(
+    x: Tensor,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    dilations: Sequence[int],
+    stride: int,
+    stacks: Sequence[int],
+) -> None:
+    """Raises `OperandError`."""
+    check_map("x", x)
+    if stride not in (1, 2):
+        raise OperandError(f"stride: {stride}, need 1 or 2")
+    if not 1 <= len(dilations) <= MAX_DILATIONS:
+        raise OperandError(f"dilations: {len(dilations)} of them, need 1 to {MAX_DILATIONS}")
+    if any(not 1 <= dilation <= 255 for dilation in dilations):
+        raise OperandError(f"dilations: {tuple(dilations)}, each must be 1 to 255")
+    branches = len(depthwise)
+    if branches == 0 or branches % len(dilations):
+        raise OperandError(f"depthwise: {branches} weights for {len(dilations)} dilations")
+    if len(pointwise) != branches:
+        raise OperandError(f"pointwise: {len(pointwise)} weights for {branches} branches")
+    if min(stacks) < 1 or sum(stacks) != branches:
+        raise OperandError(f"stacks: {tuple(stacks)} do not divide {branches} branches")
+    channels, c_out = x.shape[1], pointwise[0].shape[0]
+    for name, weights, shape in (
+        ("depthwise", depthwise, (channels, 1, 3, 3)),
+        ("pointwise", pointwise, (c_out, channels, 1, 1)),
+    ):
+        for index, weight in enumerate(weights):
+            check_shape(f"{name}[{index}]", weight, shape)
+            check_beside(f"{name}[{index}]", weight, "x", x)
+            if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise OperandError(f"{name}[{index}]: {weight.dtype}, x is {x.dtype}")
+
+
+_operation = Operation(
+    "separable_branches",
+    _reference,
+    triton=Implementation(fused_separable_branches.run, fused_separable_branches.refuse),
+)

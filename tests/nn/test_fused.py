@@ -1,0 +1,98 @@
+"""Cells under the Triton backend against the reference: outputs, gradients, running statistics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lgcnet_fast.nn.cell import SearchCell
+from lgcnet_fast.nn.fusion import search_fusion_cell
+from lgcnet_fast.nn.fusion_graphs import FUSION_GRAPHS
+from lgcnet_fast.nn.primitives import DepthwiseSeparable
+from lgcnet_fast.ops import use_backend
+
+
+def random_map(*shape: int, device: torch.device) -> Tensor:
+    images, channels, height, width = shape
+    values = torch.randn(images, height, width, channels, device=device)
+    return values.movedim(-1, 1).requires_grad_()
+
+
+def outcome(
+    module: nn.Module, call: Callable[[nn.Module], Tensor], inputs: Sequence[Tensor], backend: str
+) -> dict[str, Tensor]:
+    """Output, gradients and state after one step of a copy of `module`."""
+    module = copy.deepcopy(module)
+    with use_backend(backend):
+        out = call(module)
+    torch.manual_seed(2)
+    g = torch.randn(out.shape).to(out)
+    parameters = dict(module.named_parameters())
+    gradients = torch.autograd.grad(out, [*inputs, *parameters.values()], g)
+    names = [*(f"input {i}" for i in range(len(inputs))), *parameters]
+    found = {f"gradient of {name}": value for name, value in zip(names, gradients, strict=True)}
+    return found | {"output": out} | module.state_dict()
+
+
+def assert_same(
+    module: nn.Module, call: Callable[[nn.Module], Tensor], inputs: Sequence[Tensor]
+) -> None:
+    reference, fused = (outcome(module, call, inputs, name) for name in ("reference", "triton"))
+    for name, wanted in reference.items():
+        found = fused[name]
+        assert found.dtype == wanted.dtype and found.shape == wanted.shape, name
+        scale = wanted.double().square().mean().sqrt()
+        assert (found - wanted).abs().max() <= 1e-3 * scale + 1e-5, name
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("reduction", [False, True])
+def test_search_cell(reduction: bool, training: bool, device: torch.device) -> None:
+    torch.manual_seed(0)
+    cell = SearchCell(3, 4, 4, reduction, reduce_first=False)
+    cell = cell.to(device, memory_format=torch.channels_last).train(training)
+    s0, s1 = random_map(2, 3, 5, 6, device=device), random_map(2, 4, 5, 6, device=device)
+    z = torch.rand(5, 8, device=device).softmax(1).requires_grad_()
+    assert_same(cell, lambda cell: cell(s0, s1, z), [s0, s1, z])
+
+
+@pytest.mark.parametrize("name", ["mscell"])
+def test_fusion_cell(name: str, device: torch.device) -> None:
+    torch.manual_seed(0)
+    graph = FUSION_GRAPHS[name]
+    cell = search_fusion_cell(graph, (4, 6)).to(device, memory_format=torch.channels_last)
+    features = [random_map(2, 4, 5, 4, device=device), random_map(2, 6, 3, 2, device=device)]
+    edges = {edge.name: 10 for edge in graph.op_edges} | {edge.name: 2 for edge in graph.up_edges}
+    z = {
+        edge: torch.rand(options, device=device).requires_grad_() for edge, options in edges.items()
+    }
+    assert_same(cell, lambda cell: cell(features, z), [*features, *z.values()])
+
+
+@pytest.mark.parametrize("stride, dilation", [(1, 2), (2, 1)])
+def test_separable_convolution_of_a_derived_network(
+    stride: int, dilation: int, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    module = DepthwiseSeparable(3, 5, stride, dilation).to(device)
+    x = random_map(2, 3, 5, 6, device=device)
+    assert_same(module, lambda module: module(x), [x])
+
+
+def test_autocast_cell_computes_in_half_precision(device: torch.device) -> None:
+    torch.manual_seed(0)
+    cell = SearchCell(3, 4, 4, reduction=False, reduce_first=False)
+    cell = cell.to(device, memory_format=torch.channels_last)
+    s0, s1 = random_map(2, 3, 5, 6, device=device), random_map(2, 4, 5, 6, device=device)
+    z = torch.rand(5, 8, device=device).softmax(1)
+    outputs = []
+    for backend in ("reference", "triton"):
+        with use_backend(backend), torch.autocast(device.type, torch.bfloat16):
+            outputs.append(copy.deepcopy(cell)(s0, s1, z))
+    reference, fused = outputs
+    assert fused.dtype == reference.dtype == torch.bfloat16
+    assert (fused.double() - reference.double()).norm() < 0.03 * reference.double().norm()

@@ -1,0 +1,230 @@
+"""Depthwise-separable branches: fused form against the reference, and that against one branch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from lgcnet_fast.errors import BackendError, OperandError
+from lgcnet_fast.ops import relu_depthwise_separable, separable_branches, use_backend
+from lgcnet_fast.ops.fused_separable_branches import (
+    POSITIONS_A_PART,
+    _row_groups,
+    _separable_branches,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: tuple[int, int, int, int]
+    c_out: int
+    dilations: tuple[int, ...]
+    stride: int = 1
+    stacks: tuple[int, ...] | None = None
+    edges: int = 1
+
+    @property
+    def branches(self) -> int:
+        return self.edges * len(self.dilations)
+
+    def build(
+        self, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """x in NHWC memory, depthwise and pointwise weights."""
+        torch.manual_seed(0)
+        images, channels, height, width = self.shape
+
+        def leaf(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=torch.float64).to(device, dtype)
+
+        depthwise = [leaf(channels, 1, 3, 3) for _ in range(self.branches)]
+        pointwise = [leaf(self.c_out, channels, 1, 1) for _ in range(self.branches)]
+        x = leaf(images, height, width, channels).movedim(-1, 1)
+        for tensor in (x, *depthwise, *pointwise):
+            tensor.requires_grad_()
+        return x, depthwise, pointwise
+
+    def __call__(self, x: Tensor, *weights: Tensor) -> list[list[Tensor]]:
+        depthwise, pointwise = weights[: self.branches], weights[self.branches :]
+        return separable_branches(x, depthwise, pointwise, self.dilations, self.stride, self.stacks)
+
+
+CASES = [
+    Case((2, 3, 5, 7), 3, (1, 2, 4, 8), stacks=(1, 3, 1, 3), edges=2),
+    Case((1, 6, 6, 5), 2, (1, 2, 4, 8, 12)),
+    Case((2, 5, 7, 4), 5, (1, 2, 4, 8), stride=2, stacks=(1, 3, 1, 3), edges=2),
+    Case((2, 17, 3, 5), 4, (1,)),
+    Case((2, 4, 6, 6), 3, (1,), stride=2),
+    Case((1, 2, 5, 5), 3, (2,), stride=2),
+    Case((1, 3, 1, 1), 1, (1, 2, 3, 4, 5, 6, 7), stride=2, stacks=(3, 4)),
+]
+
+
+def flat(stacks: list[list[Tensor]]) -> list[Tensor]:
+    return [y for stack in stacks for z in stack for y in (z.unbind() if z.ndim == 5 else [z])]
+
+
+def results(case: Case, inputs: list[Tensor], backend: str, autocast: bool = False) -> list[Tensor]:
+    """Maps of all branches, and gradients of x and all weights."""
+    device = inputs[0].device.type
+    with use_backend(backend), torch.autocast(device, torch.bfloat16, enabled=autocast):
+        maps = flat(case(*inputs))
+    torch.manual_seed(1)
+    gradients = [torch.randn(y.shape, dtype=torch.float64).to(y) for y in maps]
+    return [*maps, *torch.autograd.grad(maps, inputs, gradients)]
+
+
+def assert_as_good(found: list[Tensor], other: list[Tensor], truth: list[Tensor]) -> None:
+    """Of the same dtypes, and about as close to the truth as the reference."""
+    for a, b, wanted in zip(found, other, truth, strict=True):
+        assert a.dtype == b.dtype
+        error, other_error = ((t.double() - wanted).norm() for t in (a, b))
+        assert error <= 1.5 * other_error + 2e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_is_one_branch_after_the_other(case: Case) -> None:
+    x, depthwise, pointwise = case.build(torch.device("cpu"))
+    maps = flat(case(x, *depthwise, *pointwise))
+    assert len(maps) == case.branches
+    for branch, y in enumerate(maps):
+        dilation = case.dilations[branch % len(case.dilations)]
+        weights = depthwise[branch], pointwise[branch]
+        assert torch.equal(y, relu_depthwise_separable(x, *weights, case.stride, dilation))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fused_equals_reference(case: Case, device: torch.device) -> None:
+    x, depthwise, pointwise = case.build(device)
+    inputs = [x, *depthwise, *pointwise]
+    reference, fused = (results(case, inputs, backend) for backend in ("reference", "triton"))
+    for found, wanted in zip(fused, reference, strict=True):
+        assert found.dtype == wanted.dtype
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_stacks_are_dense_nhwc_and_gradients_fit_their_parameters(
+    case: Case, device: torch.device
+) -> None:
+    x, depthwise, pointwise = case.build(device)
+    with use_backend("triton"):
+        stacks = case(x, *depthwise, *pointwise)
+    assert [y.shape[0] for (y,) in stacks] == list(case.stacks or [case.branches])
+    assert all(y.movedim(-3, -1).is_contiguous() for (y,) in stacks)
+    sum(y.square().sum() for (y,) in stacks).backward()
+    # Otherwise each parameter would cost a copy of its gradient.
+    for weight in (*depthwise, *pointwise):
+        assert weight.grad.is_contiguous()
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=str)
+def test_autocast(case: Case, device: torch.device) -> None:
+    x, depthwise, pointwise = case.build(device)
+    inputs = [x, *depthwise, *pointwise]
+    precise = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    truth = results(case, precise, "reference")
+    reference = results(case, inputs, "reference", autocast=True)
+    fused = results(case, inputs, "triton", autocast=True)
+    assert fused[0].dtype == torch.bfloat16 and fused[-1].dtype == torch.float32
+    assert_as_good(fused, reference, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
+    case = CASES[2]
+    x, depthwise, pointwise = case.build(device, dtype)
+    inputs = [x, *depthwise, *pointwise]
+    precise = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    truth = results(case, precise, "reference")
+    reference, fused = (results(case, inputs, backend) for backend in ("reference", "triton"))
+    assert_as_good(fused, reference, truth)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_by_finite_differences(stride: int, backend: str, device: torch.device) -> None:
+    case = Case((1, 2, 2, 3), 1, (1, 2), stride, stacks=(1, 1))
+    x, depthwise, pointwise = case.build(device, torch.float64)
+
+    def joined(*inputs: Tensor) -> Tensor:
+        return torch.cat(flat(case(*inputs)))
+
+    with use_backend(backend):
+        inputs = (x, *depthwise, *pointwise)
+        assert torch.autograd.gradcheck(joined, inputs, fast_mode=True)
+
+
+def test_a_stack_that_nothing_reads(device: torch.device) -> None:
+    case = CASES[0]
+    x, depthwise, pointwise = case.build(device)
+    inputs = [x, *depthwise, *pointwise]
+    gradients = []
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            used = case(*inputs)[1]
+        total = sum(y.square().sum() for y in used)
+        gradients.append(torch.autograd.grad(total, inputs, materialize_grads=True))
+    for wanted, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_same_inputs_same_bits(device: torch.device) -> None:
+    x, depthwise, pointwise = CASES[0].build(device)
+    once, twice = (results(CASES[0], [x, *depthwise, *pointwise], "triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+def test_registration(device: torch.device) -> None:
+    x, depthwise, pointwise = Case((1, 2, 3, 4), 3, (1, 2)).build(device)
+    weights = torch.stack(depthwise), torch.stack(pointwise).flatten(2)
+    for stride in (1, 2):
+        arguments = (x, *(w.detach().requires_grad_() for w in weights), [1, 2], stride, [1, 1])
+        torch.library.opcheck(_separable_branches, arguments)
+
+
+@pytest.mark.parametrize("height, width", [(64, 128), (193, 193), (49, 97), (16, 32), (1, 1)])
+def test_parts_of_a_weight_gradient_are_long_and_equal(height: int, width: int) -> None:
+    groups = _row_groups(height, width)
+    assert height % groups == 0
+    assert groups == 1 or height // groups * width >= POSITIONS_A_PART
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.rand(3, 5, 7)}, "x: shape"),
+        ({"x": torch.rand(0, 3, 5, 7)}, "x: empty"),
+        ({"x": torch.ones(2, 3, 5, 7, dtype=torch.uint8)}, "x: dtype"),
+        ({"stride": 3}, "stride: 3, need 1 or 2"),
+        ({"dilations": ()}, "dilations: 0 of them"),
+        ({"dilations": (1, 0)}, r"dilations: \(1, 0\), each must be 1 to 255"),
+        ({"dilations": (1, 2, 3)}, "depthwise: 2 weights for 3 dilations"),
+        ({"depthwise": []}, "depthwise: 0 weights"),
+        ({"pointwise": [torch.rand(4, 3, 1, 1)]}, "pointwise: 1 weights for 2 branches"),
+        ({"pointwise": [torch.rand(4, 5, 1, 1)] * 2}, r"pointwise\[0\]: shape"),
+        ({"depthwise": [torch.rand(3, 1, 5, 5)] * 2}, r"depthwise\[0\]: shape"),
+        ({"depthwise": [torch.rand(3, 1, 3, 3).double()] * 2}, r"depthwise\[0\]: torch.float64"),
+        ({"stacks": (1,)}, r"stacks: \(1,\) do not divide 2 branches"),
+        ({"stacks": (2, 0)}, "stacks"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(change: dict[str, object], message: str, backend: str) -> None:
+    x, depthwise, pointwise = Case((2, 3, 5, 7), 4, (1, 2)).build(torch.device("cpu"))
+    arguments = {"x": x, "depthwise": depthwise, "pointwise": pointwise, "dilations": (1, 2)}
+    with use_backend(backend), pytest.raises(OperandError, match=message):
+        separable_branches(**(arguments | change))
+
+
+def test_an_exotic_dtype_is_refused(device: torch.device) -> None:
+    x, depthwise, pointwise = (
+        torch.rand(shape, device=device).to(torch.float8_e4m3fn)
+        for shape in ((1, 2, 3, 3), (2, 1, 3, 3), (2, 2, 1, 1))
+    )
+    with use_backend("triton"), pytest.raises(BackendError, match="x is torch.float8_e4m3fn"):
+        separable_branches(x, [depthwise], [pointwise], (1,))
