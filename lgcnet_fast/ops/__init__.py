@@ -1,7 +1,7 @@
 """Operations as pure functions: contract, plain-PyTorch reference and choice of the backend."""
 
 from lgcnet_fast.ops.backend import explain, set_backend, use_backend
-from lgcnet_fast.ops.concat_upsample import concat_upsample, upsample
+from lgcnet_fast.ops.concat_upsample import concat_upsample, sum_upsample, upsample
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.max_pool import max_pool
 from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum
@@ -18,6 +18,7 @@ __all__ = [
     "relu_depthwise_separable",
     "separable_branches",
     "set_backend",
+    "sum_upsample",
     "upsample",
     "upsample_argmax",
     "upsample_cross_entropy",

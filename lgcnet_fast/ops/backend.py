@@ -3,7 +3,9 @@
 An operation has a plain-PyTorch reference, which runs everywhere, and may have a Triton and a CUDA
 form. A named backend serves or raises `BackendError` with the reason. `auto` takes what the tuning
 table of the device names (see tuning.py), the reference for CPU tensors, and where it has to fall
-back to the reference on a GPU it warns once for each reason, or raises if `strict`.
+back to the reference on a GPU it warns once for each reason, or raises if `strict`. What
+torch.compile and torch.export trace is always the reference: a compiler fuses the plain form by
+itself, and exported files hold standard operations only.
 
     >>> from lgcnet_fast import ops
     >>> with ops.use_backend("reference"):
@@ -121,7 +123,8 @@ class Operation:
         _operations[name] = self
 
     def __call__(self, *arguments: Any) -> Any:
-        implementation = self._implementations[self.backend(arguments)]
+        traced = torch.compiler.is_compiling()
+        implementation = self._implementations["reference" if traced else self.backend(arguments)]
         assert implementation is not None
         return implementation.run(*arguments)
 
