@@ -33,20 +33,26 @@ def upsample_argmax_forward(
     Raises `ValueError`.
     """
     check_logits(logits, size)
-    batch, classes, h, w = logits.shape
+    batch, _, _, w = logits.shape
     if out is None:
         out = logits.new_empty((batch, *size), dtype=torch.uint8)
     check_like("out", out, (batch, *size), logits)
     if out.dtype != torch.uint8 or not out.is_contiguous():
         raise ValueError(f"out: {out.dtype} of strides {out.stride()}, need contiguous uint8")
-    rows = class_rows(logits)
-    grid = (triton.cdiv(w, config.lanes), triton.cdiv(h, config.rows), batch)
-    _argmax_kernel[grid](
-        rows, out, h, w, *size,
-        CLASSES=classes, PITCH=rows.shape[3], LANES=config.lanes, ROWS=config.rows,
-        ACC=accumulator(logits.dtype), num_warps=config.warps,
-    )  # fmt: skip
+    argmax_of_rows(class_rows(logits), w, out, config)
     return out
+
+
+def argmax_of_rows(rows: Tensor, width: int, out: Tensor, config: CellConfig = ARGMAX) -> None:
+    """rows: logits (N, h, classes, pitch) float32 or float64, `width` columns of which count, at
+    most 32 classes; writes uint8 labels (N, height, width), contiguous. Arguments are trusted."""
+    batch, h, classes, pitch = rows.shape
+    grid = (triton.cdiv(width, config.lanes), triton.cdiv(h, config.rows), batch)
+    _argmax_kernel[grid](
+        rows, out, h, width, *out.shape[1:],
+        CLASSES=classes, PITCH=pitch, LANES=config.lanes, ROWS=config.rows,
+        ACC=accumulator(rows.dtype), num_warps=config.warps,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["h", "w", "height", "width"])

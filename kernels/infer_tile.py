@@ -1,0 +1,318 @@
+"""One launch of an inference network: the sum of a node's edges, and 1x1 convolutions of it.
+
+    y = bias + sum_t term_t(x_t)                     the terms of infer_terms.py
+    z_j = bias_j + r(y) W_j + sum_i r(a_ij) W_ij     a_ij: other maps of the size of y
+
+Node y stays in registers on its way to the products z_j: where nothing else reads it, it is never
+stored. A node with its preprocessing of the following cells is so one launch, and so is the end of
+a network with its classifier.
+
+Least traffic: every x_t and a_ij once, y (if stored) and the z_j once, the weights once a program
+(from the L2 cache). Arithmetic: 2 C N a tap or product and pixel, 18 C for a depthwise filter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lgcnet_fast.kernels import infer_terms
+from lgcnet_fast.kernels.infer_terms import (
+    CONVOLUTION,
+    COPY,
+    POOL,
+    RESIZED,
+    RESIZED_PRODUCT,
+    SEPARABLE,
+    add_convolution,
+    add_resized_product,
+    add_separable,
+    channels_below,
+    copied,
+    load_weights,
+    multiply,
+    pooled,
+    rectified,
+    resized,
+)
+
+KINDS = {
+    name.lower(): getattr(infer_terms, name).value
+    for name in (
+        "COPY", "POOL", "SEPARABLE", "CONVOLUTION", "INTERLEAVED", "TRANSPOSED", "RESIZED",
+        "RESIZED_PRODUCT",
+    )
+}  # fmt: skip
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class MapView:
+    """A map (N, height, width, channels) in memory, NHWC with `pitch` elements a pixel.
+
+    `class_rows`: float32 rows (N, height, channels, pitch) instead, as the argmax reads them.
+    """
+
+    data: Tensor
+    """One-dimensional, from the map's first element on."""
+    height: int
+    width: int
+    channels: int
+    pitch: int
+    class_rows: bool = False
+
+
+@dataclass(frozen=True)
+class TileTerm:
+    """weight: (taps * c_in, c_out) in the storage dtype; depthwise: (9, c_in) float32."""
+
+    kind: str
+    source: MapView
+    weight: Tensor | None = None
+    depthwise: Tensor | None = None
+    stride: int = 1
+    dilation: int = 1
+    side: int = 1
+    relu: bool = True
+
+
+@dataclass(frozen=True)
+class TileProduct:
+    """weight: (c_node + sum of the parts' channels, c_out); bias: (c_out,) float32."""
+
+    parts: tuple[MapView, ...]
+    weight: Tensor
+    bias: Tensor
+    out: MapView
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A program computes `rows` x `columns` pixels, `block_k` input channels at a time."""
+
+    rows: int
+    columns: int
+    block_k: int
+    warps: int
+    stages: int = 2
+
+    @classmethod
+    def default(cls, pixels: int, channels: int, dtype: torch.dtype) -> TileConfig:
+        """Small tiles for small maps, so that every multiprocessor of a large GPU has work."""
+        wide = triton.next_power_of_2(channels) >= 128
+        if dtype == torch.float32:
+            return cls(4, 8, block_k=16, warps=8 if wide else 4, stages=1)
+        if pixels < 2**13:
+            return cls(2, 8, block_k=64, warps=4)
+        rows = 4 if pixels < 2**15 or wide else 8
+        return cls(rows, 8, block_k=64, warps=4)
+
+
+def run_tile(
+    terms: Sequence[TileTerm],
+    bias: Tensor,
+    out: MapView | None,
+    products: Sequence[TileProduct],
+    size: tuple[int, int],
+    batch: int,
+    dtype: torch.dtype,
+    relu_out: bool = False,
+    config: TileConfig | None = None,
+) -> None:
+    """Writes `out` (if given) and the outputs of the products, all (batch, *size).
+
+    bias: (channels of the node,) float32; dtype: of the maps and weights; relu_out: y is stored as
+    its ReLU. Views are trusted.
+    """
+    height, width = size
+    channels = len(bias)
+    config = config or TileConfig.default(batch * height * width, channels, dtype)
+    parts = [part for product in products for part in product.parts]
+    store = out is not None
+    across = triton.cdiv(width, config.columns)
+    grid = (across * triton.cdiv(height, config.rows), batch)
+    _tile_kernel[grid](
+        tuple(term.source.data for term in terms) or (bias,),
+        tuple(bias if term.weight is None else term.weight for term in terms) or (bias,),
+        tuple(bias if term.depthwise is None else term.depthwise for term in terms) or (bias,),
+        tuple(n for term in terms for n in (term.source.height, term.source.width)) or (0,),
+        bias, out.data if out is not None else bias,
+        tuple(part.data for part in parts) or (bias,),
+        tuple(product.weight for product in products) or (bias,),
+        tuple(product.bias for product in products) or (bias,),
+        tuple(product.out.data for product in products) or (bias,),
+        height, width, across,
+        TERMS=tuple(_constants(term, config) for term in terms),
+        PARTS=tuple((part.channels, part.pitch, _block(part.channels, config)) for part in parts),
+        PRODUCTS=_product_constants(products),
+        N=channels, BLOCK_N=_block(channels), OUT=_out_constants(out) if store else (0, 0),
+        STORE=store, RELU_OUT=relu_out,
+        ROWS=config.rows, COLUMNS=config.columns,
+        STORAGE=TRITON_DTYPES[dtype],
+        DOT=tl.float32 if INTERPRETED else TRITON_DTYPES[dtype],
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
+def _block(channels: int, config: TileConfig | None = None) -> int:
+    """Channels of one block: matrix units take 16 or more."""
+    block = max(16, triton.next_power_of_2(channels))
+    return block if config is None else min(block, config.block_k)
+
+
+def _constants(term: TileTerm, config: TileConfig) -> tuple[int, ...]:
+    source = term.source
+    return (
+        KINDS[term.kind], source.channels, source.pitch, term.stride, term.dilation, term.side,
+        int(term.relu), _block(source.channels, config),
+    )  # fmt: skip
+
+
+def _out_constants(out: MapView) -> tuple[int, int]:
+    return out.pitch, int(out.class_rows)
+
+
+def _product_constants(products: Sequence[TileProduct]) -> tuple[tuple[int, ...], ...]:
+    """(channels, block of channels, first part, part behind the last, pitch, class_rows) each."""
+    constants, first = [], 0
+    for product in products:
+        end = first + len(product.parts)
+        channels = product.out.channels
+        constants.append((channels, _block(channels), first, end, *_out_constants(product.out)))
+        first = end
+    return tuple(constants)
+
+
+@triton.jit
+def _term(
+    total, x_ptr, w_ptr, d_ptr, image, row, column, inside, n, h, w, height, width,
+    TERMS: tl.constexpr, t: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    STORAGE: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """total + term t; TERMS: what `_constants` gives, a term each."""
+    KIND: tl.constexpr = TERMS[t][0]
+    C: tl.constexpr = TERMS[t][1]
+    PITCH: tl.constexpr = TERMS[t][2]
+    STRIDE: tl.constexpr = TERMS[t][3]
+    DILATION: tl.constexpr = TERMS[t][4]
+    SIDE: tl.constexpr = TERMS[t][5]
+    RELU: tl.constexpr = TERMS[t][6]
+    BLOCK_K: tl.constexpr = TERMS[t][7]
+    if KIND == COPY:
+        total += copied(x_ptr, image, row, column, inside, n, h, w, C, PITCH, BLOCK_N)
+    elif KIND == POOL:
+        total += pooled(x_ptr, image, row, column, inside, n, h, w, C, PITCH, STRIDE, BLOCK_N)
+    elif KIND == RESIZED:
+        total += resized(
+            x_ptr, image, row, column, inside, n, h, w, height, width, C, PITCH, BLOCK_N
+        )
+    elif KIND == SEPARABLE:
+        total = add_separable(
+            total, x_ptr, d_ptr, w_ptr, image, row, column, inside, n, h, w,
+            C, PITCH, STRIDE, DILATION, N, BLOCK_K, BLOCK_N, STORAGE, DOT,
+        )  # fmt: skip
+    elif KIND == RESIZED_PRODUCT:
+        total = add_resized_product(
+            total, x_ptr, w_ptr, image, row, column, inside, n, h, w, height, width,
+            C, PITCH, RELU, N, BLOCK_K, BLOCK_N, STORAGE, DOT,
+        )  # fmt: skip
+    else:
+        total = add_convolution(
+            total, x_ptr, w_ptr, image, row, column, inside, n, h, w,
+            KIND, C, PITCH, STRIDE, DILATION, SIDE, RELU, N, BLOCK_K, BLOCK_N, STORAGE, DOT,
+        )  # fmt: skip
+    return total
+
+
+@triton.jit
+def _store(
+    y_ptr, y, image, row, column, inside, n, height, width, N: tl.constexpr,
+    PITCH: tl.constexpr, CLASS_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    mask = inside[:, None] & channels_below(n, N, BLOCK_N)
+    if CLASS_ROWS:
+        first = ((image * height + row) * N)[:, None] + n[None, :]
+        offset = first * PITCH + column[:, None]
+    else:
+        offset = (((image * height + row) * width + column) * PITCH)[:, None] + n[None, :]
+    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tile_kernel(
+    x_ptrs, w_ptrs, d_ptrs, sizes, bias_ptr, y_ptr,
+    part_ptrs, product_w_ptrs, product_bias_ptrs, product_ptrs,
+    height, width, across,
+    TERMS: tl.constexpr, PARTS: tl.constexpr, PRODUCTS: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, OUT: tl.constexpr, STORE: tl.constexpr,
+    RELU_OUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STORAGE: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of ROWS x COLUMNS pixels, images); `across`: tiles in a row of tiles."""
+    image = tl.program_id(1)
+    pixel = tl.arange(0, ROWS * COLUMNS)
+    row = tl.program_id(0) // across * ROWS + pixel // COLUMNS
+    column = tl.program_id(0) % across * COLUMNS + pixel % COLUMNS
+    inside = (row < height) & (column < width)
+    n = tl.arange(0, BLOCK_N)
+
+    bias = tl.load(bias_ptr + n[None, :], mask=channels_below(n, N, BLOCK_N), other=0.0)
+    total = tl.zeros((ROWS * COLUMNS, BLOCK_N), tl.float32) + bias
+    for t in tl.static_range(len(TERMS)):
+        total = _term(
+            total, x_ptrs[t], w_ptrs[t], d_ptrs[t], image, row, column, inside, n,
+            sizes[2 * t], sizes[2 * t + 1], height, width, TERMS, t, N, BLOCK_N, STORAGE, DOT,
+        )  # fmt: skip
+    if STORE:
+        y = rectified(total, RELU_OUT)
+        _store(y_ptr, y, image, row, column, inside, n, height, width, N, OUT[0], OUT[1], BLOCK_N)
+
+    if len(PRODUCTS) > 0:
+        # As a reader of the stored map would see it.
+        node = rectified(total, True)
+        for j in tl.static_range(len(PRODUCTS)):
+            _product(
+                node, product_w_ptrs[j], product_bias_ptrs[j], product_ptrs[j], part_ptrs, image,
+                row, column, inside, n, height, width, N, BLOCK_N, PRODUCTS, j, PARTS, STORAGE, DOT,
+            )  # fmt: skip
+
+
+@triton.jit
+def _product(
+    node, w_ptr, bias_ptr, z_ptr, part_ptrs, image, row, column, inside, n, height, width,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, PRODUCTS: tl.constexpr, j: tl.constexpr,
+    PARTS: tl.constexpr, STORAGE: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Writes bias + node W + the other parts' products; rows of W: the node's channels first."""
+    M: tl.constexpr = PRODUCTS[j][0]
+    BLOCK_M: tl.constexpr = PRODUCTS[j][1]
+    FIRST: tl.constexpr = PRODUCTS[j][2]
+    END: tl.constexpr = PRODUCTS[j][3]
+    m = tl.arange(0, BLOCK_M)
+    bias = tl.load(bias_ptr + m[None, :], mask=channels_below(m, M, BLOCK_M), other=0.0)
+    total = tl.zeros((node.shape[0], BLOCK_M), tl.float32) + bias
+    weight = load_weights(w_ptr, n, m, N, M, BLOCK_N, BLOCK_M)
+    total = multiply(total, node, weight, STORAGE, DOT)
+    part_w_ptr = w_ptr + N * M
+    for i in tl.static_range(FIRST, END):
+        total = add_convolution(
+            total, part_ptrs[i], part_w_ptr, image, row, column, inside, m, height, width,
+            CONVOLUTION, PARTS[i][0], PARTS[i][1], 1, 1, 1, True, M, PARTS[i][2], BLOCK_M,
+            STORAGE, DOT,
+        )  # fmt: skip
+        part_w_ptr += PARTS[i][0] * M
+    _store(
+        z_ptr, total, image, row, column, inside, m, height, width, M,
+        PRODUCTS[j][4], PRODUCTS[j][5], BLOCK_M,
+    )  # fmt: skip
