@@ -1,0 +1,114 @@
+"""One arena for all maps of a plan: where they lie, and which launches may overlap in time.
+
+Launches are put on a few streams. A launch waits for those whose results it reads and follows the
+earlier ones of its stream; what follows from both is the order that can be relied on. Two buffers
+may share memory only if every launch that touches the one is ordered before the launch that writes
+the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lgcnet_fast.deploy.plan import Buffer, Launch, Plan, dependencies
+
+STREAMS = 4
+ALIGNMENT = 256
+"""Bytes; vector loads need 16."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """By launch: its stream, the launches that it waits for, and all that come before it."""
+
+    streams: tuple[int, ...]
+    waits: tuple[tuple[int, ...], ...]
+    """On other streams; those on the same stream are in order anyway."""
+    before: tuple[frozenset[int], ...]
+
+
+@dataclass(frozen=True)
+class Arena:
+    offsets: dict[Buffer, int]
+    """In bytes."""
+    size: int
+    """In bytes."""
+
+
+def schedule(launches: Sequence[Launch], streams: int = STREAMS) -> Schedule:
+    """Each launch goes behind a launch that it depends on, if that is the last of its stream."""
+    last: list[int | None] = [None] * streams
+    chosen: list[int] = []
+    before: list[frozenset[int]] = []
+    waits: list[tuple[int, ...]] = []
+    for index, needed in enumerate(dependencies(launches)):
+        ancestors = needed.union(*(before[launch] for launch in needed))
+        stream = _stream_for(needed, ancestors, last)
+        previous = last[stream]
+        if previous is not None:
+            ancestors = ancestors | {previous} | before[previous]
+        waits.append(tuple(sorted(at for at in needed if chosen[at] != stream)))
+        before.append(frozenset(ancestors))
+        chosen.append(stream)
+        last[stream] = index
+    return Schedule(tuple(chosen), tuple(waits), tuple(before))
+
+
+def _stream_for(needed: set[int], ancestors: set[int], last: Sequence[int | None]) -> int:
+    """Behind the newest dependency; else where nothing would be waited for in vain."""
+    tails = {tail: stream for stream, tail in enumerate(last) if tail is not None}
+    direct = [tail for tail in tails if tail in needed]
+    if direct:
+        return tails[max(direct)]
+    idle = [stream for stream, tail in enumerate(last) if tail is None or tail in ancestors]
+    return idle[0] if idle else tails[min(tails)]
+
+
+def allocate(plan: Plan, order: Schedule) -> Arena:
+    """The largest buffers first, each at the lowest place that is free for all its life."""
+    lives = {buffer: _life(plan.launches, buffer, plan.output) for buffer in plan.buffers()}
+    sizes = {buffer: plan.bytes_of(buffer) for buffer in lives}
+    offsets: dict[Buffer, int] = {}
+    for buffer in sorted(lives, key=lambda b: -sizes[b]):
+        rivals = [
+            other for other in offsets if may_overlap(lives[buffer], lives[other], order.before)
+        ]
+        offsets[buffer] = _lowest_gap(
+            sizes[buffer], sorted((offsets[other], sizes[other]) for other in rivals)
+        )
+    return Arena(offsets, max(offsets[b] + sizes[b] for b in offsets))
+
+
+@dataclass(frozen=True)
+class Life:
+    """Launches that touch a buffer: the one that writes it and the ones that read it."""
+
+    writer: int
+    touched: frozenset[int]
+
+
+def _life(launches: Sequence[Launch], buffer: Buffer, output: Buffer) -> Life:
+    writer = next(at for at, launch in enumerate(launches) if buffer in launch.writes)
+    readers = {at for at, launch in enumerate(launches) if buffer in launch.reads}
+    if buffer is output:
+        # Read after the last launch, which nothing comes after.
+        readers.add(len(launches))
+    return Life(writer, frozenset({writer} | readers))
+
+
+def may_overlap(one: Life, other: Life, before: Sequence[frozenset[int]]) -> bool:
+    """Whether two buffers may hold something that is still needed at the same time."""
+    one_first = one.touched <= before[other.writer]
+    other_first = other.touched <= before[one.writer]
+    return not (one_first or other_first)
+
+
+def _lowest_gap(size: int, taken: Sequence[tuple[int, int]]) -> int:
+    """taken: (offset, size), by offset; they may overlap each other."""
+    offset = 0
+    for start, length in taken:
+        if offset + size <= start:
+            break
+        offset = max(offset, -(-(start + length) // ALIGNMENT) * ALIGNMENT)
+    return offset
