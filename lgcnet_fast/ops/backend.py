@@ -44,6 +44,7 @@ class Choice(NamedTuple):
 
 _process_wide = Choice("auto", strict=False)
 _here: ContextVar[Choice | None] = ContextVar("backend", default=None)
+_supposed: ContextVar[torch.device | None] = ContextVar("supposed_device", default=None)
 
 
 def set_backend(name: str, strict: bool = False) -> None:
@@ -60,6 +61,19 @@ def use_backend(name: str, strict: bool = False) -> Iterator[None]:
         yield
     finally:
         _here.reset(token)
+
+
+@contextmanager
+def suppose(device: torch.device) -> Iterator[None]:
+    """Inside the `with` block operations choose as for tensors on `device`, which need not exist.
+
+    For tensors without data, on which every implementation says what it would allocate.
+    """
+    token = _supposed.set(device)
+    try:
+        yield
+    finally:
+        _supposed.reset(token)
 
 
 def current_backend() -> Choice:
@@ -146,11 +160,12 @@ class Operation:
         implementation = self._implementations[backend]
         if implementation is None:
             return f"{self.name} has no {backend} form"
-        return why_not(backend, _device_of(arguments)) or implementation.refuse(*arguments)
+        absent = None if _supposed.get() else why_not(backend, _device_of(arguments))
+        return absent or implementation.refuse(*arguments)
 
     def automatic(self, arguments: tuple[Any, ...]) -> tuple[str, str | None]:
         """What `auto` takes, and the reason where that is a fallback."""
-        device = _device_of(arguments)
+        device = _supposed.get() or _device_of(arguments)
         if device.type != "cuda":
             return "reference", None
         name, reason = tuning.backend_for(self.name, device)

@@ -8,12 +8,12 @@ running statistics of all batch norms are updated by three multi-tensor launches
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lgcnet_fast.ops.constants import constant
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc, unstacked
 
 
@@ -82,7 +82,7 @@ def run(
     else:
         kept = [o for o, norm in zip(options, norms, strict=True) if norm is not None]
         kept += [o for o, norm in zip(options, norms, strict=True) if norm is None]
-        weights = z if kept == list(range(len(z))) else z[_positions(tuple(kept), z.device)]
+        weights = z if kept == list(range(len(z))) else z[constant(tuple(kept), z.device)]
     result: Tensor = _mixed_sum(normalised, plain, weights, statistics, training)
     return result
 
@@ -96,13 +96,6 @@ def _with_norms(
         count = len(y) if y.ndim == 5 else 1
         yield y, norms[first : first + count]
         first += count
-
-
-@cache
-def _positions(options: tuple[int, ...], device: torch.device) -> Tensor:
-    """As a tensor that outlives inference mode and is not copied to the device again."""
-    with torch.inference_mode(False):
-        return torch.tensor(options, device=device)
 
 
 def _update_running_statistics(

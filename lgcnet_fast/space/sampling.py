@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from lgcnet_fast.ops.constants import constant
 from lgcnet_fast.space.base import Arch, ArchGroup
 
 
@@ -47,11 +47,6 @@ def masked(arch: Arch, groups: Sequence[ArchGroup]) -> Arch:
     masks = {group.name: group.mask for group in groups if group.mask is not None}
     result = {name: logits.float() for name, logits in arch.items()}
     for name, mask in masks.items():
-        result[name] = result[name].masked_fill(~_mask(mask, result[name].device), -torch.inf)
+        allowed = constant(mask, result[name].device)
+        result[name] = result[name].masked_fill(~allowed, -torch.inf)
     return result
-
-
-@functools.lru_cache(maxsize=64)
-def _mask(mask: tuple[tuple[bool, ...], ...], device: torch.device) -> Tensor:
-    """Kept on the device, so that a search step copies nothing."""
-    return torch.tensor(mask, device=device)

@@ -18,6 +18,7 @@ from lgcnet_fast.ops.backend import (
     current_backend,
     explain,
     set_backend,
+    suppose,
     use_backend,
 )
 
@@ -184,3 +185,19 @@ def test_check_backend_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None
     check_backend("auto", ON_GPU)
     with pytest.raises(BackendError, match="'triton' cannot serve here: too old"):
         check_backend("triton", ON_GPU)
+
+
+def test_a_supposed_device_need_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "why_not", lambda name, device: "there is none")
+    x = torch.ones(2)
+    operation = Operation(
+        "test_supposed",
+        lambda x: x,
+        triton=Implementation(lambda x: x + 1, lambda x: "too small" if len(x) < 2 else None),
+    )
+    with suppose(torch.device("cuda")), use_backend("triton"):
+        assert operation(x).tolist() == [2, 2]
+        with pytest.raises(BackendError, match="too small"):
+            operation(x[:1])
+    with use_backend("triton"), pytest.raises(BackendError, match="there is none"):
+        operation(x)
