@@ -77,7 +77,8 @@ class DataConfig(Section):
 
 
 class LatencyConfig(Section):
-    """`table`: the JSON file of `lgcnet lut build`, or roofline_titanxp, which needs no GPU."""
+    """`table`: the JSON file of `lgcnet lut build`, the name of a table that comes with the package
+    (`lgcnet lut list`), or roofline_titanxp, which needs no GPU."""
 
     table: str = "roofline_titanxp"
     size: Size = (769, 1537)

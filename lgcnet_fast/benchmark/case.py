@@ -16,6 +16,13 @@ Copies = Literal["none", "in", "out", "both"]
 COPIES: tuple[Copies, ...] = ("none", "in", "out", "both")
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """Of fp32, fp16 or bf16. Raises `ConfigError`."""
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r}: must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
 @dataclass(frozen=True)
 class Case:
     """Raises `ConfigError` for values that mean nothing."""
@@ -31,8 +38,7 @@ class Case:
     """Between the host's pinned memory and the GPU that count: images in, results out."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype {self.dtype!r}: must be one of {', '.join(DTYPES)}")
+        dtype_named(self.dtype)
         if self.copies not in COPIES:
             raise ConfigError(f"copies {self.copies!r}: must be one of {', '.join(COPIES)}")
         if self.batch < 1 or min(self.size) < 1:
@@ -41,7 +47,7 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return dtype_named(self.dtype)
 
     def images(self, device: torch.device) -> Tensor:
         """The same uint8 (batch, height, width, 3) every time, on `device`.

@@ -36,6 +36,22 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides one key; repeatable."),
 ]
+DTYPES = ("fp32", "fp16", "bf16")
+"""As deploy.engine.DTYPES, which cannot be imported here without torch."""
+DtypeName = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(DTYPES),
+        autocompletion=lambda: list(DTYPES),
+        help="Numbers that networks compute with.",
+    ),
+]
+DeviceName = Annotated[
+    str, typer.Option(metavar="auto|cpu|cuda:N", help="auto: the first GPU, else the CPU.")
+]
+TableName = Annotated[
+    str, typer.Argument(metavar="TABLE", help="A file, or a name of `lgcnet lut list`.")
+]
 
 
 def configuration(path: Path | None, preset: str | None, overrides: list[str] | None) -> RunConfig:

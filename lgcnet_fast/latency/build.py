@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -13,11 +12,11 @@ from lgcnet_fast.latency.providers import (
     LatencyProvider,
     RooflineProvider,
 )
+from lgcnet_fast.latency.shipped import find_table
 from lgcnet_fast.latency.table import (
     Entry,
     LookupTable,
     check_table,
-    load_table,
     make_entry,
 )
 from lgcnet_fast.space.base import LutKey, SearchSpace
@@ -53,13 +52,14 @@ def build_table(
 def open_table(
     name: str, space: SearchSpace, size: tuple[int, int], num_classes: int, device: torch.device
 ) -> tuple[LookupTable, tuple[str, ...]]:
-    """The table that `latency.table` names, a file or the roofline, and warnings about it.
+    """The table that `latency.table` names and warnings about it.
 
-    Raises `TableError` where it cannot serve the run.
+    name: a file's path, a shipped table, or the roofline. Raises `TableError` where it cannot
+    serve the run.
     """
     if name == ROOFLINE:
         return build_table(space, size, num_classes, RooflineProvider()), ()
-    table = load_table(Path(name))
+    table = find_table(name)
     return table, check_table(table, name, space, size, num_classes, device_name(device))
 
 

@@ -15,9 +15,9 @@ from lgcnet_fast.latency.roofline import roofline_ms
 from lgcnet_fast.latency.table import Provenance
 from lgcnet_fast.space.base import LutModule
 
-BATCHES = {"measured": 1, "measured_batch8": 8}
 ROOFLINE = "roofline_titanxp"
-PROVIDERS = (*BATCHES, ROOFLINE)
+"""What `latency.table` calls the table that needs no file."""
+RUNTIMES = ("eager", "deploy", "roofline")
 
 
 class LatencyProvider(ABC):
@@ -32,29 +32,28 @@ class LatencyProvider(ABC):
 
 
 class EagerProvider(LatencyProvider):
-    """Runs the plain PyTorch modules in float32; `batch` images a run share its launches."""
+    """Runs the plain PyTorch modules; `batch` images a run share its launches."""
 
-    def __init__(self, device: torch.device, batch: int = 1, effort: Effort = FULL_EFFORT) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        batch: int = 1,
+        effort: Effort = FULL_EFFORT,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.device = device
         self.batch = batch
         self.effort = effort
+        self.dtype = dtype
 
     def provenance(self) -> Provenance:
-        names = {batch: name for name, batch in BATCHES.items()}
-        return Provenance(
-            provider=names.get(self.batch, f"measured_batch{self.batch}"),
-            device=device_name(self.device),
-            driver=driver(self.device),
-            torch=torch.__version__,
-            cuda=torch.version.cuda or "",
-            runtime="eager",
-            batch=self.batch,
-        )
+        provider = "measured" if self.batch == 1 else f"measured_batch{self.batch}"
+        return measured_on(self.device, provider, "eager", self.dtype, self.batch)
 
     def measure(self, lut: LutModule) -> Measurement:
-        module = lut.module.to(self.device)
+        module = lut.module.to(self.device, self.dtype)
         inputs = [
-            torch.randn(self.batch * images, *shape, device=self.device)
+            torch.randn(self.batch * images, *shape, device=self.device, dtype=self.dtype)
             for images, *shape in lut.input_shapes
         ]
         try:
@@ -79,11 +78,24 @@ class RooflineProvider(LatencyProvider):
         return Measurement(roofline_ms(lut.module, lut.input_shapes), 0.0, 1, capped=False)
 
 
-def make_provider(name: str, device: torch.device) -> LatencyProvider:
+def measured_on(
+    device: torch.device, provider: str, runtime: str, dtype: torch.dtype, batch: int
+) -> Provenance:
+    """The provenance of what is measured now on `device`."""
+    return Provenance(
+        provider=provider,
+        device=device_name(device),
+        driver=driver(device),
+        torch=torch.__version__,
+        cuda=torch.version.cuda or "",
+        dtype=str(dtype).removeprefix("torch."),
+        runtime=runtime,
+        batch=batch,
+    )
+
+
+def check_runtime(name: str) -> None:
     """Raises `ConfigError` with the nearest name."""
-    if name == ROOFLINE:
-        return RooflineProvider()
-    if name in BATCHES:
-        return EagerProvider(device, BATCHES[name])
-    near = difflib.get_close_matches(name, PROVIDERS, n=1, cutoff=0)
-    raise ConfigError(f"unknown latency provider {name!r}; did you mean {near[0]!r}?")
+    if name not in RUNTIMES:
+        near = difflib.get_close_matches(name, RUNTIMES, n=1, cutoff=0)
+        raise ConfigError(f"unknown runtime {name!r} of a latency table; did you mean {near[0]!r}?")

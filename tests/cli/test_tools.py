@@ -102,7 +102,7 @@ def test_predict_before_training_names_the_stage(config: Path, photos: Path) -> 
 
 def test_a_built_table_can_be_shown_and_used(config: Path) -> None:
     table = config.parent / "table.json"
-    roofline = ("--provider", "roofline_titanxp")
+    roofline = ("--runtime", "roofline")
     call_well("lut", "build", config, "--preset", "smoke", "--out", table, *roofline)
     shown = call_well("lut", "show", table).out
     assert "TITAN Xp" in shown and "49x97" in shown and "cell.sep3" in shown
@@ -118,7 +118,7 @@ def test_a_built_table_can_be_shown_and_used(config: Path) -> None:
 def test_lut_mistakes(config: Path) -> None:
     out = ("--out", config.parent / "table.json")
     build = ("lut", "build", config, "--preset", "smoke", *out)
-    assert "roofline_titanxp" in refusal(*build, "--provider", "roofline")
+    assert "did you mean 'roofline'" in refusal(*build, "--runtime", "rooflin")
     assert "space.cels" in refusal(*build, "--set", "space.cels=3")
     assert refusal(*build, "--classes", "0")
     assert "missing.json" in refusal("lut", "show", config.parent / "missing.json")

@@ -5,8 +5,10 @@ import torch
 
 from lgcnet_fast.errors import ConfigError, TableError
 from lgcnet_fast.latency.build import build_table, open_table
+from lgcnet_fast.latency.hardware import device_name
 from lgcnet_fast.latency.measure import Effort
-from lgcnet_fast.latency.providers import EagerProvider, RooflineProvider, make_provider
+from lgcnet_fast.latency.providers import RUNTIMES, EagerProvider, check_runtime
+from lgcnet_fast.latency.shipped import find_table, shipped_tables
 from lgcnet_fast.latency.table import save_table
 from lgcnet_fast.space.registry import make_space
 
@@ -55,12 +57,40 @@ def test_a_batch_of_eight_gives_the_time_of_one_image(space):
     assert table.made_on.provider == "measured_batch8" and table.made_on.batch == 8
 
 
-def test_providers_by_name():
-    assert isinstance(make_provider("roofline_titanxp", CPU), RooflineProvider)
-    assert make_provider("measured", CPU).batch == 1
-    assert make_provider("measured_batch8", CPU).batch == 8
-    with pytest.raises(ConfigError, match="'mesured'; did you mean 'measured'"):
-        make_provider("mesured", CPU)
+def test_an_unknown_runtime_names_the_nearest():
+    for name in RUNTIMES:
+        check_runtime(name)
+    with pytest.raises(ConfigError, match="'deploi' of a latency table; did you mean 'deploy'"):
+        check_runtime("deploi")
+
+
+def test_half_precision_is_measured_in_half_precision(space):
+    seen = set()
+
+    class Watching(EagerProvider):
+        def measure(self, lut):
+            lut.module.register_forward_pre_hook(lambda m, inputs: seen.add(inputs[0].dtype))
+            return super().measure(lut)
+
+    table = build_table(space, SIZE, 5, Watching(CPU, effort=QUICK, dtype=torch.bfloat16))
+    assert seen == {torch.bfloat16} and table.made_on.dtype == "bfloat16"
+
+
+def test_shipped_tables_open_by_name_and_serve_their_space():
+    for name in shipped_tables():
+        table = find_table(name)
+        space = make_space({"name": table.space, **table.options})
+        opened, warnings = open_table(name, space, table.size, table.num_classes, CPU)
+        assert opened == table
+        (warning,) = warnings
+        assert table.made_on.device in warning and device_name(CPU) in warning
+
+
+def test_an_unknown_table_names_the_nearest(tmp_path):
+    with pytest.raises(TableError, match="'eager_h200'.*did you mean 'eager_h200_360x480'"):
+        find_table("eager_h200")
+    with pytest.raises(TableError, match="nowhere.json: cannot read"):
+        find_table(str(tmp_path / "nowhere.json"))
 
 
 def test_the_roofline_opens_by_name_and_is_the_same_every_time(space):
