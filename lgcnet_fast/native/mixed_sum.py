@@ -113,13 +113,17 @@ class Positions:
 
 
 def batch_statistics(
-    ys: Sequence[Tensor], eps: float = 1e-5, *, launcher: Launcher | None = None
+    ys: Sequence[Tensor],
+    eps: float = 1e-5,
+    *,
+    out: Tensor | None = None,
+    launcher: Launcher | None = None,
 ) -> Statistics:
     """Statistics of each map over its N H W positions.
 
-    ys: K maps (N, C, H, W), dense NHWC, of one shape and dtype. Raises `ValueError` for other
-    arguments and for a single value a channel, which has no variance;
-    `DeviceError` without a route.
+    ys: K maps (N, C, H, W), dense NHWC, of one shape and dtype; out: (3, K, C) float32, contiguous,
+    to hold the mean, variance and inverse deviation. Raises `ValueError` for other arguments and
+    for a single value a channel, which has no variance; `DeviceError` without a route.
     """
     launcher = launcher or load()
     check_maps("ys", ys, ys[0] if ys else None, launcher)
@@ -129,7 +133,10 @@ def batch_statistics(
     rounds = -(-work.tiles(work.reduced) // MOST_TILES)
     tiles = work.tiles(work.reduced * rounds)
     partial = _floats(ys[0], tiles, 2, count, work.channels)
-    statistics = Statistics(*_floats(ys[0], 3, count, work.channels).unbind())
+    if out is None:
+        out = _floats(ys[0], 3, count, work.channels)
+    check_dense("out", out, (3, count, work.channels), torch.float32, ys[0].device)
+    statistics = Statistics(*out.unbind())
     grid = (tiles, work.channel_tiles, count)
     check_grid("tile_statistics", grid)
     launcher.launch(

@@ -106,12 +106,14 @@ def mixed_sum_grad(
     plain_z: Tensor | None = None,
     count: int | None = None,
     *,
+    dys: Sequence[Tensor] | None = None,
     launcher: Launcher | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The gradients (dys, dxs) of the K normalised and J plain maps, given the sums.
 
     count: the positions that the statistics were taken over, N H W unless several ranks share
-    them. There is one dx for each of the plain weights. Raises `ValueError`.
+    them; dys: maps like ys to write to, otherwise new ones. There is one dx for each of the plain
+    weights. Raises `ValueError`.
     """
     launcher = launcher or load()
     check_maps("ys", ys, ys[0] if ys else None, launcher)
@@ -123,10 +125,14 @@ def mixed_sum_grad(
     check_dense("sums.normalised", sums.normalised, shape, torch.float32, g.device)
     plain = 0 if plain_z is None else len(plain_z)
     z, plain_z = checked_weights(z, plain_z, ys, plain)
-    dys, dxs = ([empty_map(tuple(g.shape), g) for _ in range(n)] for n in (len(ys), plain))
+    dys = [empty_map(tuple(g.shape), g) for _ in ys] if dys is None else list(dys)
+    dxs = [empty_map(tuple(g.shape), g) for _ in range(plain)]
+    check_maps("dys", dys, g, launcher)
     check_maps("dxs", dxs, g, launcher, beside=len(ys))
+    if len(dys) != len(ys):
+        raise ValueError(f"dys: {len(dys)} maps, need {len(ys)}")
     read = (statistics.mean, statistics.inverse_deviation, sums.gradient, sums.normalised)
-    work = Positions.of((g, *ys), *read)
+    work = Positions.of((g, *ys, *dys, *dxs), *read)
     fields = (
         *(addresses(ys), addresses((*dys, *dxs)), g.data_ptr(), z.data_ptr(), plain_z.data_ptr()),
         *(one.data_ptr() for one in read),
