@@ -13,7 +13,7 @@ IGNORED = 255
 
 def resized(logits: Tensor, labels: Tensor, in_float32: bool) -> Tensor:
     """in_float32: resized in float32, otherwise in the logits' dtype and converted afterwards."""
-    if in_float32:
+    if in_float32 and logits.dtype != torch.float64:
         logits = logits.float()
     full = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=True)
     return full if full.dtype == torch.float64 else full.float()

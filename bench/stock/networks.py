@@ -1,0 +1,166 @@
+"""Supernet and derived networks in plain PyTorch.
+
+The modules, parameters and names are LGCNet's own; only what they compute with is replaced: one
+operation of torch after the other, as the paper's equations read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lgcnet_fast.nn.cell import CELL_EDGES, CELL_NODES, DerivedCell, SearchCell
+from lgcnet_fast.nn.fusion import FusionCell
+from lgcnet_fast.nn.heads import Classifier
+from lgcnet_fast.nn.mixed import MixedOp
+from lgcnet_fast.nn.primitives import (
+    Deconvolution,
+    DepthwiseSeparable,
+    FactorizedReduce,
+    GlobalPool,
+    Interpolate,
+)
+from lgcnet_fast.nn.stem import Stem
+
+Size = tuple[int, int]
+
+
+def plain(network: nn.Module) -> nn.Module:
+    """`network` itself, computing without `lgcnet_fast.ops`."""
+    for module in network.modules():
+        module.__class__ = _PLAIN.get(type(module), type(module))
+    return network
+
+
+def compile_cells(network: nn.Module) -> None:
+    """torch.compile, cell by cell: the whole supernet takes longer than most have patience for."""
+    torch._dynamo.config.cache_size_limit = 256  # cells share their code, not their shapes
+    backend = "inductor" if torch.cuda.is_available() else "aot_eager"
+    for module in network.modules():
+        if isinstance(module, (SearchCell, DerivedCell, FusionCell, Stem, Classifier)):
+            module.compile(dynamic=False, backend=backend)
+
+
+def resize(x: Tensor, size: Size) -> Tensor:
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+class PlainSeparable(DepthwiseSeparable):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.pointwise(self.depthwise(F.relu(x))))
+
+
+class PlainGlobalPool(GlobalPool):
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.conv(self.pool(F.relu(x)))
+        return self.norm(resize(pooled, (x.shape[-2], x.shape[-1])))
+
+
+class PlainInterpolate(Interpolate):
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        return resize(x, size)
+
+
+class PlainFactorizedReduce(FactorizedReduce):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        shifted = F.pad(x, (-1, 1, -1, 1))
+        return self.norm(torch.cat((self.even(x), self.odd(shifted)), dim=1))
+
+
+class PlainDeconvolution(Deconvolution):
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        return self.norm(self.conv(F.relu(x), output_size=list(size)))
+
+
+class PlainMixedOp(MixedOp):
+    """Equation 3 at one edge."""
+
+    def forward(self, weights: Tensor, *inputs: object) -> Tensor:
+        row = weights.unbind()
+        terms = [
+            candidate(*inputs) * row[option]
+            for option, candidate in zip(self.options, self.candidates.values(), strict=True)
+        ]
+        return _sum(terms)
+
+
+class _PlainNodes(nn.Module):
+    """Two nodes, each the sum of its edges."""
+
+    def _nodes(self, s0: Tensor, s1: Tensor, rows: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        states = {"i1": self.preprocess0(s0), "i2": self.preprocess1(s1)}
+        for node in ("x1", "x2"):
+            states[node] = _sum(
+                [
+                    self._edge(edge)(*rows[edge], states[source])
+                    for edge, (source, target) in enumerate(CELL_EDGES)
+                    if target == node and self._edge(edge) is not None
+                ]
+                or [self._zeros(states["i2"])]
+            )
+        return torch.cat([states[node] for node in CELL_NODES[2:]], dim=1)
+
+
+class PlainSearchCell(_PlainNodes, SearchCell):
+    def forward(self, s0: Tensor, s1: Tensor, z: Tensor) -> Tensor:
+        return self._nodes(s0, s1, [(row,) for row in z.unbind()])
+
+    def _edge(self, edge: int) -> nn.Module:
+        return self.edges[edge]
+
+
+class PlainDerivedCell(_PlainNodes, DerivedCell):
+    def forward(self, s0: Tensor, s1: Tensor) -> Tensor:
+        return self._nodes(s0, s1, [()] * len(CELL_EDGES))
+
+    def _edge(self, edge: int) -> nn.Module | None:
+        return self.edges[str(edge)] if str(edge) in self.edges else None
+
+
+class PlainFusionCell(FusionCell):
+    def forward(self, features: Sequence[Tensor], z: Mapping[str, Tensor] | None = None) -> Tensor:
+        sizes = [(feature.shape[-2], feature.shape[-1]) for feature in features]
+        values = {
+            name: reduce(feature)
+            for name, reduce, feature in zip(self.graph.inputs, self.reduce, features, strict=True)
+        }
+        for edge in self.graph.edges:
+            size = sizes[edge.level]
+            weights = () if z is None or edge.kind == "join" else (z[edge.name],)
+            sources = [values[source] for source in edge.sources]
+            if edge.kind == "up":
+                values[edge.name] = self.edges[edge.name](*weights, sources[0], size)
+            else:
+                joined = torch.cat([resize(source, size) for source in sources], dim=1)
+                values[edge.name] = self.edges[edge.name](*weights, joined)
+        return _sum([resize(values[name], sizes[0]) for name in self.graph.output])
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+_PLAIN = {
+    parent: plain_class
+    for plain_class in (
+        PlainSeparable,
+        PlainGlobalPool,
+        PlainInterpolate,
+        PlainFactorizedReduce,
+        PlainDeconvolution,
+        PlainMixedOp,
+        PlainSearchCell,
+        PlainDerivedCell,
+        PlainFusionCell,
+    )
+    for parent in (plain_class.__bases__[-1],)
+}

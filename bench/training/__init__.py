@@ -1,0 +1,1 @@
+"""Training steps against the best that plain PyTorch offers, subject by subject."""

@@ -1,0 +1,55 @@
+"""Whether a step is right: its loss and gradients against plain PyTorch in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+FACTORS = {"loss": 2.0, "weights": 2.0, "architecture": 3.0}
+"""How much less exact ours may be than plain PyTorch in the same precision. Gradients of the
+architecture are sums of terms that cancel, so that their errors vary more."""
+SLACK = 1e-4
+"""Relative error that is right in any case."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Float64 vectors by name, the loss among them."""
+
+    vectors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, loss: Tensor, **parameters: Iterable[nn.Parameter]) -> Gradients:
+        vectors = {"loss": loss.detach().double().reshape(1)}
+        for name, group in parameters.items():
+            vectors[name] = torch.cat(
+                [
+                    torch.zeros(p.numel(), dtype=torch.float64, device=p.device)
+                    if p.grad is None
+                    else p.grad.double().flatten()
+                    for p in group
+                ]
+            )
+        return cls(vectors)
+
+    def errors(self, truth: Gradients) -> dict[str, float]:
+        """Relative to the truth."""
+        return {
+            name: ((self.vectors[name] - exact).norm() / exact.norm()).item()
+            for name, exact in truth.vectors.items()
+        }
+
+
+def judge(ours: dict[str, float], stock: dict[str, float]) -> list[str]:
+    """One line for every vector of ours that is less exact than it has to be."""
+    faults = []
+    for name, error in ours.items():
+        limit = FACTORS[name] * stock[name] + SLACK
+        if not error <= limit:
+            faults.append(
+                f"{name}: relative error {error:.2e}, plain PyTorch has {stock[name]:.2e}"
+            )
+    return faults
