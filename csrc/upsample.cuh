@@ -1,14 +1,10 @@
 // Bilinear resizing with align_corners=True, NHWC, from or into a slice of channels.
 //
-// Along an axis of n source and m target positions, target o lies at s = o (n - 1) / (m - 1) and
-//
-//   y[o] = (1 - f) x[i] + f x[i + 1],   i = floor(s), f = s - i,
-//
-// which gives x[i] the weight max(0, 1 - |s - i|). All of it is exact integer arithmetic over the
-// common denominator m - 1, so that forward and backward agree on every weight and support. The
-// backward is a gather: dx[i] = sum_o max(0, 1 - |s(o) - i|) dy[o]; no atomics.
+// bilinear.cuh has the maths. The backward is a gather, with the weights of the forward:
+// dx[i] = sum_o max(0, 1 - |s(o) - i|) dy[o]; no atomics.
 #pragma once
 
+#include "bilinear.cuh"
 #include "numeric.cuh"
 
 namespace lgcnet {
@@ -38,33 +34,6 @@ struct UpsampleAxisArguments {
   int pixels;
   int channels;
   int channel_tiles;
-};
-
-struct Axis {
-  int sources;
-  int targets;
-
-  __device__ __forceinline__ int denominator() const { return targets > 1 ? targets - 1 : 1; }
-  // The source at or before target o, and the weight of the next one.
-  __device__ __forceinline__ int before(int o, float& fraction) const {
-    const int scaled = o * (sources - 1);
-    const int i = scaled / denominator();
-    fraction = static_cast<float>(scaled - i * denominator()) / denominator();
-    return i;
-  }
-  // The targets [first, last] to which source i contributes.
-  __device__ __forceinline__ void support(int i, int& first, int& last) const {
-    first = 0;
-    last = targets - 1;
-    if (sources < 2) return;
-    if (i > 0) first = (i - 1) * denominator() / (sources - 1) + 1;
-    const int end = ((i + 1) * denominator() - 1) / (sources - 1);
-    if (end < last) last = end;
-  }
-  __device__ __forceinline__ float weight(int i, int o) const {
-    const int away = o * (sources - 1) - i * denominator();
-    return static_cast<float>(denominator() - (away < 0 ? -away : away)) / denominator();
-  }
 };
 
 // Block: (channel vectors, columns). Grid: x column tiles, y groups of kUpsampleRows target rows,

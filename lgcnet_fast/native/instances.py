@@ -88,11 +88,44 @@ def mixed_sum_gradients(storage: str, vector: int) -> Instance:
     return _instance("mixed_sum.cuh", "mixed_sum_gradients", storage, vector)
 
 
+def upsample_argmax(storage: str) -> Instance:
+    return _instance("upsample_cells.cuh", "upsample_argmax", storage)
+
+
+def upsample_losses(storage: str) -> Instance:
+    return _instance("upsample_loss.cuh", "upsample_losses", storage)
+
+
+def upsample_loss_sums(storage: str) -> Instance:
+    return _instance("upsample_loss.cuh", "upsample_loss_sums", storage)
+
+
+def upsample_loss_mean() -> Instance:
+    return _instance("upsample_loss.cuh", "upsample_loss_mean", MEAN_THREADS)
+
+
+def logits_gradient(storage: str) -> Instance:
+    return _instance("upsample_loss.cuh", "logits_gradient", storage)
+
+
+def count_digits() -> Instance:
+    return _instance("order_statistic.cuh", "count_digits", COUNT_THREADS)
+
+
+def select_digit() -> Instance:
+    return _instance("order_statistic.cuh", "select_digit", DIGITS)
+
+
 SUM_LANES = 16
 """Threads that share one sum of `sum_partials`."""
 
 MERGE_LANES = 32
 """Threads that merge the tiles of one channel's statistics."""
+
+MEAN_THREADS = 256
+COUNT_THREADS = 64
+DIGITS = 256
+"""Threads of the one block of `upsample_loss_mean`, of `count_digits` and of `select_digit`."""
 
 
 BACKWARD_WALKS = ((4, 1, 4), (2, 1, 4), (2, 2, 4), (2, 2, 8), (2, 4, 4))
@@ -108,6 +141,7 @@ def vectors(storage: str) -> tuple[int, ...]:
 def all_instances() -> dict[Instance, None]:
     """Everything that a launcher can ask for, as an ordered set."""
     found = [sum_partials(), merge_statistics()]
+    found += [upsample_loss_mean(), count_digits(), select_digit()]
     for storage in BYTES:
         wide, narrow, single = vectors(storage)
         for vector, columns in product((wide, narrow), (1, 2)):
@@ -131,6 +165,8 @@ def all_instances() -> dict[Instance, None]:
         for vector in (4, single):
             found.append(upsample_backward_axis(storage, "float", vector))
             found.append(upsample_backward_axis("float", storage, vector))
+        found += [upsample_argmax(storage), upsample_losses(storage)]
+        found += [upsample_loss_sums(storage), logits_gradient(storage)]
     return dict.fromkeys(found)
 
 

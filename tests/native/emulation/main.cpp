@@ -5,8 +5,10 @@
 #include "depthwise.cuh"
 #include "max_pool.cuh"
 #include "mixed_sum.cuh"
+#include "order_statistic.cuh"
 #include "sums.cuh"
 #include "upsample.cuh"
+#include "upsample_loss.cuh"
 
 #include <string.h>
 
