@@ -192,6 +192,25 @@ def test_weights_of_another_dtype(launcher: Launcher, device: torch.device) -> N
     assert_close(out, case.out, torch.float16)
 
 
+def test_statistics_and_gradients_go_where_they_are_wanted(
+    launcher: Launcher, device: torch.device
+) -> None:
+    case = truth((1, 4, 3, 5), 2, 0, torch.float32, device)
+    out = torch.full((3, 2, 4), float("nan"), device=device)
+    statistics = batch_statistics(case.ys, out=out, launcher=launcher)
+    assert_close(out[0], case.mean, torch.float32)
+    sums = mixed_sum_gradient_sums(case.g, case.ys, statistics, launcher=launcher)
+    dys = [torch.full_like(y, float("nan")) for y in case.ys]
+    found, _ = mixed_sum_grad(case.g, case.ys, case.z, statistics, sums, dys=dys, launcher=launcher)
+    for given, returned, exact in zip(dys, found, case.dys, strict=True):
+        assert returned is given
+        assert_close(given, exact, torch.float32, slack=8)
+    with pytest.raises(ValueError, match="dys: 1 maps, need 2"):
+        mixed_sum_grad(case.g, case.ys, case.z, statistics, sums, dys=dys[:1], launcher=launcher)
+    with pytest.raises(ValueError, match="out: shape"):
+        batch_statistics(case.ys, out=out[:2], launcher=launcher)
+
+
 def test_the_same_inputs_give_the_same_bits(launcher: Launcher, device: torch.device) -> None:
     case = truth((2, 12, 10, 9), 3, 1, torch.bfloat16, device)
     runs = []
