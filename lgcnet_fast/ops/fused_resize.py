@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from lgcnet_fast.ops.backend import Implementation
-from lgcnet_fast.ops.operands import dense
+from lgcnet_fast.ops.maps import empty_nhwc, nhwc
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
 Size = tuple[int, int]
@@ -45,7 +45,7 @@ def resize_key(dtype: torch.dtype, maps: Sequence[Shape], size: Shape) -> str:
     schema="(Tensor[] maps, int[] size, str backend) -> Tensor",
 )
 def _concat(maps: Sequence[Tensor], size: Shape, backend: str) -> Tensor:
-    maps = [dense(x) for x in maps]
+    maps = [nhwc(x) for x in maps]
     if backend == "cuda":
         from lgcnet_fast.native import upsample as native
 
@@ -63,7 +63,7 @@ def _concat(maps: Sequence[Tensor], size: Shape, backend: str) -> Tensor:
     schema="(Tensor[] maps, int[] size, str backend) -> Tensor",
 )
 def _sum(maps: Sequence[Tensor], size: Shape, backend: str) -> Tensor:
-    maps = [dense(x) for x in maps]
+    maps = [nhwc(x) for x in maps]
     if backend == "cuda":
         from lgcnet_fast.native import upsample as native
 
@@ -77,12 +77,12 @@ def _sum(maps: Sequence[Tensor], size: Shape, backend: str) -> Tensor:
 
 @_concat.register_fake
 def _(maps: Sequence[Tensor], size: Shape, backend: str) -> Tensor:
-    return _empty(maps[0], sum(x.shape[1] for x in maps), size)
+    return empty_nhwc(maps[0], (len(maps[0]), sum(x.shape[1] for x in maps), *size))
 
 
 @_sum.register_fake
 def _(maps: Sequence[Tensor], size: Shape, backend: str) -> Tensor:
-    return _empty(maps[0], maps[0].shape[1], size)
+    return empty_nhwc(maps[0], (*maps[0].shape[:2], *size))
 
 
 # -- backward -------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def _(maps: Sequence[Tensor], size: Shape, backend: str) -> Tensor:
     schema="(Tensor grad, int[] channels, int[] sizes, str backend) -> Tensor[]",
 )
 def _concat_backward(grad: Tensor, channels: Shape, sizes: Shape, backend: str) -> list[Tensor]:
-    grad, pairs = dense(grad), _pairs(sizes)
+    grad, pairs = nhwc(grad), _pairs(sizes)
     if backend == "cuda":
         from lgcnet_fast.native import upsample as native
 
@@ -113,7 +113,7 @@ def _concat_backward(grad: Tensor, channels: Shape, sizes: Shape, backend: str) 
     schema="(Tensor grad, int[] sizes, str backend) -> Tensor[]",
 )
 def _sum_backward(grad: Tensor, sizes: Shape, backend: str) -> list[Tensor]:
-    grad, pairs = dense(grad), _pairs(sizes)
+    grad, pairs = nhwc(grad), _pairs(sizes)
     if backend == "cuda":
         from lgcnet_fast.native import upsample as native
 
@@ -128,12 +128,15 @@ def _sum_backward(grad: Tensor, sizes: Shape, backend: str) -> list[Tensor]:
 
 @_concat_backward.register_fake
 def _(grad: Tensor, channels: Shape, sizes: Shape, backend: str) -> list[Tensor]:
-    return [_empty(grad, c, size) for c, size in zip(channels, _pairs(sizes), strict=True)]
+    return [
+        empty_nhwc(grad, (len(grad), c, *size))
+        for c, size in zip(channels, _pairs(sizes), strict=True)
+    ]
 
 
 @_sum_backward.register_fake
 def _(grad: Tensor, sizes: Shape, backend: str) -> list[Tensor]:
-    return [_empty(grad, grad.shape[1], size) for size in _pairs(sizes)]
+    return [empty_nhwc(grad, (*grad.shape[:2], *size)) for size in _pairs(sizes)]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -148,7 +151,7 @@ def _concat_gradients(ctx: Any, grad: Tensor) -> tuple[list[Tensor], None, None]
 
 
 def _sum_gradients(ctx: Any, grad: Tensor) -> tuple[list[Tensor], None, None]:
-    grad, full = dense(grad), _pair(grad.shape[2:])
+    grad, full = nhwc(grad), _pair(grad.shape[2:])
     resized = [size for size in ctx.sizes if size != full]
     flat = [length for size in resized for length in size]
     gradients = iter(_sum_backward(grad, flat, ctx.backend) if resized else ())
@@ -212,9 +215,3 @@ def _pair(size: Shape) -> Size:
 
 def _pairs(sizes: Shape) -> list[Size]:
     return list(zip(sizes[::2], sizes[1::2], strict=True))
-
-
-def _empty(like: Tensor, channels: int, size: Shape) -> Tensor:
-    """Dense NHWC, as the kernels return maps."""
-    shape = (like.shape[0], channels, *size)
-    return like.new_empty(shape).contiguous(memory_format=torch.channels_last)

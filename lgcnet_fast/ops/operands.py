@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lgcnet_fast.errors import OperandError
@@ -38,8 +37,3 @@ def check_beside(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """On the device of another argument."""
     if x.device != other.device:
         raise OperandError(f"{name}: on {x.device}, {other_name} is on {other.device}")
-
-
-def dense(x: Tensor) -> Tensor:
-    """x in dense NHWC memory (channels_last), as kernels want it: itself, or a copy."""
-    return x.contiguous(memory_format=torch.channels_last)

@@ -3,17 +3,32 @@
 Logits are (N, classes, h, w) at the network's output stride and labels (N, H, W) of any integer
 dtype. Upsampling is bilinear with aligned corners; losses are computed in float32 (float64 for
 float64 logits), also under autocast. A batch without a valid pixel gives loss 0 and gradient 0.
+
+The Triton form never writes full-size logits; that of CUDA resizes by its own kernel, the rest is
+torch's. All raise `OperandError` for arguments that do not fit.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lgcnet_fast.ops.concat_upsample import upsample
+from lgcnet_fast.errors import OperandError
+from lgcnet_fast.ops import fused_loss
+from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.concat_upsample import resize
+from lgcnet_fast.ops.fused_resize import refuse_resize, upsampled
+from lgcnet_fast.ops.operands import check_beside, check_map, check_shape, check_size
+
+Size = tuple[int, int]
+Resize = Callable[[Tensor, Size], Tensor]
+
+_LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def upsample_cross_entropy(
@@ -23,10 +38,8 @@ def upsample_cross_entropy(
 
     weight: (classes,) float or none.
     """
-    target = target.long()
-    full = _full_size(logits, target)
-    total = F.cross_entropy(full, target, weight, ignore_index=ignore_index, reduction="sum")
-    return total / _mass(target != ignore_index, target, weight, full.dtype)
+    _check(logits, target, weight)
+    return _cross_entropy(logits, target, weight, ignore_index)
 
 
 def upsample_ohem(
@@ -43,8 +56,59 @@ def upsample_ohem(
     and in any case the hardest ceil(keep * valid) of the batch, ties included. The mean is
     weighted as in `upsample_cross_entropy`; weights do not affect which pixels are hard.
     """
+    _check(logits, target, weight)
+    for name, share in (("threshold", threshold), ("keep", keep)):
+        if not 0 <= share <= 1:
+            raise OperandError(f"{name}: {share}, need a number from 0 to 1")
+    return _ohem(logits, target, threshold, keep, weight, ignore_index)
+
+
+def upsample_argmax(logits: Tensor, size: Size) -> Tensor:
+    """Labels (N, *size): uint8 for up to 256 classes, else int64."""
+    check_map("logits", logits)
+    check_size("size", size)
+    return _argmax(logits, size)
+
+
+def _check(logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
+    check_map("logits", logits)
+    check_shape("target", target, (logits.shape[0], *target.shape[-2:]))
+    check_size("size of target", target.shape[1:])
+    check_beside("target", target, "logits", logits)
+    if target.dtype not in _LABELS:
+        raise OperandError(f"target: dtype {target.dtype}, need integers")
+    if weight is None:
+        return
+    check_shape("weight", weight, (logits.shape[1],))
+    check_beside("weight", weight, "logits", logits)
+    if not weight.is_floating_point():
+        raise OperandError(f"weight: dtype {weight.dtype}, need floats")
+
+
+# -- plain forms, by the way of resizing ----------------------------------------------------------
+
+
+def _mean_over_valid(
+    resize: Resize, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+) -> Tensor:
     target = target.long()
-    full = _full_size(logits, target)
+    full = _full_size(resize, logits, target)
+    own = None if weight is None else weight.to(full.dtype)
+    total = F.cross_entropy(full, target, own, ignore_index=ignore_index, reduction="sum")
+    return total / _mass(target != ignore_index, target, weight, full.dtype)
+
+
+def _mean_over_hard(
+    resize: Resize,
+    logits: Tensor,
+    target: Tensor,
+    threshold: float,
+    keep: float,
+    weight: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    target = target.long()
+    full = _full_size(resize, logits, target)
     valid = target != ignore_index
     loss = F.cross_entropy(full, target, ignore_index=ignore_index, reduction="none")
     with torch.no_grad():
@@ -54,16 +118,15 @@ def upsample_ohem(
     return loss.where(hard, 0).sum() / _mass(hard, target, weight, full.dtype)
 
 
-def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Labels (N, *size): uint8 for up to 256 classes, else int64."""
-    labels = upsample(logits, size).argmax(dim=1)
+def _labels(resize: Resize, logits: Tensor, size: Size) -> Tensor:
+    labels = resize(logits, size).argmax(dim=1)
     return labels.to(torch.uint8) if logits.shape[1] <= 256 else labels
 
 
-def _full_size(logits: Tensor, target: Tensor) -> Tensor:
+def _full_size(resize: Resize, logits: Tensor, target: Tensor) -> Tensor:
     precise = logits if logits.dtype == torch.float64 else logits.float()
     height, width = target.shape[-2:]
-    return upsample(precise, (height, width))
+    return resize(precise, (height, width))
 
 
 def _mass(pixels: Tensor, target: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -83,6 +146,37 @@ def _hardest(loss: Tensor, valid: Tensor, keep: float) -> Tensor:
     most = max(1, math.ceil(keep * loss.numel()))
     ranked = loss.where(valid, -1).flatten().topk(min(most, loss.numel())).values
     wanted = (valid.sum().double() * keep).ceil().long()
-    # `take`: indexing by a scalar tensor would read it on the host.
-    last = ranked.take((wanted - 1).clamp(min=0, max=len(ranked) - 1))
+    last = ranked[(wanted - 1).clamp(min=0, max=len(ranked) - 1)]
     return last.where(wanted > 0, torch.inf)
+
+
+# -- operations -----------------------------------------------------------------------------------
+
+
+def _resized_by_cuda(form: Callable[..., Tensor]) -> Implementation:
+    return Implementation(partial(form, partial(upsampled, "cuda")), _refuse_cuda)
+
+
+def _refuse_cuda(logits: Tensor, target: Tensor | Size, *rest: object) -> str | None:
+    size = target.shape[1:] if isinstance(target, Tensor) else target
+    return refuse_resize("cuda", logits, size)
+
+
+_cross_entropy = Operation(
+    "upsample_cross_entropy",
+    partial(_mean_over_valid, resize),
+    triton=fused_loss.CROSS_ENTROPY,
+    cuda=_resized_by_cuda(_mean_over_valid),
+)
+_ohem = Operation(
+    "upsample_ohem",
+    partial(_mean_over_hard, resize),
+    triton=fused_loss.OHEM,
+    cuda=_resized_by_cuda(_mean_over_hard),
+)
+_argmax = Operation(
+    "upsample_argmax",
+    partial(_labels, resize),
+    triton=fused_loss.ARGMAX,
+    cuda=_resized_by_cuda(_labels),
+)
