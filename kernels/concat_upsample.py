@@ -48,7 +48,7 @@ def concat_upsample_forward(
 
     Raises `ValueError`.
     """
-    _check_maps(maps, size)
+    check_maps(maps, size)
     channels = sum(x.shape[1] for x in maps)
     out = checked_out("out", out, (maps[0].shape[0], channels, *size), maps[0])
     _launch_concat(maps, out, config)
@@ -62,7 +62,7 @@ def sum_upsample_forward(
     config: StripConfig = FORWARD,
 ) -> Tensor:
     """As `concat_upsample_forward`, but maps (N, C, h_i, w_i) are added: (N, C, *size), NHWC."""
-    _check_maps(maps, size)
+    check_maps(maps, size)
     for index, x in enumerate(maps):
         check_like(f"maps[{index}]", x, (*maps[0].shape[:2], *x.shape[2:]), maps[0])
     out = checked_out("out", out, (*maps[0].shape[:2], *size), maps[0])
@@ -70,7 +70,8 @@ def sum_upsample_forward(
     return out
 
 
-def _check_maps(maps: Sequence[Tensor], size: Size) -> None:
+def check_maps(maps: Sequence[Tensor], size: Size) -> None:
+    """Raises `ValueError` unless these are maps that can be resized to `size` together."""
     if not 1 <= len(maps) <= MAX_MAPS:
         raise ValueError(f"maps: {len(maps)} given, need 1 to {MAX_MAPS}")
     check_size("size", size)

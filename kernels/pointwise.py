@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -53,6 +54,16 @@ class ProductConfig:
         block_k = min(64, max(16, triton.next_power_of_2(channels)))
         block_m = 64 if block_n >= 64 else 128
         return cls(block_m, block_n, block_k, warps=8 if block_n > 64 else 4, stages=2)
+
+    @classmethod
+    def resizing(cls, out_channels: int, dtype: torch.dtype) -> ProductConfig:
+        """For an input that is resized on the way in: narrow, as each value has four neighbours.
+
+        32-bit products run outside the matrix units and hold their operands in registers.
+        """
+        block_n = min(128, max(16, triton.next_power_of_2(out_channels)))
+        warps, stages = (4, 2) if dtype.itemsize == 2 else (8, 1)
+        return cls(64, block_n, 32, warps if block_n <= 64 else 8, stages)
 
 
 @triton.jit(do_not_specialize=["M"])

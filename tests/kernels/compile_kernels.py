@@ -25,6 +25,8 @@ from triton.compiler import ASTSource
 
 from lgcnet_fast.kernels import (
     common,
+    concat_pointwise,
+    concat_pointwise_backward,
     depthwise,
     depthwise_backward,
     depthwise_input_grad,
@@ -39,6 +41,7 @@ from lgcnet_fast.kernels import (
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 BRANCHES, PLAIN = 18, 3
 MAPS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "g_ptr", "out_ptr"}
+MAPS |= {f"x{index}_ptr" for index in range(4)}
 LISTS = {
     "y_ptrs": BRANCHES,
     "dy_ptrs": BRANCHES,
@@ -48,7 +51,7 @@ LISTS = {
 }
 OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 SCALARS = {"packed_dilations": "i64", "eps": "fp32"}
-MULTIPLES_OF_16 = {"H", "W", "HO", "WO", "C", "CO", "columns", "tile_size"}
+MULTIPLES_OF_16 = {"H", "W", "HO", "WO", "C", "CO", "c0", "c1", "c2", "c3", "columns", "tile_size"}
 SHOWN = ("STRIDE", "EDGES", "AFFINE", "BLOCK_M", "BLOCK_N", "BLOCK_K")
 DIVISIBLE = [["tt.divisibility", 16]]
 
@@ -88,6 +91,11 @@ def products(storage: str) -> Iterator[tuple[Any, dict[str, Any], int]]:
     for affine, (block_n, warps) in itertools.product((False, True), ((64, 4), (128, 8))):
         tile = {"BRANCHES": PLAIN, "AFFINE": affine, "BLOCK_M": 64, "BLOCK_N": block_n}
         yield pointwise._pointwise_kernel, shared | tile, warps
+    shared |= {"MAPS": PLAIN, "COPIED": 1, "BLOCK_M": 64, "BLOCK_K": 32}
+    yield concat_pointwise._concat_pointwise_kernel, shared | {"BLOCK_N": 64}, 4
+    shared |= {"BLOCK_O": 64}
+    yield concat_pointwise_backward._input_grad_kernel, shared, 4
+    yield concat_pointwise_backward._weight_grad_kernel, shared, 4
 
 
 def compile_for(
