@@ -1,5 +1,6 @@
-"""`mixed_norm_sum` by Triton kernels, registered with torch: `lgcnet_fast::mixed_norm_sum`.
+"""`mixed_norm_sum` by kernels, registered with torch: `lgcnet_fast::mixed_norm_sum`.
 
+It takes the backend whose kernels run, so that shapes and gradients are stated once for both.
 Two launches take the statistics of all maps, one writes the sum. The backward pass takes three:
 the sums of the gradient against every map, in two stages, and the gradients of all maps. The
 running statistics of all batch norms are updated by three multi-tensor launches.
@@ -8,22 +9,29 @@ running statistics of all batch norms are updated by three multi-tensor launches
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.library import custom_op
 
+from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.constants import constant
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc, unstacked
+from lgcnet_fast.ops.tuning import shape_key, tuned
 
 
 def refuse(
+    backend: str,
     ys: Sequence[Tensor],
     z: Tensor | None,
     norms: Sequence[nn.Module | None],
     options: Sequence[int],
 ) -> str | None:
-    """Why the kernels cannot serve these arguments of `mixed_norm_sum`."""
+    """Why the kernels of `backend` cannot serve these arguments of `mixed_norm_sum`."""
+    if backend == "cuda" and ys[0].dtype == torch.float64:
+        return "its kernels have no float64"
     for index, y in enumerate(ys):
         if y.dtype != ys[0].dtype:
             return f"ys[{index}] is {y.dtype}, ys[0] is {ys[0].dtype}"
@@ -60,6 +68,7 @@ def _norm_refusal(norms: Sequence[nn.Module], y: Tensor) -> str | None:
 
 
 def run(
+    backend: str,
     ys: Sequence[Tensor],
     z: Tensor | None,
     norms: Sequence[nn.Module | None],
@@ -73,18 +82,24 @@ def run(
     training, eps = normed[0].training, normed[0].eps
     with torch.no_grad():
         if training:
-            statistics = _batch_statistics(normalised, eps)
+            statistics = _batch_statistics(normalised, eps, backend)
             _update_running_statistics(normed, statistics, normalised[0])
         else:
             statistics = _running_statistics(normed, eps)
     if z is None:
         weights = statistics.new_ones(1)
     else:
-        kept = [o for o, norm in zip(options, norms, strict=True) if norm is not None]
-        kept += [o for o, norm in zip(options, norms, strict=True) if norm is None]
-        weights = z if kept == list(range(len(z))) else z[constant(tuple(kept), z.device)]
-    result: Tensor = _mixed_sum(normalised, plain, weights, statistics, training)
+        with_norm = [o for o, norm in zip(options, norms, strict=True) if norm is not None]
+        without = [o for o, norm in zip(options, norms, strict=True) if norm is None]
+        weights = _picked(z, (*with_norm, *without))
+    result: Tensor = _mixed_sum(normalised, plain, weights, statistics, training, backend)
     return result
+
+
+def _picked(z: Tensor, options: tuple[int, ...]) -> Tensor:
+    if options == tuple(range(len(z))):
+        return z
+    return z.index_select(0, constant(options, z.device))
 
 
 def _with_norms(
@@ -128,38 +143,66 @@ def _statistics_shape(ys: Sequence[Tensor]) -> tuple[int, int, int]:
     return (3, sum(len(y) if y.ndim == 5 else 1 for y in ys), ys[0].shape[-3])
 
 
-@torch.library.custom_op("lgcnet_fast::batch_statistics", mutates_args=())
-def _batch_statistics(ys: list[Tensor], eps: float) -> Tensor:
-    """(3, K, C): mean, biased variance and inverse deviation of every map."""
-    from lgcnet_fast.kernels.mixed_sum import batch_statistics
+def _launchers(backend: str) -> Any:
+    """The modules with the forward and the backward launchers of a backend."""
+    if backend == "cuda":
+        from lgcnet_fast.native import mixed_sum, mixed_sum_backward
 
+        return mixed_sum, mixed_sum_backward
+    from lgcnet_fast.kernels import mixed_sum, mixed_sum_backward
+
+    return mixed_sum, mixed_sum_backward
+
+
+def _tile(backend: str, launch: str, maps: Sequence[Tensor], plain: int) -> dict[str, Any]:
+    """The tile that the tuning table of the device has for a Triton launch, as its keyword."""
+    if backend == "cuda":
+        return {}
+    from lgcnet_fast.kernels.mixed_sum import TileConfig
+
+    y = maps[0]
+    writes_maps = launch in ("forward", "gradients")
+    default = (TileConfig.streaming if writes_maps else TileConfig.reducing)(y.shape[1])
+    key = shape_key(y.dtype, y.shape, (len(maps), plain))
+    return {"config": tuned(default, f"mixed_sum_{launch}", key, y.device)}
+
+
+@custom_op("lgcnet_fast::batch_statistics", mutates_args=())
+def _batch_statistics(ys: list[Tensor], eps: float, backend: str) -> Tensor:
+    """(3, K, C): mean, biased variance and inverse deviation of every map."""
+    forward, _ = _launchers(backend)
+    maps = unstacked(ys)
     out = ys[0].new_empty(_statistics_shape(ys), dtype=_accumulator(ys[0].dtype))
-    batch_statistics(unstacked(ys), eps, out=out)
+    forward.batch_statistics(maps, eps, out=out, **_tile(backend, "statistics", maps, 0))
     return out
 
 
 @_batch_statistics.register_fake
-def _(ys: list[Tensor], eps: float) -> Tensor:
+def _(ys: list[Tensor], eps: float, backend: str) -> Tensor:
     return ys[0].new_empty(_statistics_shape(ys), dtype=_accumulator(ys[0].dtype))
 
 
-@torch.library.custom_op("lgcnet_fast::mixed_norm_sum", mutates_args=())
+@custom_op("lgcnet_fast::mixed_norm_sum", mutates_args=())
 def _mixed_sum(
-    ys: list[Tensor], xs: list[Tensor], z: Tensor, statistics: Tensor, training: bool
+    ys: list[Tensor], xs: list[Tensor], z: Tensor, statistics: Tensor, training: bool, backend: str
 ) -> Tensor:
     """Of K normalised maps ys and J plain ones xs; z: (K + J,), statistics: (3, K, C)."""
-    from lgcnet_fast.kernels.mixed_sum import Statistics, mixed_sum
-
+    forward, _ = _launchers(backend)
     maps = unstacked(ys)
-    return mixed_sum(maps, z[: len(maps)], Statistics(*statistics.unbind()), xs, z[len(maps) :])
+    packed = forward.Statistics(*statistics.unbind())
+    tile = _tile(backend, "forward", maps, len(xs))
+    out: Tensor = forward.mixed_sum(maps, z[: len(maps)], packed, xs, z[len(maps) :], **tile)
+    return out
 
 
 @_mixed_sum.register_fake
-def _(ys: list[Tensor], xs: list[Tensor], z: Tensor, statistics: Tensor, training: bool) -> Tensor:
+def _(
+    ys: list[Tensor], xs: list[Tensor], z: Tensor, statistics: Tensor, training: bool, backend: str
+) -> Tensor:
     return empty_nhwc(ys[0], ys[0].shape[-4:])
 
 
-@torch.library.custom_op("lgcnet_fast::mixed_norm_sum_backward", mutates_args=())
+@custom_op("lgcnet_fast::mixed_norm_sum_backward", mutates_args=())
 def _mixed_sum_backward(
     g: Tensor,
     ys: list[Tensor],
@@ -168,17 +211,20 @@ def _mixed_sum_backward(
     statistics: Tensor,
     training: bool,
     with_z: bool,
+    backend: str,
 ) -> list[Tensor]:
     """Gradients of every entry of ys, of every one of xs and, `with_z`, of z."""
-    from lgcnet_fast.kernels.mixed_sum import Statistics
-    from lgcnet_fast.kernels.mixed_sum_backward import mixed_sum_grad, mixed_sum_gradient_sums
-
-    maps, packed = unstacked(ys), Statistics(*statistics.unbind())
-    sums = mixed_sum_gradient_sums(g, maps, packed, xs)
+    forward, backward = _launchers(backend)
+    maps, packed = unstacked(ys), forward.Statistics(*statistics.unbind())
+    tile = _tile(backend, "gradient_sums", maps, len(xs))
+    sums = backward.mixed_sum_gradient_sums(g, maps, packed, xs, **tile)
     through = sums if training else _no_sums(sums)
     dys = [empty_nhwc(g, y.shape) for y in ys]
     weights, plain = z[: len(maps)], z[len(maps) :]
-    _, dxs = mixed_sum_grad(g, maps, weights, packed, through, plain, dys=unstacked(dys))
+    tile = _tile(backend, "gradients", maps, len(xs))
+    _, dxs = backward.mixed_sum_grad(
+        g, maps, weights, packed, through, plain, dys=unstacked(dys), **tile
+    )
     if not with_z:
         return [*dys, *dxs]
     totals = torch.cat((sums.normalised, sums.plain)) if xs else sums.normalised
@@ -200,13 +246,14 @@ def _(
     statistics: Tensor,
     training: bool,
     with_z: bool,
+    backend: str,
 ) -> list[Tensor]:
     gradients = [empty_nhwc(g, x.shape) for x in (*ys, *xs)]
     return [*gradients, torch.empty_like(z)] if with_z else gradients
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ys, xs, z, statistics, ctx.training = inputs
+    ys, xs, z, statistics, ctx.training, ctx.backend = inputs
     ctx.counts = (len(ys), len(xs))
     ctx.save_for_backward(*ys, *xs, z, statistics)
 
@@ -215,9 +262,15 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     *maps, z, statistics = ctx.saved_tensors
     ys, xs = maps[: ctx.counts[0]], maps[ctx.counts[0] :]
     with_z = ctx.needs_input_grad[2]
-    gradients = _mixed_sum_backward(nhwc(g), ys, xs, z, statistics, ctx.training, with_z)
+    gradients = _mixed_sum_backward(
+        nhwc(g), ys, xs, z, statistics, ctx.training, with_z, ctx.backend
+    )
     dys, dxs = gradients[: len(ys)], gradients[len(ys) : len(maps)]
-    return dys, dxs, gradients[-1] if with_z else None, None, None
+    return dys, dxs, gradients[-1] if with_z else None, None, None, None
 
 
 _mixed_sum.register_autograd(_backward, setup_context=_keep)
+FORMS = {
+    backend: Implementation(partial(run, backend), partial(refuse, backend))
+    for backend in ("triton", "cuda")
+}

@@ -1,10 +1,9 @@
-"""`separable_branches` by Triton kernels, registered as `lgcnet_fast::separable_branches`.
+"""`separable_branches` by kernels, registered with torch: `lgcnet_fast::separable_branches`.
 
-The depthwise maps of all branches come from one launch and the pointwise products from one batched
-matrix product a stack: in NHWC memory a depthwise map is a (positions, C) matrix. The backward
-pass computes the depthwise maps again, multiplies for the pointwise gradients and for those of the
-depthwise maps, and ends in one launch each for x and the depthwise weights (a single launch for a
-single branch).
+It takes the backend of the depthwise kernels (see depthwise_kernels.py). The pointwise products are
+one batched matrix product a stack: in NHWC memory a depthwise map is a (positions, C) matrix. The
+backward pass computes the depthwise maps again, multiplies for the pointwise gradients and for
+those of the depthwise maps, and ends in the gradients of x and of the depthwise weights.
 
 Traffic in maps of the output's size, with B branches, C_out = C and stride 1: forward reads
 B + 1 and writes 2 B, backward reads 5 B + 3 and writes 2 B + 1. B depthwise maps are in memory
@@ -14,16 +13,20 @@ until the end of each pass, none between them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from lgcnet_fast.ops.backend import Implementation
+from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, filtered_maps
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
 
 
 def refuse(
+    backend: str,
     x: Tensor,
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
@@ -31,11 +34,14 @@ def refuse(
     stride: int,
     stacks: Sequence[int],
 ) -> str | None:
-    """Why the kernels cannot serve these arguments of `separable_branches`."""
+    """Why the kernels of `backend` cannot serve these arguments of `separable_branches`."""
+    if backend == "cuda" and x.dtype == torch.float64:
+        return "its kernels have no float64"
     return dtype_refusal("x", x)
 
 
 def run(
+    backend: str,
     x: Tensor,
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
@@ -54,6 +60,7 @@ def run(
         list(dilations),
         stride,
         list(stacks),
+        backend,
     )
     return [[stack] for stack in maps]
 
@@ -83,7 +90,7 @@ def _output_shape(x: Tensor, pointwise: Tensor, stride: int) -> tuple[int, int, 
     "lgcnet_fast::separable_branches",
     mutates_args=(),
     schema="(Tensor x, Tensor depthwise, Tensor pointwise, int[] dilations, int stride, "
-    "int[] stacks) -> Tensor[]",
+    "int[] stacks, str backend) -> Tensor[]",
 )
 def _separable_branches(
     x: Tensor,
@@ -92,12 +99,11 @@ def _separable_branches(
     dilations: Sequence[int],
     stride: int,
     stacks: Sequence[int],
+    backend: str,
 ) -> list[Tensor]:
     """depthwise: (B, C, 1, 3, 3), pointwise: (B, C_out, C); a stack (b, N, C_out, H', W') each."""
-    from lgcnet_fast.kernels.depthwise import depthwise_multi
-
     windows = _windows(depthwise, len(dilations))
-    filtered = _matrices(depthwise_multi(x, windows, dilations, stride, relu=True))
+    filtered = _matrices(filtered_maps(backend, x, windows, dilations, stride))
     shape = _output_shape(x, pointwise, stride)
     outputs = []
     for matrices, weights in zip(filtered.split(stacks), pointwise.split(stacks), strict=True):
@@ -115,6 +121,7 @@ def _(
     dilations: Sequence[int],
     stride: int,
     stacks: Sequence[int],
+    backend: str,
 ) -> list[Tensor]:
     shape = _output_shape(x, pointwise, stride)
     return [empty_nhwc(x, (count, *shape)) for count in stacks]
@@ -124,7 +131,7 @@ def _(
     "lgcnet_fast::separable_branches_backward",
     mutates_args=(),
     schema="(Tensor[] gradients, Tensor x, Tensor depthwise, Tensor pointwise, int[] dilations, "
-    "int stride) -> (Tensor, Tensor, Tensor)",
+    "int stride, str backend) -> (Tensor, Tensor, Tensor)",
 )
 def _separable_branches_backward(
     gradients: list[Tensor],
@@ -133,13 +140,12 @@ def _separable_branches_backward(
     pointwise: Tensor,
     dilations: Sequence[int],
     stride: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, depthwise and pointwise from those of the stacks."""
-    from lgcnet_fast.kernels.depthwise import depthwise_multi
-
     windows = _windows(depthwise, len(dilations))
     stacks = [len(g) for g in gradients]
-    filtered = depthwise_multi(x, windows, dilations, stride, relu=True)
+    filtered = filtered_maps(backend, x, windows, dilations, stride)
     d_pointwise = torch.cat(
         [
             _product_gradient(g, maps)
@@ -152,7 +158,7 @@ def _separable_branches_backward(
         gradients, pointwise.split(stacks), _matrices(d_filtered).split(stacks), strict=True
     ):
         torch.bmm(_matrices(g), weights, out=out)
-    dx, d_windows = _depthwise_gradients(d_filtered, x, windows, dilations, stride)
+    dx, d_windows = depthwise_gradients(backend, d_filtered, x, windows, dilations, stride)
     d_depthwise = d_windows.flatten(0, 1).flatten(1, 2).transpose(1, 2).contiguous()
     return dx, d_depthwise.view_as(depthwise).to(depthwise.dtype), d_pointwise
 
@@ -165,6 +171,7 @@ def _(
     pointwise: Tensor,
     dilations: Sequence[int],
     stride: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = empty_nhwc(x, x.shape)
     return dx, torch.empty_like(depthwise), torch.empty_like(pointwise)
@@ -196,37 +203,24 @@ POSITIONS_A_PART = 1024
 """Long enough for a matrix product to run at speed."""
 
 
-def _depthwise_gradients(
-    dy: Tensor, x: Tensor, windows: Tensor, dilations: Sequence[int], stride: int
-) -> tuple[Tensor, Tensor]:
-    """dx, and the gradient of the windows in the accumulator's dtype."""
-    if dy.shape[:2] == (1, 1):
-        from lgcnet_fast.kernels.depthwise_backward import depthwise_backward
-
-        dilation = dilations[0]
-        dx, dw = depthwise_backward(dy[0, 0], x, windows[0, 0], dilation, stride, relu=True)
-        return dx, dw[None, None]
-    from lgcnet_fast.kernels.depthwise_input_grad import depthwise_multi_input_grad
-    from lgcnet_fast.kernels.depthwise_weight_grad import depthwise_multi_weight_grad
-
-    arguments = (dy, x, windows, dilations, stride, True)
-    return depthwise_multi_input_grad(*arguments), depthwise_multi_weight_grad(*arguments)
-
-
 def _accumulator(storage: torch.dtype) -> torch.dtype:
     return torch.float64 if storage == torch.float64 else torch.float32
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, depthwise, pointwise, ctx.dilations, ctx.stride, _ = inputs
+    x, depthwise, pointwise, ctx.dilations, ctx.stride, _, ctx.backend = inputs
     ctx.save_for_backward(x, depthwise, pointwise)
 
 
 def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
-    found = _separable_branches_backward(
-        [nhwc(g) for g in gradients], *ctx.saved_tensors, ctx.dilations, ctx.stride
-    )
-    return *found, None, None, None
+    gradients = [nhwc(g) for g in gradients]
+    settings = (ctx.dilations, ctx.stride, ctx.backend)
+    found = _separable_branches_backward(gradients, *ctx.saved_tensors, *settings)
+    return *found, None, None, None, None
 
 
 _separable_branches.register_autograd(_backward, setup_context=_keep)
+FORMS = {
+    backend: Implementation(partial(run, backend), partial(refuse, backend))
+    for backend in ("triton", "cuda")
+}

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from lgcnet_fast.errors import OperandError
-from lgcnet_fast.ops import fused_mixed_norm_sum
-from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.backend import Operation
+from lgcnet_fast.ops.fused_mixed_norm_sum import FORMS
 from lgcnet_fast.ops.maps import unstacked
 from lgcnet_fast.ops.mixed_sum import mixed_sum
 from lgcnet_fast.ops.operands import check_beside, check_map, check_shape
@@ -100,8 +100,4 @@ def _check_weights(z: Tensor, options: Sequence[int], like: Tensor) -> None:
         raise OperandError(f"z: weights must be finite, got {z.tolist()}")
 
 
-_operation = Operation(
-    "mixed_norm_sum",
-    _reference,
-    triton=Implementation(fused_mixed_norm_sum.run, fused_mixed_norm_sum.refuse),
-)
+_operation = Operation("mixed_norm_sum", _reference, **FORMS)

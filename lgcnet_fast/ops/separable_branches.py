@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.errors import OperandError
-from lgcnet_fast.ops import fused_separable_branches
-from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.backend import Operation
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
+from lgcnet_fast.ops.fused_separable_branches import FORMS
 from lgcnet_fast.ops.operands import check_beside, check_map, check_shape
 
 MAX_DILATIONS = 7
@@ -103,8 +103,4 @@ def _check(
                 raise OperandError(f"{name}[{index}]: {weight.dtype}, x is {x.dtype}")
 
 
-_operation = Operation(
-    "separable_branches",
-    _reference,
-    triton=Implementation(fused_separable_branches.run, fused_separable_branches.refuse),
-)
+_operation = Operation("separable_branches", _reference, **FORMS)

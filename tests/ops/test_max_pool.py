@@ -51,7 +51,8 @@ def test_gradients_by_finite_differences(stride: int, backend: str, device: torc
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_registration(stride: int, device: torch.device) -> None:
-    torch.library.opcheck(_max_pool, (case((1, 2, 3, 4), device, torch.float32), stride))
+    x = case((1, 2, 3, 4), device, torch.float32)
+    torch.library.opcheck(_max_pool, (x, stride, "triton"))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

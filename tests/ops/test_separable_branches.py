@@ -182,7 +182,14 @@ def test_registration(device: torch.device) -> None:
     x, depthwise, pointwise = Case((1, 2, 3, 4), 3, (1, 2)).build(device)
     weights = torch.stack(depthwise), torch.stack(pointwise).flatten(2)
     for stride in (1, 2):
-        arguments = (x, *(w.detach().requires_grad_() for w in weights), [1, 2], stride, [1, 1])
+        arguments = (
+            x,
+            *(w.detach().requires_grad_() for w in weights),
+            [1, 2],
+            stride,
+            [1, 1],
+            "triton",
+        )
         torch.library.opcheck(_separable_branches, arguments)
 
 
