@@ -27,6 +27,7 @@ from lgcnet_fast.deploy.fold import fold
 from lgcnet_fast.deploy.run_folder import TrainedRun
 from lgcnet_fast.errors import ConfigError, UserError
 from lgcnet_fast.files import replacing
+from lgcnet_fast.ops import use_backend
 
 FORMATS = ("onnx", "torchscript", "pt2", "tensorrt")
 REAL_IMAGES = 4
@@ -68,8 +69,11 @@ class Exported:
     """The command that builds the engine that was not built here."""
 
 
+@use_backend("reference")
 def export(run: TrainedRun, out: Path, options: ExportOptions) -> Exported:
     """Writes `out` if the exported program agrees with the network, else nothing.
+
+    Traces the plain forms of operations, whatever the backend: other runtimes know no others.
 
     For TensorRT the ONNX model is written beside it, and checked. Raises `ConfigError` for options
     that cannot work, `UserError` where a package is missing, `ExportError` where runtime and

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lgcnet_fast import ops
 from lgcnet_fast.config import validate_config
 from lgcnet_fast.data.classes import CITYSCAPES
 from lgcnet_fast.data.normalise import network_input
@@ -98,6 +99,13 @@ def test_torchscript_is_bound_to_no_device(run: TrainedRun, tmp_path: Path) -> N
     graph = str(export_torch.open_torchscript(done.path).inlined_graph)
     assert "aten::conv2d" in graph or "aten::_convolution" in graph
     assert 'value="cpu"' not in graph
+
+
+def test_the_plain_form_is_exported_whatever_the_backend(run: TrainedRun, tmp_path: Path) -> None:
+    with ops.use_backend("triton"):
+        done = export(run, tmp_path / "m.pt", ExportOptions("torchscript", labels=True))
+    graph = str(export_torch.open_torchscript(done.path).inlined_graph)
+    assert "aten::upsample_bilinear2d" in graph and "lgcnet_fast::" not in graph
 
 
 # -- the check ------------------------------------------------------------------------------------
