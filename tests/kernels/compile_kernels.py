@@ -8,7 +8,6 @@ interpreter in which Triton compiles, so not one with TRITON_INTERPRET set.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import subprocess
@@ -27,6 +26,7 @@ from lgcnet_fast.kernels import (
     common,
     concat_pointwise,
     concat_pointwise_backward,
+    conv3,
     depthwise,
     depthwise_backward,
     depthwise_input_grad,
@@ -84,18 +84,22 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield max_pool._backward_stride_2_kernel, tile | {"BLOCK_P": 4}, 4
 
 
-def products(storage: str) -> Iterator[tuple[Any, dict[str, Any], int]]:
-    """As `kernels`, those with matrix products, which need compute capability 8.0."""
-    dtypes = {"ACC": tl.float32, "OPERAND": OPERANDS[storage]}
-    shared = dtypes | {"RELU": True, "BLOCK_K": 64}
-    for affine, (block_n, warps) in itertools.product((False, True), ((64, 4), (128, 8))):
-        tile = {"BRANCHES": PLAIN, "AFFINE": affine, "BLOCK_M": 64, "BLOCK_N": block_n}
-        yield pointwise._pointwise_kernel, shared | tile, warps
-    shared |= {"MAPS": PLAIN, "COPIED": 1, "BLOCK_M": 64, "BLOCK_K": 32}
-    yield concat_pointwise._concat_pointwise_kernel, shared | {"BLOCK_N": 64}, 4
+def products(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
+    """As `kernels`, and stages: those with matrix products, which need compute capability 8.0."""
+    shared = {"ACC": tl.float32, "OPERAND": OPERANDS[storage], "RELU": True, "BLOCK_M": 64}
+    for block_n, warps in ((64, 4), (128, 8)):
+        tile = shared | {"BLOCK_N": block_n, "BLOCK_K": 64}
+        for affine in (False, True):
+            branches = {"BRANCHES": PLAIN, "AFFINE": affine}
+            yield pointwise._pointwise_kernel, tile | branches, warps, 2
+        for stride in (1, 2):
+            yield conv3._conv3_kernel, tile | {"STRIDE": stride}, warps, 3
+    shared |= {"MAPS": PLAIN, "COPIED": 1, "BLOCK_K": 32}
+    warps, stages = (8, 1) if storage == "fp32" else (4, 2)
+    yield concat_pointwise._concat_pointwise_kernel, shared | {"BLOCK_N": 64}, warps, stages
     shared |= {"BLOCK_O": 64}
-    yield concat_pointwise_backward._input_grad_kernel, shared, 4
-    yield concat_pointwise_backward._weight_grad_kernel, shared, 4
+    yield concat_pointwise_backward._input_grad_kernel, shared, warps, stages
+    yield concat_pointwise_backward._weight_grad_kernel, shared, warps, stages
 
 
 def compile_for(
@@ -139,7 +143,7 @@ def main() -> None:
     arch, storage = int(sys.argv[1]), sys.argv[2]
     chosen = [(*each, 3) for each in kernels()]
     if arch >= 80:
-        chosen += [(*each, 2) for each in products(storage)]
+        chosen += products(storage)
     for kernel, constants, warps, stages in chosen:
         compiled = compile_for(kernel, constants, warps, arch, storage, stages)
         shown = {name: constants[name] for name in SHOWN if name in constants}
