@@ -9,6 +9,8 @@ import torch
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+if not CUDA:
+    torch.set_num_threads(1)  # Dry runs are tiny; waiting threads would only disturb each other.
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 

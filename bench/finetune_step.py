@@ -8,9 +8,9 @@
 
 from __future__ import annotations
 
+from bench.genotypes import RANDOM, expanded
 from bench.training.case import TrainingCase
 from bench.training.command import TINY_SPACE, grid, run, training_parser
-from bench.training.genotypes import RANDOM
 
 
 def main() -> None:
@@ -19,17 +19,13 @@ def main() -> None:
     parser.add_argument("--loss", choices=("cross_entropy", "ohem"), default="cross_entropy")
     options = parser.parse_args()
     space = TINY_SPACE if options.dry else {}
-    names = [RANDOM[0]] if options.dry else _expanded(options.genotypes)
+    names = [RANDOM[0]] if options.dry else expanded(options.genotypes)
     cases = [
         TrainingCase(batch, size, options.precision, space, name, options.loss)
         for name in names
         for batch, size in grid(options)
     ]
     run("finetune", options, cases)
-
-
-def _expanded(names: list[str]) -> list[str]:
-    return [each for name in names for each in (RANDOM if name == "random" else (name,))]
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,23 @@ class Worker:
         self._replies.put("")
 
 
-@contextmanager
-def worker(target: str, environment: Mapping[str, str] | None = None) -> Iterator[Worker]:
-    process = Worker(target, environment)
-    try:
-        yield process
-    finally:
-        process.end()
+class Workers(AbstractContextManager["Workers"]):
+    """One worker at a time: in place of one that had to be ended comes a new one."""
+
+    def __init__(self, target: str, environment: Mapping[str, str] | None = None) -> None:
+        self._target, self._environment = target, environment
+        self._worker = Worker(target, environment)
+
+    @property
+    def started(self) -> float:
+        """When the present worker was, by `time.time`."""
+        return self._worker.started
+
+    def ask(self, call: str, within: float, **arguments: Any) -> Any:
+        """As `Worker.ask`."""
+        if not self._worker.alive:
+            self._worker = Worker(self._target, self._environment)
+        return self._worker.ask(call, within, **arguments)
+
+    def __exit__(self, *exception: object) -> None:
+        self._worker.end()

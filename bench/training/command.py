@@ -10,7 +10,7 @@ from bench.device import require_gpu
 from bench.options import Deadline, image_size, parser
 from bench.results_file import Rows, provenance
 from bench.training.case import OURS, STOCK, TrainingCase
-from bench.training.compare import Plan, compare, first_steps, identity
+from bench.training.compare import Comparison, Plan, identity
 
 TINY_SPACE = {"cells": 5, "reductions": (1, 3), "widths": (8, 8, 8)}
 TINY_SIZE = (64, 64)
@@ -49,7 +49,8 @@ def run(stage: str, options: argparse.Namespace, cases: Sequence[TrainingCase]) 
     plan = Plan(
         stage, options.ours, options.stock, options.rounds, options.steps, options.build_seconds
     )
+    comparison = Comparison(plan, rows, deadline)
     if options.first:
-        first_steps(plan, cases[0], rows, deadline)
+        comparison.first_steps(cases[0])
     else:
-        compare(plan, cases, rows, deadline)
+        comparison.run(cases)

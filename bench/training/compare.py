@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.options import Deadline
-from bench.process import Worker, WorkerFailed, worker
+from bench.process import WorkerFailed, Workers
 from bench.results_file import Rows
 from bench.rounds import median, ratios, tenth_percentile
 from bench.training.case import TrainingCase
@@ -49,123 +49,100 @@ def empty_caches() -> Iterator[dict[str, str]]:
         yield {name: str(Path(folder) / name.lower()) for name in names}
 
 
-def first_steps(plan: Plan, case: TrainingCase, rows: Rows, deadline: Deadline) -> None:
-    """Time from the start of a process to full speed: with empty caches, then with those left."""
-    with empty_caches() as environment:
-        for name in ("cold", "warm"):
-            with worker(TARGET, environment) as ours:
-                built = _build(ours, plan, plan.ours, case, deadline, ours.started)
-            row = {
-                "stage": plan.stage,
-                "case": str(case),
-                "subject": f"{plan.ours} {name}",
-                **built,
-            }
-            rows.add(row)
-            print(f"{case} {plan.ours} {name}: {_told(built)}", flush=True)
+class Comparison:
+    """Of one plan, with the results file and the time that there is."""
 
+    def __init__(self, plan: Plan, rows: Rows, deadline: Deadline) -> None:
+        self._plan, self._rows, self._deadline = plan, rows, deadline
 
-def compare(plan: Plan, cases: Sequence[TrainingCase], rows: Rows, deadline: Deadline) -> None:
-    """Every stock subject beside ours, on all cases before the next subject begins."""
-    with worker(TARGET) as ours:
-        right = [case for case in cases if _is_right(ours, plan, case, rows)]
-        for case in right:
-            if not plan.stock:
-                _alone(ours, plan, case, rows, deadline)
-        for subject in plan.stock:
-            with worker(TARGET) as other:
-                for case in right:
-                    if deadline.over:
-                        print(f"out of time: {subject} on {case} and what follows left out")
-                        return
-                    try:
-                        _pair(ours, other, plan, subject, case, rows, deadline)
-                    except WorkerFailed as error:
-                        _give_up(plan, subject, case, str(error), rows)
-                        if not other.alive:
-                            break
-            if not ours.alive:
-                raise SystemExit(f"{plan.ours} ended")
+    def first_steps(self, case: TrainingCase) -> None:
+        """Time from the start of a process to full speed: with empty caches, then as left."""
+        subject = self._plan.ours
+        with empty_caches() as environment:
+            for name in ("cold", "warm"):
+                with Workers(TARGET, environment) as ours:
+                    built = self._build(ours, subject, case, started=ours.started)
+                self._add(case, f"{subject} {name}", **built)
+                print(f"{case} {subject} {name}: {_told(built)}", flush=True)
 
+    def run(self, cases: Sequence[TrainingCase]) -> None:
+        """The gate; then every stock subject beside ours on all cases before the next one."""
+        with Workers(TARGET) as ours:
+            try:
+                for case in cases:
+                    self._require_right(ours, case)
+                if not self._plan.stock:
+                    self._alone(ours, cases)
+            except WorkerFailed as error:
+                raise SystemExit(f"{self._plan.ours}: {error}") from None
+            for subject in self._plan.stock:
+                with Workers(TARGET) as other:
+                    for case in cases:
+                        if self._deadline.over:
+                            print(f"out of time: {subject} on {case} and what follows left out")
+                            return
+                        try:
+                            self._pair(ours, other, subject, case)
+                        except WorkerFailed as error:
+                            self._add(case, subject, failed=str(error))
+                            print(f"{case}: {subject} failed: {error}", flush=True)
 
-def _is_right(ours: Worker, plan: Plan, case: TrainingCase, rows: Rows) -> bool:
-    found = ours.ask(
-        "check", plan.build_seconds, stage=plan.stage, subject=plan.ours, case=asdict(case)
-    )
-    row = {"stage": plan.stage, "case": str(case), "subject": f"{plan.ours} gradients", **found}
-    rows.add(row)
-    print(f"{case} {plan.ours}: errors {_rounded(found['errors'])}", flush=True)
-    if found["faults"]:
-        raise SystemExit(f"WRONG RESULT: {plan.ours} {case}: " + "; ".join(found["faults"]))
-    return True
+    def _require_right(self, ours: Workers, case: TrainingCase) -> None:
+        subject, within = self._plan.ours, self._plan.build_seconds
+        found = ours.ask(
+            "check", within, stage=self._plan.stage, subject=subject, case=asdict(case)
+        )
+        self._add(case, f"{subject} gradients", **found)
+        print(f"{case} {subject}: errors {_rounded(found['errors'])}", flush=True)
+        if found["faults"]:
+            raise SystemExit(f"WRONG RESULT: {subject} {case}: " + "; ".join(found["faults"]))
 
+    def _alone(self, ours: Workers, cases: Sequence[TrainingCase]) -> None:
+        plan = self._plan
+        for case in cases:
+            built = self._build(ours, plan.ours, case)
+            times = ours.ask("measure", ANSWER_SECONDS, steps=plan.rounds * plan.steps)
+            self._add(case, plan.ours, ms=median(times), **built)
+            print(f"{case} {plan.ours}: {median(times):.2f} ms, {_told(built)}", flush=True)
 
-def _alone(ours: Worker, plan: Plan, case: TrainingCase, rows: Rows, deadline: Deadline) -> None:
-    built = _build(ours, plan, plan.ours, case, deadline, None)
-    milliseconds = ours.ask("measure", ANSWER_SECONDS, steps=plan.rounds * plan.steps)
-    row = {"stage": plan.stage, "case": str(case), "subject": plan.ours, **asdict(case), **built}
-    rows.add({**row, "ms": median(milliseconds)})
-    print(f"{case} {plan.ours}: {median(milliseconds):.2f} ms, {_told(built)}", flush=True)
-
-
-def _pair(
-    ours: Worker,
-    other: Worker,
-    plan: Plan,
-    subject: str,
-    case: TrainingCase,
-    rows: Rows,
-    deadline: Deadline,
-) -> None:
-    workers = {subject: other, plan.ours: ours}
-    built = {
-        name: _build(process, plan, name, case, deadline, None) for name, process in workers.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in workers}
-    for number in range(plan.rounds):
-        order = list(workers.items())
-        for name, process in order if number % 2 else reversed(order):
-            steps = process.ask("measure", ANSWER_SECONDS, steps=plan.steps)
-            times[name].append(median(steps))
-    mine, theirs = median(times[plan.ours]), median(times[subject])
-    common = {"stage": plan.stage, "case": str(case), **asdict(case)}
-    rows.add({**common, "subject": plan.ours, "beside": subject, "ms": mine, **built[plan.ours]})
-    rows.add(
-        {
-            **common,
-            "subject": subject,
-            "ms": theirs,
-            "ours_ms": mine,
-            "ours": plan.ours,
-            "speed_up": theirs / mine,
-            "speed_up_p10": tenth_percentile(ratios(times[subject], times[plan.ours])),
+    def _pair(self, ours: Workers, other: Workers, subject: str, case: TrainingCase) -> None:
+        plan, mine = self._plan, self._plan.ours
+        workers = {subject: other, mine: ours}
+        built = {name: self._build(process, name, case) for name, process in workers.items()}
+        times: dict[str, list[float]] = {name: [] for name in workers}
+        for number in range(plan.rounds):
+            order = list(workers.items())
+            for name, process in order if number % 2 else reversed(order):
+                steps = process.ask("measure", ANSWER_SECONDS, steps=plan.steps)
+                times[name].append(median(steps))
+        ms, ours_ms = median(times[subject]), median(times[mine])
+        self._add(case, mine, beside=subject, ms=ours_ms, **built[mine])
+        self._add(
+            case,
+            subject,
+            ms=ms,
+            ours=mine,
+            ours_ms=ours_ms,
+            speed_up=ms / ours_ms,
+            speed_up_p10=tenth_percentile(ratios(times[subject], times[mine])),
             **built[subject],
-        }
-    )
-    print(
-        f"{case}: {subject} {theirs:.2f} ms ({_told(built[subject])}), {plan.ours} {mine:.2f} ms "
-        f"({_told(built[plan.ours])}), speed-up {theirs / mine:.2f}",
-        flush=True,
-    )
+        )
+        print(
+            f"{case}: {subject} {ms:.2f} ms ({_told(built[subject])}), "
+            f"{mine} {ours_ms:.2f} ms ({_told(built[mine])}), speed-up {ms / ours_ms:.2f}",
+            flush=True,
+        )
 
+    def _build(
+        self, process: Workers, subject: str, case: TrainingCase, started: float | None = None
+    ) -> dict[str, Any]:
+        within = min(self._plan.build_seconds, self._deadline.left)
+        about = {"stage": self._plan.stage, "subject": subject, "case": asdict(case)}
+        return process.ask("build", within, **about, started=started)
 
-def _build(
-    process: Worker,
-    plan: Plan,
-    subject: str,
-    case: TrainingCase,
-    deadline: Deadline,
-    started: float | None,
-) -> dict[str, Any]:
-    seconds = min(plan.build_seconds, deadline.left)
-    arguments = {"stage": plan.stage, "subject": subject, "case": asdict(case)}
-    return process.ask("build", seconds, **arguments, started=started)
-
-
-def _give_up(plan: Plan, subject: str, case: TrainingCase, reason: str, rows: Rows) -> None:
-    row = {"stage": plan.stage, "case": str(case), "subject": subject, "failed": reason}
-    rows.add({**row, **asdict(case)})
-    print(f"{case}: {subject} failed: {reason}", flush=True)
+    def _add(self, case: TrainingCase, subject: str, **found: Any) -> None:
+        about = {"stage": self._plan.stage, "case": str(case), "subject": subject}
+        self._rows.add({**about, **asdict(case), **found})
 
 
 def _told(built: dict[str, Any]) -> str:

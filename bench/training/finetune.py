@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from bench.device import DEVICE
+from bench.genotypes import genotype_named
 from bench.stock.losses import hardest_pixels_loss, resized_cross_entropy
 from bench.stock.networks import compile_cells, plain
 from bench.training.case import CLASSES, Batch, Step, TrainingCase, as_graph, autocast
-from bench.training.genotypes import genotype_named
 from bench.training.gradients import Gradients
 from lgcnet_fast.config import FinetuneConfig
 from lgcnet_fast.ops import upsample_cross_entropy

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.genotypes import RANDOM, genotype_named
 from bench.stock.losses import hardest_pixels_loss, resized_cross_entropy
 from bench.stock.networks import compile_cells, plain
 from bench.training.command import TINY_SPACE
-from bench.training.genotypes import RANDOM, genotype_named
 from lgcnet_fast.latency.predict import uniform_arch
 from lgcnet_fast.ops import upsample_cross_entropy, upsample_ohem
 from lgcnet_fast.space.lgcnet import LGCNet

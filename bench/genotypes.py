@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,3 +20,8 @@ def genotype_named(name: str, space: dict[str, Any] | None = None) -> Genotype:
         return load_genotype(name)
     generator = torch.Generator().manual_seed(int(name.removeprefix("random-")))
     return make_space({"name": "lgcnet", **(space or {})}).random_genotype(generator)
+
+
+def expanded(names: Iterable[str]) -> list[str]:
+    """`random` stands for all the random ones."""
+    return [each for name in names for each in (RANDOM if name == "random" else (name,))]
