@@ -1,0 +1,96 @@
+"""Counting memory on tensors that have shapes and no data, so without a GPU and in seconds."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROUNDING = 512
+"""Bytes: torch's CUDA allocator hands out multiples of them."""
+WITH_DEPTHWISE_MAPS = (
+    "lgcnet_fast::separable_branches",
+    "lgcnet_fast::separable_branches_backward",
+)
+"""Operations inside which the depthwise maps of all branches exist at once."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside the `with` block: bytes of all storages that operations made and nobody freed yet.
+
+    What autograd saves for the backward pass counts until it is freed there, as on a GPU. Meant for
+    use inside `FakeTensorMode`; counts real tensors as well.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._count = 0
+        self._count_at_peak = 0
+        self._births: dict[int, int] = {}
+        """Storage -> count of operations when it was made."""
+
+    def forget_peak(self) -> None:
+        self.peak = self.now
+
+    def existed_at_peak(self, tensor: Tensor) -> bool:
+        return self._births[_key(tensor.untyped_storage())] <= self._count_at_peak
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if operation is torch.ops.aten.exponential_.default:
+            return args[0]  # Drawn in place; tensors without data take no generators.
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            return True  # There is no data; checks of arguments ask whether values are in order.
+        result = operation(*args, **(kwargs or {}))
+        self._count += 1
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        bytes_now = self.now + rounded(scratch(operation, args))
+        if bytes_now > self.peak:
+            self.peak, self._count_at_peak = bytes_now, self._count
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = _key(storage), rounded(storage.nbytes())
+        if key not in self._births:
+            self._births[key] = self._count
+            self.now += size
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        del self._births[key]
+        self.now -= size
+
+
+def storage_bytes(*tensors: Tensor) -> int:
+    """Of tensors that share no storage."""
+    return sum(rounded(tensor.untyped_storage().nbytes()) for tensor in tensors)
+
+
+def rounded(size: int) -> int:
+    return -(-size // ROUNDING) * ROUNDING
+
+
+def scratch(operation: Any, args: Any) -> int:
+    """Bytes of maps that an operation of this package makes inside and frees before it ends."""
+    if operation.name() not in WITH_DEPTHWISE_MAPS:
+        return 0
+    names = (argument.name for argument in operation._schema.arguments)
+    given = dict(zip(names, args, strict=False))
+    x, branches = given["x"], len(given["depthwise"])
+    images, channels, *size = x.shape
+    positions = math.prod(-(-side // given["stride"]) for side in size)
+    return branches * images * channels * positions * x.element_size()
+
+
+def _key(storage: torch.UntypedStorage) -> int:
+    return storage._cdata
