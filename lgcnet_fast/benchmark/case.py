@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +11,7 @@ from lgcnet_fast.config import Size
 from lgcnet_fast.deploy.engine import DTYPES
 from lgcnet_fast.errors import ConfigError, DeviceError
 
-Copies = Literal["none", "in", "out", "both"]
-COPIES: tuple[Copies, ...] = ("none", "in", "out", "both")
+COPIES = ("none", "in", "out", "both")
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -34,7 +32,7 @@ class Case:
     """fp32, fp16 or bf16, of weights and maps. In fp32, TF32 is off for every subject."""
     upsample: bool = True
     """End with uint8 labels at the images' size; else with logits at the output stride."""
-    copies: Copies = "none"
+    copies: str = "none"
     """Between the host's pinned memory and the GPU that count: images in, results out."""
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lgcnet_fast.benchmark.case import Case
 from lgcnet_fast.data.normalise import DEVIATION, MEAN
 from lgcnet_fast.errors import ConfigError, DeviceError
+from lgcnet_fast.ops import use_backend
 
-Layout = Literal["nchw", "nhwc"]
-LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc")
+LAYOUTS = ("nchw", "nhwc")
 PLAIN_RUNTIMES = ("eager", "graph", "compile", "compile+graph")
 CAPTURE_WARM_UP = 3
 """Runs before a capture: libraries choose their algorithms and allocate."""
@@ -25,40 +25,53 @@ TensorFrame = Callable[[], Tensor]
 """Runs one batch; returns labels or logits, in memory that the next frame may overwrite."""
 
 
-class Pipeline(nn.Module):
-    """uint8 images (N, H, W, 3) to uint8 labels (N, H, W), or to the network's logits.
-
-    network: takes normalised images (N, 3, H, W) and returns logits (N, classes, h, w), alone or
-    first in a list, tuple or mapping (as networks with auxiliary heads do). Kept in the dtype and
-    layout given; images are normalised in float32, logits upsampled in `dtype`.
-    """
+class Normalisation(nn.Module):
+    """uint8 images (N, H, W, 3) to normalised float32 (N, 3, H, W), strides as they are."""
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(
-        self, network: nn.Module, dtype: torch.dtype, layout: Layout, upsample: bool
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
         deviation = 255 * torch.tensor(DEVIATION).view(1, 3, 1, 1)
         mean = 255 * torch.tensor(MEAN).view(1, 3, 1, 1)
         self.register_buffer("scale", 1 / deviation, persistent=False)
         self.register_buffer("shift", -mean / deviation, persistent=False)
-        self.dtype = dtype
-        self.memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
-        self.upsample = upsample
-        self.network = network.eval().to(dtype=dtype, memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = images.permute(0, 3, 1, 2).float()
-        x = torch.addcmul(self.shift, pixels, self.scale)
-        x = x.to(self.dtype, memory_format=self.memory_format)
-        logits = first_tensor(self.network(x))
-        if not self.upsample:
-            return logits
-        size = (images.shape[1], images.shape[2])
-        full = F.interpolate(logits, size, mode="bilinear", align_corners=True)
-        return full.argmax(1).to(torch.uint8)
+        return torch.addcmul(self.shift, images.permute(0, 3, 1, 2).float(), self.scale)
+
+
+class Pipeline(nn.Module):
+    """uint8 images (N, H, W, 3) to uint8 labels (N, H, W), or to the network's logits.
+
+    network: takes normalised images (N, 3, H, W) and returns logits (N, classes, h, w), alone or
+    first in a list, tuple or mapping (as networks with auxiliary heads do). Images are normalised
+    in float32, logits upsampled in the network's dtype.
+    """
+
+    def __init__(self, network: nn.Module, case: Case, layout: str) -> None:
+        super().__init__()
+        self.case = case
+        self.memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+        self.normalisation = Normalisation()
+        self.network = network.eval().to(
+            dtype=case.torch_dtype,
+            memory_format=self.memory_format,  # type: ignore[call-overload]
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.normalisation(images)
+        x = x.to(self.case.torch_dtype, memory_format=self.memory_format)
+        return result_of(first_tensor(self.network(x)), self.case)
+
+
+def result_of(logits: Tensor, case: Case) -> Tensor:
+    """What the case ends with: the logits, or labels uint8 (N, H, W) at the images' size."""
+    if not case.upsample:
+        return logits
+    full = F.interpolate(logits, case.size, mode="bilinear", align_corners=True)
+    return full.argmax(1).to(torch.uint8)
 
 
 def first_tensor(output: object) -> Tensor:
@@ -79,7 +92,7 @@ def plain_frame(
     case: Case,
     device: torch.device,
     runtime: str = "eager",
-    layout: Layout = "nchw",
+    layout: str = "nchw",
 ) -> TensorFrame:
     """A frame of a copy of `network` in plain PyTorch.
 
@@ -94,7 +107,7 @@ def plain_frame(
     if "graph" in runtime and device.type != "cuda":
         raise DeviceError(f"runtime {runtime!r}: CUDA graphs need a GPU, this is {device}")
     case.check_device(device)
-    pipeline = Pipeline(copy.deepcopy(network), case.torch_dtype, layout, case.upsample).to(device)
+    pipeline = Pipeline(copy.deepcopy(network), case, layout).to(device)
     run: Callable[[Tensor], Tensor] = pipeline
     if "compile" in runtime:
         run = torch.compile(pipeline, mode="max-autotune-no-cudagraphs", dynamic=False)
@@ -107,8 +120,10 @@ def plain_frame(
 
 
 def _inference(frame: TensorFrame) -> TensorFrame:
+    """Without gradients, and our own networks without our own kernels."""
+
     def run() -> Tensor:
-        with torch.inference_mode():
+        with use_backend("reference"), torch.inference_mode():
             return frame()
 
     return run

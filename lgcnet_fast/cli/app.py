@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from lgcnet_fast import __version__
-from lgcnet_fast.cli import data, doctor, export, lut, predict, stages
+from lgcnet_fast.cli import bench, data, doctor, export, lut, predict, stages
 from lgcnet_fast.errors import UserError
 
 USER_ERROR = 2
@@ -79,6 +79,7 @@ def lgcnet(
 stages.register(app)
 app.command()(predict.predict)
 app.command()(export.export)
+app.command()(bench.bench)
 app.add_typer(lut.app, name="lut")
 app.add_typer(data.app, name="data")
 app.command()(doctor.doctor)

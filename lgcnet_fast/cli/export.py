@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lgcnet_fast.cli.options import RunFolder
-from lgcnet_fast.errors import ConfigError
+from lgcnet_fast.cli.options import RunFolder, parse_size
 
 if TYPE_CHECKING:
     from lgcnet_fast.deploy.export import Exported
@@ -64,7 +62,7 @@ def export(
 
         lgcnet export runs/camvid --format tensorrt --out camvid.engine --fp16
     """
-    sides = None if size is None else _sides(size)
+    sides = None if size is None else parse_size(size)
     from lgcnet_fast.deploy.export import ExportOptions
     from lgcnet_fast.deploy.export import export as write
     from lgcnet_fast.deploy.export_tensorrt import EngineOptions
@@ -73,13 +71,6 @@ def export(
     engine = EngineOptions(fp16, int8, timing_cache)
     options = ExportOptions(form, sides, dynamic, argmax, opset, engine)
     _report(write(read_trained_run(folder), out, options), options.engine.int8)
-
-
-def _sides(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text, re.ASCII)
-    if match is None:
-        raise ConfigError(f"--size {text!r}: write height x width, as in 360x480")
-    return int(match[1]), int(match[2])
 
 
 def _report(exported: Exported, int8: bool) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lgcnet_fast.config import PRESETS, RunConfig, load_config
+from lgcnet_fast.errors import ConfigError
 
 ConfigFile = Annotated[
     Path | None,
@@ -61,3 +63,11 @@ def configuration(path: Path | None, preset: str | None, overrides: list[str] | 
 
     make_space(config.space)
     return config
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of a text such as 360x480. Raises `ConfigError`."""
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text, re.ASCII)
+    if match is None:
+        raise ConfigError(f"--size {text!r}: write height x width, as in 360x480")
+    return int(match[1]), int(match[2])
