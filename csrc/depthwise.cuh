@@ -13,6 +13,7 @@
 #pragma once
 
 #include "numeric.cuh"
+#include "walks.cuh"
 
 namespace lgcnet {
 
@@ -51,12 +52,6 @@ struct DepthwiseBackwardArguments {
   int relu;
   int row_groups;
 };
-
-// First of `length` positions, `dilation` apart, that walk number `group` visits.
-__device__ __forceinline__ int walk_start(int group, int length, int dilation, int extent) {
-  const int phases = dilation < extent ? dilation : extent;
-  return group % phases + group / phases * length * dilation;
-}
 
 template <int V>
 __device__ __forceinline__ void load_weights(const float* weight, int channels, int channel,

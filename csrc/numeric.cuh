@@ -160,6 +160,15 @@ struct Word<Half> {
 #endif
 };
 
+template <bool Constant, typename Bits>
+__device__ __forceinline__ Bits fetch(const Bits* from) {
+  if constexpr (Constant) {
+    return __ldg(from);
+  } else {
+    return *from;
+  }
+}
+
 // Pieces<T, V>: V neighbouring values as 32-bit words (a lone 16-bit value fills half a word), and
 // their movement by the widest instruction. Addresses are multiples of the bytes moved, up to 16.
 template <typename T, int V>
@@ -168,24 +177,26 @@ struct Pieces {
   static constexpr int words = (bytes + 3) / 4;
   unsigned word[words];
 
+  // Constant: nothing in the kernel writes there.
+  template <bool Constant = true>
   __device__ __forceinline__ void read(const T* from) {
     if constexpr (bytes % 16 == 0) {
 #pragma unroll
       for (int i = 0; i < words; i += 4) {
-        const uint4 four = __ldg(reinterpret_cast<const uint4*>(from) + i / 4);
+        const uint4 four = fetch<Constant>(reinterpret_cast<const uint4*>(from) + i / 4);
         word[i] = four.x;
         word[i + 1] = four.y;
         word[i + 2] = four.z;
         word[i + 3] = four.w;
       }
     } else if constexpr (bytes == 8) {
-      const uint2 two = __ldg(reinterpret_cast<const uint2*>(from));
+      const uint2 two = fetch<Constant>(reinterpret_cast<const uint2*>(from));
       word[0] = two.x;
       word[1] = two.y;
     } else if constexpr (bytes == 4) {
-      word[0] = __ldg(reinterpret_cast<const unsigned*>(from));
+      word[0] = fetch<Constant>(reinterpret_cast<const unsigned*>(from));
     } else {
-      word[0] = __ldg(reinterpret_cast<const unsigned short*>(from));
+      word[0] = fetch<Constant>(reinterpret_cast<const unsigned short*>(from));
     }
   }
 
@@ -214,10 +225,10 @@ struct Pieces {
 };
 
 // out = V values at `from`; zeros where `valid` is false, and then nothing is read.
-template <typename T, int V>
+template <typename T, int V, bool Constant = true>
 __device__ __forceinline__ void load(const T* from, bool valid, float (&out)[V]) {
   Pieces<T, V> pieces = {};
-  if (valid) pieces.read(from);
+  if (valid) pieces.template read<Constant>(from);
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     out[v] = Word<T>::get(pieces.word[v / Word<T>::values], v % Word<T>::values);

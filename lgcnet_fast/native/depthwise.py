@@ -103,7 +103,7 @@ def depthwise_forward(
     y = empty_map(shape, x) if out is None else out
     if out is not None:
         check_output("out", out, shape, x)
-    seen, dilation, stride = _even_pixels(x, dilation, stride)
+    seen, dilation, stride = even_pixels(x, dilation, stride)
     tile = tile or forward_tile(seen, y)
     instance = instances.depthwise_forward(
         STORAGE[x.dtype], tile.vector, stride, tile.columns, tile.rows
@@ -113,8 +113,8 @@ def depthwise_forward(
     images, channels, out_height, out_width = shape
     across, pixels, tiles = block_of(channels // tile.vector, tile.threads)
     grid = (
-        -(-_walks(out_width, dilation, tile.columns) // pixels),
-        _walks(out_height, dilation, tile.rows),
+        -(-walks(out_width, dilation, tile.columns) // pixels),
+        walks(out_height, dilation, tile.rows),
         images * tiles,
     )
     check_grid("depthwise_forward", grid)
@@ -151,7 +151,7 @@ def depthwise_backward(
     dx = empty_map(tuple(x.shape), x) if out is None else out
     if out is not None:
         check_output("out", out, tuple(x.shape), x)
-    seen, dilation_seen, stride_seen = _even_pixels(x, dilation, stride)
+    seen, dilation_seen, stride_seen = even_pixels(x, dilation, stride)
     written = dx if stride_seen == stride else dx.zero_()[:, :, ::2, ::2]
     tile = tile or backward_tile(seen, dy, written, stride_seen)
     instance = _backward_instance(STORAGE[x.dtype], tile, stride_seen)
@@ -161,8 +161,8 @@ def depthwise_backward(
     if stride_seen == 2:  # walks of one 2 x 2 square
         columns, rows = -(-width // 2), -(-height // 2)
     else:
-        columns = _walks(width, dilation_seen, tile.columns)
-        rows = _walks(height, dilation_seen, tile.rows)
+        columns = walks(width, dilation_seen, tile.columns)
+        rows = walks(height, dilation_seen, tile.rows)
     across, pixels, tiles = block_of(channels // tile.vector, tile.threads)
     column_blocks = -(-columns // pixels)
     wanted = -(-launcher.processors(x.device) * tile.blocks // (column_blocks * tiles))
@@ -220,7 +220,7 @@ def _check_tile(tile: Tile, instance: Instance, threads: int, *maps: Tensor) -> 
     widest_vector((tile.vector,), *maps)
 
 
-def _even_pixels(x: Tensor, dilation: int, stride: int) -> tuple[Tensor, int, int]:
+def even_pixels(x: Tensor, dilation: int, stride: int) -> tuple[Tensor, int, int]:
     """(x, dilation, stride) of an equal convolution that skips no input.
 
     At stride 2 and even dilation every tap falls on even rows and columns, so that the convolution
@@ -231,7 +231,7 @@ def _even_pixels(x: Tensor, dilation: int, stride: int) -> tuple[Tensor, int, in
     return x, dilation, stride
 
 
-def _walks(extent: int, dilation: int, length: int) -> int:
+def walks(extent: int, dilation: int, length: int) -> int:
     """Walks of `length` positions, a dilation apart, that cover an axis."""
     phases = min(dilation, extent)
     positions = -(-extent // dilation)

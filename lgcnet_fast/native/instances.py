@@ -116,6 +116,11 @@ def select_digit() -> Instance:
     return _instance("order_statistic.cuh", "select_digit", DIGITS)
 
 
+def separable(storage: str, vector: int, stride: int, taps: int, width: int) -> Instance:
+    """`taps`: 9, or 1 without a window; `width` outputs a block."""
+    return _instance("separable.cuh", "separable", storage, vector, stride, taps, width)
+
+
 SUM_LANES = 16
 """Threads that share one sum of `sum_partials`."""
 
@@ -165,6 +170,10 @@ def all_instances() -> dict[Instance, None]:
         for vector in (4, single):
             found.append(upsample_backward_axis(storage, "float", vector))
             found.append(upsample_backward_axis("float", storage, vector))
+        for (stride, taps), width in product(((1, 9), (2, 9), (1, 1)), (64, 32)):
+            found.append(separable(storage, 4, stride, taps, width))
+            if width == 32:
+                found.append(separable(storage, single, stride, taps, width))
         found += [upsample_argmax(storage), upsample_losses(storage)]
         found += [upsample_loss_sums(storage), logits_gradient(storage)]
     return dict.fromkeys(found)

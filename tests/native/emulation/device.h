@@ -27,6 +27,7 @@ inline Dimensions threadIdx, blockIdx, blockDim, gridDim;
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ static  // one block at a time
 #define __ldg(pointer) (*(pointer))
 

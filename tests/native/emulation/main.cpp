@@ -6,6 +6,7 @@
 #include "max_pool.cuh"
 #include "mixed_sum.cuh"
 #include "order_statistic.cuh"
+#include "separable.cuh"
 #include "sums.cuh"
 #include "upsample.cuh"
 #include "upsample_loss.cuh"
