@@ -15,6 +15,7 @@ from lgcnet_fast.errors import RunError
 from lgcnet_fast.train.derive import derive, given_genotype
 from lgcnet_fast.train.evaluate import evaluate
 from lgcnet_fast.train.finetune import coarse_splits, finetune
+from lgcnet_fast.train.memory_hint import out_of_memory
 from lgcnet_fast.train.prediction import latency_predictor
 from lgcnet_fast.train.pretrain import pretrain
 from lgcnet_fast.train.run import Run, write_json
@@ -38,10 +39,7 @@ def run_stage(run: Run, name: str) -> dict[str, Any]:
     try:
         return STAGES[name](run)
     except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"{name}: {run.device} has not enough memory; lower {name}.batch_size "
-            f"(search and finetune: raise {name}.accumulate by the same factor)"
-        ) from error
+        raise RunError(out_of_memory(run, name)) from error
 
 
 def run_all(folder: Path, config: RunConfig) -> dict[str, Any]:
