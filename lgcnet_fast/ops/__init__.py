@@ -6,12 +6,14 @@ from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.max_pool import max_pool
 from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum
 from lgcnet_fast.ops.mixed_sum import mixed_sum
+from lgcnet_fast.ops.running_statistics import gathered_running_statistics
 from lgcnet_fast.ops.separable_branches import separable_branches
 from lgcnet_fast.ops.upsample_loss import upsample_argmax, upsample_cross_entropy, upsample_ohem
 
 __all__ = [
     "concat_upsample",
     "explain",
+    "gathered_running_statistics",
     "max_pool",
     "mixed_norm_sum",
     "mixed_sum",

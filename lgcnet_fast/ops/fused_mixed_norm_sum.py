@@ -19,6 +19,7 @@ from torch.library import custom_op
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.constants import constant
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc, unstacked
+from lgcnet_fast.ops.running_statistics import update_running_statistics
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
 
@@ -83,11 +84,13 @@ def run(
     with torch.no_grad():
         if training:
             statistics = _batch_statistics(normalised, eps, backend)
-            _update_running_statistics(normed, statistics, normalised[0])
+            images, _, height, width = normalised[0].shape[-4:]
+            count = images * height * width
+            update_running_statistics(normed, statistics[0], statistics[1], count)
         else:
             statistics = _running_statistics(normed, eps)
     if z is None:
-        weights = statistics.new_ones(1)
+        weights = constant((1.0,), statistics.device)
     else:
         with_norm = [o for o, norm in zip(options, norms, strict=True) if norm is not None]
         without = [o for o, norm in zip(options, norms, strict=True) if norm is None]
@@ -111,20 +114,6 @@ def _with_norms(
         count = len(y) if y.ndim == 5 else 1
         yield y, norms[first : first + count]
         first += count
-
-
-def _update_running_statistics(
-    norms: Sequence[nn.BatchNorm2d], statistics: Tensor, y: Tensor
-) -> None:
-    """As `nn.BatchNorm2d` does in training; statistics: (3, K, C)."""
-    count = y[..., 0, :, :].numel() // (len(y) if y.ndim == 5 else 1)
-    mean, variance = statistics[0], statistics[1] * (count / (count - 1))
-    running: list[Any] = [norm.running_mean for norm in norms]
-    running += [norm.running_var for norm in norms]
-    momentum: Any = norms[0].momentum
-    torch._foreach_lerp_(running, [*mean.unbind(), *variance.unbind()], momentum)
-    counts: list[Any] = [norm.num_batches_tracked for norm in norms]
-    torch._foreach_add_(counts, 1)
 
 
 def _running_statistics(norms: Sequence[Any], eps: float) -> Tensor:

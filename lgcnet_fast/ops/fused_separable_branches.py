@@ -56,7 +56,7 @@ def run(
     maps: list[Tensor] = _separable_branches(
         nhwc(x.to(dtype)),
         _stacked(depthwise),
-        _stacked(pointwise).flatten(2).to(dtype),
+        _stacked(pointwise).flatten(2),
         list(dilations),
         stride,
         list(stacks),
@@ -105,8 +105,9 @@ def _separable_branches(
     windows = _windows(depthwise, len(dilations))
     filtered = _matrices(filtered_maps(backend, x, windows, dilations, stride))
     shape = _output_shape(x, pointwise, stride)
+    products = pointwise.to(x.dtype).split(stacks)
     outputs = []
-    for matrices, weights in zip(filtered.split(stacks), pointwise.split(stacks), strict=True):
+    for matrices, weights in zip(filtered.split(stacks), products, strict=True):
         out = empty_nhwc(x, (len(weights), *shape))
         torch.bmm(matrices, weights.transpose(1, 2), out=_matrices(out))
         outputs.append(out)
@@ -146,21 +147,22 @@ def _separable_branches_backward(
     windows = _windows(depthwise, len(dilations))
     stacks = [len(g) for g in gradients]
     filtered = filtered_maps(backend, x, windows, dilations, stride)
-    d_pointwise = torch.cat(
-        [
-            _product_gradient(g, maps)
-            for g, maps in zip(gradients, filtered.flatten(0, 1).split(stacks), strict=True)
-        ]
-    )
+    d_pointwise = torch.empty_like(pointwise, dtype=_accumulator(x.dtype))
+    for g, maps, out in zip(
+        gradients, filtered.flatten(0, 1).split(stacks), d_pointwise.split(stacks), strict=True
+    ):
+        _product_gradient(g, maps, out)
     # The gradients of the depthwise maps take the place of the maps, now that these have served.
     d_filtered = filtered
+    products = pointwise.to(x.dtype).split(stacks)
     for g, weights, out in zip(
-        gradients, pointwise.split(stacks), _matrices(d_filtered).split(stacks), strict=True
+        gradients, products, _matrices(d_filtered).split(stacks), strict=True
     ):
         torch.bmm(_matrices(g), weights, out=out)
     dx, d_windows = depthwise_gradients(backend, d_filtered, x, windows, dilations, stride)
     d_depthwise = d_windows.flatten(0, 1).flatten(1, 2).transpose(1, 2).contiguous()
-    return dx, d_depthwise.view_as(depthwise).to(depthwise.dtype), d_pointwise
+    d_depthwise = d_depthwise.view_as(depthwise).to(depthwise.dtype)
+    return dx, d_depthwise, d_pointwise.to(pointwise.dtype)
 
 
 @_separable_branches_backward.register_fake
@@ -177,8 +179,8 @@ def _(
     return dx, torch.empty_like(depthwise), torch.empty_like(pointwise)
 
 
-def _product_gradient(g: Tensor, maps: Tensor) -> Tensor:
-    """(b, C_out, C): sum over the positions of g times the depthwise maps, both stacks of b.
+def _product_gradient(g: Tensor, maps: Tensor, out: Tensor) -> None:
+    """out (b, C_out, C): sum over the positions of g times the depthwise maps, both stacks of b.
 
     The positions far outnumber the entries of the result, so they are cut into parts, whose
     products run side by side and are added in the accumulator's dtype.
@@ -189,8 +191,7 @@ def _product_gradient(g: Tensor, maps: Tensor) -> Tensor:
         _matrices(g).unflatten(1, (parts, -1)).flatten(0, 1).transpose(1, 2),
         _matrices(maps).unflatten(1, (parts, -1)).flatten(0, 1),
     )
-    products = products.unflatten(0, (-1, parts))
-    return products.sum(1, dtype=_accumulator(g.dtype)).to(g.dtype)
+    torch.sum(products.unflatten(0, (-1, parts)), 1, dtype=out.dtype, out=out)
 
 
 def _row_groups(height: int, width: int) -> int:

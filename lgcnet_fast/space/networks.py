@@ -16,6 +16,7 @@ from lgcnet_fast.nn.fusion import (
 from lgcnet_fast.nn.fusion_graphs import FusionGraph
 from lgcnet_fast.nn.heads import ASPP, ASPP_WIDTH, PPM, PPM_WIDTH, Classifier
 from lgcnet_fast.nn.stem import Stem
+from lgcnet_fast.ops import gathered_running_statistics
 from lgcnet_fast.space.base import Arch, SegmentationNetwork
 from lgcnet_fast.space.layout import CellLayout, MacroLayout
 from lgcnet_fast.space.lgcnet_genotype import LGCNetGenotype
@@ -78,12 +79,17 @@ class Supernet(Network):
 
     def forward(self, x: Tensor, z: Arch) -> Tensor:
         """x: (N, 3, H, W); z: group -> (rows, options). Returns the logits at output stride."""
-        features = self.backbone(x, z["cells"])
+        with gathered_running_statistics():
+            features = self.backbone(x, z["cells"])
+            return self._logits(features, self._fusion_rows(z))
+
+    def _fusion_rows(self, z: Arch) -> dict[str, Tensor]:
+        """The row of each edge of the fusion cell, if there is one."""
         if not self.fusion_edges:
-            return self._logits(features)
+            return {}
         rows = (*z["fusion"].unbind(), *z["up"].unbind())
         names = (edge.name for edge in self.fusion_edges)
-        return self._logits(features, dict(zip(names, rows, strict=True)))
+        return dict(zip(names, rows, strict=True))
 
 
 class DerivedNetwork(Network):
