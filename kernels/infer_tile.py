@@ -110,7 +110,7 @@ class TileConfig:
     @classmethod
     def default(cls, pixels: int, channels: int, dtype: torch.dtype) -> TileConfig:
         """Small tiles for small maps, so that every multiprocessor of a large GPU has work."""
-        wide = triton.next_power_of_2(channels) >= 128
+        wide = triton.next_power_of_2(channels) >= (64 if dtype == torch.float32 else 128)
         if dtype == torch.float32:
             return cls(4, 8, block_k=16, warps=8 if wide else 4, stages=1)
         if pixels < 2**13:

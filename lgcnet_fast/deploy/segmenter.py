@@ -42,15 +42,17 @@ class Segmenter:
         device: str = "auto",
         dtype: str = "fp32",
         strict_size: bool = False,
+        backend: str = "auto",
     ) -> Segmenter:
         """From the folder of a finetuned run, or from a file of `save`.
 
-        device: auto, cpu, cuda or cuda:N; dtype: fp32, fp16 or bf16. Raises `RunError` or
-        `EngineError` for what is wrong with the path, `DeviceError` with the device.
+        device: auto, cpu, cuda or cuda:N; dtype: fp32, fp16 or bf16; backend: auto, triton or
+        reference. Raises `RunError` or `EngineError` for what is wrong with the path,
+        `DeviceError` with the device, `BackendError` where a named backend cannot serve.
         """
         path = Path(path)
         blueprint = run_blueprint(path) if path.is_dir() else load_blueprint(path)
-        return cls(Engine(blueprint, check_device(device), dtype), strict_size)
+        return cls(Engine(blueprint, check_device(device), dtype, backend), strict_size)
 
     def save(self, path: str | Path) -> None:
         """One file for `load` on any device, with float32 weights. Raises `EngineError`."""

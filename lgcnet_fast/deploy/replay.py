@@ -1,0 +1,172 @@
+"""Fused networks as CUDA graphs, one for each input size and batch, and their replay."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lgcnet_fast.deploy.arena import Schedule
+from lgcnet_fast.deploy.fused import Call, FusedNetwork
+from lgcnet_fast.deploy.lower import lower
+from lgcnet_fast.deploy.operations import Size
+from lgcnet_fast.deploy.packing import Packing
+from lgcnet_fast.deploy.program import FoldedNetwork
+
+MOST_REPLAYS = 8
+"""Sizes kept at once, each with maps and graph of its own; that unused for longest goes first."""
+
+Key = tuple[int, int, int, bool]
+
+
+class FusedEngine:
+    """Label maps of batches of images, through plans that are made when a size is first seen.
+
+    Threads may share it: one at a time hands its work to the GPU, and work on different CUDA
+    streams waits for one another, because all of it uses the same maps. On the CPU, where kernels
+    are interpreted, there are no graphs.
+    """
+
+    def __init__(self, network: FoldedNetwork, device: torch.device, dtype: torch.dtype) -> None:
+        self._network, self._device = network, device
+        self._packing = Packing(device, dtype)
+        self._replays: OrderedDict[Key, Replay] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def labels(self, pixels: Tensor, size: Size | None) -> Tensor:
+        """uint8 (N, H, W, 3) on the device to uint8 (N, H, W); size: of the network's input."""
+        batch, height, width, _ = pixels.shape
+        with self._lock, self._on_device():
+            if size is None or size == (height, width):
+                return self._replay((batch, height, width, False)).labels_of(pixels)
+            return self._replay((batch, *size, True)).labels_of_resized(pixels)
+
+    def fused(self, batch: int, size: Size) -> FusedNetwork:
+        """The network in memory for images of this size, which its replay uses too."""
+        with self._lock, self._on_device():
+            return self._replay((batch, *size, False)).network
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Kernels start on the current GPU."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _replay(self, key: Key) -> Replay:
+        if key in self._replays:
+            self._replays.move_to_end(key)
+            return self._replays[key]
+        if len(self._replays) == MOST_REPLAYS:
+            _, oldest = self._replays.popitem(last=False)
+            oldest.finish()
+        self._replays[key] = self._made(key)
+        return self._replays[key]
+
+    # What is made here is written to later, maybe outside inference mode.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _made(self, key: Key) -> Replay:
+        batch, height, width, is_resized = key
+        plan = lower(self._network, (height, width), batch, self._packing)
+        pixels = torch.float32 if is_resized else torch.uint8
+        return Replay(FusedNetwork(plan, self._device, pixels), with_labels=not is_resized)
+
+
+class Replay:
+    """A fused network that runs as one CUDA graph, to the labels or only to the logits."""
+
+    def __init__(self, network: FusedNetwork, with_labels: bool) -> None:
+        self.network = network
+        device = network.image.device
+        self._labels = network.image.new_empty(network.image.shape[:3], dtype=torch.uint8)
+        last = [lambda: network.write_labels(self._labels)] if with_labels else []
+        self._run: Callable[[], None] = _one_after_another([*network.calls, *last])
+        self._done: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            # Compiles and loads the kernels, which a capture must not.
+            self._run()
+            self._graph = _captured(network, last)
+            self._run = self._graph.replay
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def labels_of(self, pixels: Tensor) -> Tensor:
+        """uint8 (N, H, W, 3) of the network's size to uint8 (N, H, W)."""
+        self._wait()
+        self.network.image.copy_(pixels)
+        self._run()
+        labels = self._labels.clone()
+        self._record()
+        return labels
+
+    def labels_of_resized(self, pixels: Tensor) -> Tensor:
+        """uint8 (N, H, W, 3) of any size to uint8 (N, H, W); resized as `network_input` does."""
+        floats = pixels.permute(0, 3, 1, 2).float()
+        resized = F.interpolate(floats, self.network.plan.size, mode="bilinear")
+        self._wait()
+        self.network.image.copy_(resized.permute(0, 2, 3, 1))
+        self._run()
+        labels = pixels.new_empty(pixels.shape[:3])
+        self.network.write_labels(labels)
+        self._record()
+        return labels
+
+    def finish(self) -> None:
+        """Waits until the GPU needs the maps and the graph no more."""
+        if self._done is not None:
+            self._done.synchronize()
+
+    def _wait(self) -> None:
+        """For earlier work in these maps, which may be on another stream."""
+        if self._done is not None:
+            self._done.wait()
+
+    def _record(self) -> None:
+        if self._done is not None:
+            self._done.record()
+
+
+def _one_after_another(calls: Sequence[Call]) -> Call:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+def _captured(network: FusedNetwork, last: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """The launches of a network as a graph in which independent ones overlap, then `last`."""
+    torch.cuda.synchronize(network.image.device)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on using the GPU meanwhile.
+    with (
+        torch.cuda.device(network.image.device),
+        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+    ):
+        _overlapping(network.calls, network.schedule)
+        for call in last:
+            call()
+    return graph
+
+
+def _overlapping(calls: Sequence[Call], order: Schedule) -> None:
+    """Each call on the stream of its launch; afterwards the current stream has waited for all."""
+    current = torch.cuda.current_stream()
+    sides = [torch.cuda.Stream() for _ in range(max(order.streams))]
+    streams = [current, *sides]
+    for side in sides:
+        side.wait_stream(current)
+    done: list[torch.cuda.Event] = []
+    for call, at, waits in zip(calls, order.streams, order.waits, strict=True):
+        with torch.cuda.stream(streams[at]):
+            for launch in waits:
+                done[launch].wait()
+            call()
+            event = torch.cuda.Event()
+            event.record()
+            done.append(event)
+    for side in sides:
+        current.wait_stream(side)
