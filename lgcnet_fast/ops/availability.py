@@ -24,13 +24,18 @@ def why_not(backend: str, device: torch.device) -> str | None:
 
 
 def _why_not_triton(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed (pip install triton)"
     if device.type == "cuda":
         return _too_old(device)
     if device.type == "cpu" and is_interpreted():
         return None
     return f"it needs an NVIDIA GPU, the device is {device}"
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @cache

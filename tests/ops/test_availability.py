@@ -22,11 +22,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
     monkeypatch.setattr(loader, "available", lambda: {"prebuilt": "not built", "run time": None})
-    tuning._device_name.cache_clear()
-    availability._too_old.cache_clear()
+    remembered = (tuning._device_name, availability._too_old, availability._has_triton)
+    for function in remembered:
+        function.cache_clear()
     yield monkeypatch
-    tuning._device_name.cache_clear()
-    availability._too_old.cache_clear()
+    for function in remembered:
+        function.cache_clear()
 
 
 def test_all_serve_a_new_gpu() -> None:

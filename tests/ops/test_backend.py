@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import threading
 import warnings
 from collections.abc import Iterator
@@ -201,3 +202,14 @@ def test_a_supposed_device_need_not_exist(monkeypatch: pytest.MonkeyPatch) -> No
             operation(x[:1])
     with use_backend("triton"), pytest.raises(BackendError, match="there is none"):
         operation(x)
+
+
+def test_what_compilers_trace_is_the_reference(double: Operation) -> None:
+    with use_backend("triton"):
+        compiled = torch.compile(double, backend="eager", fullgraph=True)
+        assert compiled(ONE).item() == 2
+        assert double(ONE).item() == -2
+
+
+def test_the_example_of_the_documentation() -> None:
+    assert doctest.testmod(backend).failed == 0
