@@ -15,7 +15,7 @@ from bench.kernels import command, native_depthwise, native_upsample
 from bench.kernels.depthwise_cases import Case, comparisons, make_inputs, reference
 from bench.kernels.resizing_cases import plain
 
-FAMILIES = ("depthwise", "concat_upsample", "mixed_sum", "upsample_loss")
+FAMILIES = ("depthwise", "concat_upsample", "max_pool", "mixed_sum", "pointwise", "upsample_loss")
 
 
 def dry_run(family: object, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:

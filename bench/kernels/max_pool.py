@@ -1,0 +1,156 @@
+"""Max pooling 3x3 in Triton against PyTorch's: `python -m bench.kernels.max_pool`.
+
+Floors: x + y forward, x + dy + dx backward. PyTorch's backward pass reads 64-bit indices, which
+its forward pass writes whenever there will be a gradient; both do here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.device import DEVICE, LAYOUTS
+from bench.kernels.command import main
+from bench.kernels.comparison import Binding, Comparison, Family, Part, Sweep
+from bench.kernels.shapes import INPUTS, Shape, cell_shapes
+from bench.kernels.timing import Call
+from lgcnet_fast.kernels.max_pool import PoolConfig, max_pool_backward, max_pool_forward
+from lgcnet_fast.ops.tuning import shape_key
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: Shape
+    stride: int
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return f"{shape} s{self.stride} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        return -(-self.shape[2] // self.stride), -(-self.shape[3] // self.stride)
+
+    def bytes(self, backward: bool) -> int:
+        x, y = torch.Size(self.shape), torch.Size((*self.shape[:2], *self.out_size))
+        return ((2 if backward else 1) * x.numel() + y.numel()) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Inputs:
+    x: Tensor
+    dy: Tensor
+
+
+def make_inputs(case: Case) -> Inputs:
+    def values(height: int, width: int) -> Tensor:
+        shape = (case.shape[0], height, width, case.shape[1])
+        return torch.randn(shape, device=DEVICE, dtype=case.dtype).movedim(-1, 1)
+
+    return Inputs(values(*case.shape[2:]), values(*case.out_size))
+
+
+def cases(part: Part) -> Iterator[Case]:
+    if part == "dry":
+        for stride in (1, 2):
+            yield Case((1, 4, 5, 3), stride)
+        return
+    for size in INPUTS:
+        shapes = cell_shapes(size)
+        for shape, stride in itertools.product(shapes, (1, 2)):
+            if part == "full" or size == (256, 512) or (shape, stride) == (shapes[0], 1):
+                yield Case(shape, stride)
+    yield Case(cell_shapes((256, 512))[0], 1, torch.float32)
+
+
+def forward(case: Case, i: Inputs, config: PoolConfig | None = None) -> Tensor:
+    return max_pool_forward(i.x, case.stride, config)
+
+
+def backward(case: Case, i: Inputs, config: PoolConfig | None = None) -> Tensor:
+    return max_pool_backward(i.x, i.dy, case.stride, config)
+
+
+def stock_forward(case: Case, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and indices."""
+    return torch.ops.aten.max_pool2d_with_indices(x, [3, 3], [case.stride] * 2, [1, 1])
+
+
+def stock_backward(case: Case, x: Tensor, dy: Tensor, indices: Tensor) -> Tensor:
+    window = ([3, 3], [case.stride] * 2, [1, 1], [1, 1], False)
+    return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, *window, indices)
+
+
+def check_forward(case: Case, i: Inputs) -> None:
+    if not torch.equal(forward(case, i), stock_forward(case, i.x)[0]):
+        raise SystemExit(f"WRONG RESULT: forward {case}")
+
+
+def check_backward(case: Case, i: Inputs) -> None:
+    x = i.x.double()
+    truth = stock_backward(case, x, i.dy.double(), stock_forward(case, x)[1])
+    bound = torch.finfo(case.dtype).eps * truth.abs() + 1e-5
+    if not ((backward(case, i).double() - truth).abs() <= bound).all():
+        raise SystemExit(f"WRONG RESULT: backward {case}")
+
+
+def _stock(case: Case, layout: torch.memory_format, gradient: bool) -> Binding:
+    def bind(i: Inputs) -> Call:
+        x, dy = (t.contiguous(memory_format=layout) for t in (i.x, i.dy))
+        if not gradient:
+            return lambda: stock_forward(case, x)
+        indices = stock_forward(case, x)[1]
+        return lambda: stock_backward(case, x, dy, indices)
+
+    return bind
+
+
+def comparisons(part: Part) -> Iterator[Comparison]:
+    parts: list[tuple[str, Callable[[Case, Inputs], Any], Callable[[Case, Inputs], None]]] = [
+        ("forward", forward, check_forward),
+        ("backward", backward, check_backward),
+    ]
+    for case, (direction, ours, check) in itertools.product(cases(part), parts):
+        gradient = direction == "backward"
+        elements = torch.Size(case.shape).numel()
+        yield Comparison(
+            operation=f"max pool {direction}",
+            case=str(case),
+            bytes=case.bytes(gradient),
+            operations=9 * elements // case.stride**2,
+            make=lambda case=case: make_inputs(case),
+            check=lambda i, case=case, check=check: check(case, i),
+            ours=lambda i, case=case, ours=ours: ours(case, i),
+            stock={name: _stock(case, layout, gradient) for name, layout in LAYOUTS.items()},
+        )
+
+
+def sweeps(tiny: bool) -> Iterator[Sweep]:
+    for case in cases("dry" if tiny else "full"):
+        y_shape = (*case.shape[:2], *case.out_size)
+        for name, run, default in (
+            ("forward", forward, PoolConfig.forward(y_shape)),
+            ("backward", backward, PoolConfig.backward(y_shape)),
+        ):
+            tiles = [(8, 64, 4), (4, 64, 4), (2, 64, 4), (16, 32, 4), (8, 32, 4)]
+            others = [PoolConfig(rows, *tile) for rows, tile in itertools.product((4, 8), tiles)]
+            yield Sweep(
+                operation=f"max_pool_{name}",
+                key=shape_key(case.dtype, case.shape, (case.stride,)),
+                bytes=case.bytes(name == "backward"),
+                make=lambda case=case: make_inputs(case),
+                run=lambda i, config, case=case, run=run: run(case, i, config),
+                configs=[default] if tiny else [default, *others],
+            )
+
+
+FAMILY = Family("max pooling", comparisons, sweeps)
+
+if __name__ == "__main__":
+    main(FAMILY)
