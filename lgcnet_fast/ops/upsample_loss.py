@@ -146,7 +146,8 @@ def _hardest(loss: Tensor, valid: Tensor, keep: float) -> Tensor:
     most = max(1, math.ceil(keep * loss.numel()))
     ranked = loss.where(valid, -1).flatten().topk(min(most, loss.numel())).values
     wanted = (valid.sum().double() * keep).ceil().long()
-    last = ranked[(wanted - 1).clamp(min=0, max=len(ranked) - 1)]
+    # `take`: indexing by a scalar tensor would read it on the host.
+    last = ranked.take((wanted - 1).clamp(min=0, max=len(ranked) - 1))
     return last.where(wanted > 0, torch.inf)
 
 
