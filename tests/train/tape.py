@@ -19,7 +19,9 @@ SYNCHRONISING = {
     torch.ops.aten.masked_select.default,
     torch.ops.aten.equal.default,
     torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.lift_fresh.default,
 }
+"""Values read on the host, and (the last) tensors made from Python numbers."""
 
 
 class Tape(TorchDispatchMode):
