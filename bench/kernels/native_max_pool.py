@@ -1,0 +1,93 @@
+"""The CUDA max pooling kernels: `python -m bench.kernels.native_max_pool` (see command.py).
+
+Cases and floors are those of max_pool.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.kernels import max_pool
+from bench.kernels.command import main
+from bench.kernels.comparison import Comparison, Family, Part, Sweep
+from bench.kernels.max_pool import Case, Inputs, make_inputs, stock_backward, stock_forward
+from bench.kernels.shapes import Size, cell_shapes
+from bench.kernels.timing import gate
+from lgcnet_fast.native import instances
+from lgcnet_fast.native.max_pool import (
+    Tile,
+    backward_tile,
+    forward_tile,
+    max_pool_backward,
+    max_pool_forward,
+)
+from lgcnet_fast.native.operands import STORAGE
+from lgcnet_fast.ops.tuning import shape_key
+
+
+def forward(case: Case, i: Inputs, tile: Tile | None = None) -> Tensor:
+    return max_pool_forward(i.x, case.stride, tile=tile)
+
+
+def backward(case: Case, i: Inputs, tile: Tile | None = None) -> Tensor:
+    return max_pool_backward(i.x, i.dy, case.stride, tile=tile)
+
+
+def check_forward(case: Case, i: Inputs) -> None:
+    gate(f"forward {case}", forward(case, i), stock_forward(case, i.x.double())[0])
+
+
+def check_backward(case: Case, i: Inputs) -> None:
+    x = i.x.double()
+    truth = stock_backward(case, x, i.dy.double(), stock_forward(case, x)[1])
+    gate(f"backward {case}", backward(case, i), truth)
+
+
+def comparisons(part: Part) -> Iterator[Comparison]:
+    directions = ((forward, check_forward), (backward, check_backward))
+    ours = itertools.product(max_pool.cases(part), directions)
+    for one, (case, (run, check)) in zip(max_pool.comparisons(part), ours, strict=True):
+        yield replace(one, ours=partial(run, case), check=partial(check, case))
+
+
+def sweeps(size: Size | None) -> Iterator[Sweep]:
+    for case, run in itertools.product(_swept(size), (forward, backward)):
+        found = list(tiles(case, run is backward))
+        yield Sweep(
+            operation=f"native_max_pool_{run.__name__}",
+            key=shape_key(case.dtype, case.shape, (case.stride,)),
+            bytes=case.bytes(run is backward),
+            make=partial(make_inputs, case),
+            run=partial(run, case),
+            configs=found if size else found[:1],
+        )
+
+
+def _swept(size: Size | None) -> Iterator[Case]:
+    if size is None:
+        yield from max_pool.cases("dry")
+        return
+    dtypes = (torch.float32, torch.float16)
+    for shape, stride, dtype in itertools.product(cell_shapes(size), (1, 2), dtypes):
+        yield Case(shape, stride, dtype)
+
+
+def tiles(case: Case, gradients: bool) -> Iterator[Tile]:
+    """The default, then every compiled vector with a few lengths of walk and sizes of block."""
+    i = make_inputs(case)
+    yield backward_tile(i.x, i.dy, i.x) if gradients else forward_tile(i.x, i.dy)
+    wide = instances.vectors(STORAGE[case.dtype])[0]
+    for vector, rows in itertools.product((4, 2) if gradients else (wide,), (2, 4, 8, 16)):
+        yield from (Tile(vector, rows, threads) for threads in (128, 256))
+
+
+FAMILY = Family("CUDA max pooling", comparisons, sweeps)
+
+if __name__ == "__main__":
+    main(FAMILY)
