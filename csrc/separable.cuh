@@ -24,6 +24,10 @@ constexpr int kOutputThreads = 8;  // beside each other in the outputs of a pixe
 constexpr int kSeparableThreads = kPixelColumns * kOutputThreads;
 constexpr int kPixelPitch = kChunk + 4;  // keeps neighbouring pixels in different banks
 
+// Blocks that a multiprocessor holds, which is what bounds their registers.
+template <int S, int Width>
+constexpr int kSeparableBlocks = S == 2 && Width == 64 ? 3 : 4;
+
 struct SeparableArguments {
   View x;                  // T (images, in_height, in_width, in_channels)
   View y;                  // T (images, out_height, out_width, out_channels)
@@ -105,7 +109,8 @@ __device__ __forceinline__ void filter_walk(const SeparableArguments& a, const P
 
 // Grid: x column tiles, y row walks, z images x output tiles. Block: (kOutputThreads, columns).
 template <typename T, int V, int S, int Taps, int Width>
-__global__ void __launch_bounds__(kSeparableThreads, 4) separable(const SeparableArguments a) {
+__global__ void __launch_bounds__(kSeparableThreads, kSeparableBlocks<S, Width>)
+    separable(const SeparableArguments a) {
   constexpr int kOutputs = Width / kOutputThreads;  // of a thread
   constexpr int kVectors = kChunk / V;
   __shared__ __align__(16) float filtered[kPixelRows * kPixelColumns][kPixelPitch];

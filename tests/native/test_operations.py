@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast import ops
-from lgcnet_fast.native import upsample
+from lgcnet_fast.native import upsample, upsample_argmax, upsample_loss
 from lgcnet_fast.ops import backend
 
 
 @pytest.fixture(autouse=True)
 def emulation(emulated, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upsample, "load", lambda: emulated)
+    for module in (upsample, upsample_argmax, upsample_loss):
+        monkeypatch.setattr(module, "load", lambda: emulated)
     monkeypatch.setattr(backend, "why_not", lambda name, device: None)
 
 
@@ -49,6 +50,15 @@ def test_losses() -> None:
     for loss in (ops.upsample_cross_entropy, ops.upsample_ohem):
         assert_same(lambda loss=loss: loss(logits, target), [logits])
         assert_same(lambda loss=loss: loss(logits, target, weight=weight), [logits])
+
+
+def test_registration() -> None:
+    logits, target = random_map(1, 3, 5, 4).detach(), torch.zeros(1, 9, 7, dtype=torch.uint8)
+    registered, check = torch.ops.lgcnet_fast, torch.library.opcheck
+    check(registered.upsample_cross_entropy, (logits, target, None, 255, True, "cuda"))
+    check(registered.upsample_argmax, (logits, [9, 7], "cuda"))
+    check(registered.concat_upsample, ([logits, logits], [9, 7], "cuda"))
+    check(registered.sum_upsample_backward, (logits, [2, 3], "cuda"))
 
 
 def test_labels() -> None:
