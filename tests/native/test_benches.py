@@ -21,6 +21,7 @@ from lgcnet_fast.native.launcher import Launcher  # noqa: E402
 FAMILIES = {
     "native_max_pool": ("max_pool",),
     "native_mixed_sum": ("mixed_sum", "mixed_sum_backward"),
+    "native_separable": ("separable",),
 }
 
 
