@@ -165,11 +165,6 @@ _sum.register_autograd(_sum_gradients, setup_context=_remember)
 # -- implementations ------------------------------------------------------------------------------
 
 
-def upsampled(backend: str, x: Tensor, size: Shape) -> Tensor:
-    """(N, C, h, w) -> (N, C, *size) by the kernels of `backend`; differentiable."""
-    return _concat([x], size, backend)
-
-
 def refuse_resize(backend: str, maps: Tensor | Sequence[Tensor], size: Shape) -> str | None:
     """Why the kernels of `backend` cannot resize these maps."""
     maps = [maps] if isinstance(maps, Tensor) else maps
@@ -181,6 +176,10 @@ def refuse_resize(backend: str, maps: Tensor | Sequence[Tensor], size: Shape) ->
     if backend == "cuda" and torch.float64 in (x.dtype for x in maps):
         return "its kernels have no float64"
     return None
+
+
+def _upsampled(backend: str, x: Tensor, size: Shape) -> Tensor:
+    return _concat([x], size, backend)
 
 
 def _concatenated(backend: str, maps: Sequence[Tensor], size: Shape) -> Tensor:
@@ -198,7 +197,7 @@ def _forms(run: Callable[..., Tensor]) -> dict[str, Implementation]:
     }
 
 
-UPSAMPLE = _forms(upsampled)
+UPSAMPLE = _forms(_upsampled)
 CONCAT_UPSAMPLE = _forms(_concatenated)
 SUM_UPSAMPLE = _forms(_summed)
 

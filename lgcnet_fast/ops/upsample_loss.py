@@ -4,15 +4,12 @@ Logits are (N, classes, h, w) at the network's output stride and labels (N, H, W
 dtype. Upsampling is bilinear with aligned corners; losses are computed in float32 (float64 for
 float64 logits), also under autocast. A batch without a valid pixel gives loss 0 and gradient 0.
 
-The Triton form never writes full-size logits; that of CUDA resizes by its own kernel, the rest is
-torch's. All raise `OperandError` for arguments that do not fit.
+Kernels never write full-size logits. All raise `OperandError` for arguments that do not fit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,13 +17,11 @@ from torch.nn import functional as F
 
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops import fused_loss
-from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.backend import Operation
 from lgcnet_fast.ops.concat_upsample import resize
-from lgcnet_fast.ops.fused_resize import refuse_resize, upsampled
 from lgcnet_fast.ops.operands import check_beside, check_map, check_shape, check_size
 
 Size = tuple[int, int]
-Resize = Callable[[Tensor, Size], Tensor]
 
 _LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -85,21 +80,20 @@ def _check(logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
         raise OperandError(f"weight: dtype {weight.dtype}, need floats")
 
 
-# -- plain forms, by the way of resizing ----------------------------------------------------------
+# -- plain forms ----------------------------------------------------------------------------------
 
 
 def _mean_over_valid(
-    resize: Resize, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
 ) -> Tensor:
     target = target.long()
-    full = _full_size(resize, logits, target)
+    full = _full_size(logits, target)
     own = None if weight is None else weight.to(full.dtype)
     total = F.cross_entropy(full, target, own, ignore_index=ignore_index, reduction="sum")
     return total / _mass(target != ignore_index, target, weight, full.dtype)
 
 
 def _mean_over_hard(
-    resize: Resize,
     logits: Tensor,
     target: Tensor,
     threshold: float,
@@ -108,7 +102,7 @@ def _mean_over_hard(
     ignore_index: int,
 ) -> Tensor:
     target = target.long()
-    full = _full_size(resize, logits, target)
+    full = _full_size(logits, target)
     valid = target != ignore_index
     loss = F.cross_entropy(full, target, ignore_index=ignore_index, reduction="none")
     with torch.no_grad():
@@ -118,12 +112,12 @@ def _mean_over_hard(
     return loss.where(hard, 0).sum() / _mass(hard, target, weight, full.dtype)
 
 
-def _labels(resize: Resize, logits: Tensor, size: Size) -> Tensor:
+def _labels(logits: Tensor, size: Size) -> Tensor:
     labels = resize(logits, size).argmax(dim=1)
     return labels.to(torch.uint8) if logits.shape[1] <= 256 else labels
 
 
-def _full_size(resize: Resize, logits: Tensor, target: Tensor) -> Tensor:
+def _full_size(logits: Tensor, target: Tensor) -> Tensor:
     precise = logits if logits.dtype == torch.float64 else logits.float()
     height, width = target.shape[-2:]
     return resize(precise, (height, width))
@@ -151,33 +145,6 @@ def _hardest(loss: Tensor, valid: Tensor, keep: float) -> Tensor:
     return last.where(wanted > 0, torch.inf)
 
 
-# -- operations -----------------------------------------------------------------------------------
-
-
-def _resized_by_cuda(form: Callable[..., Tensor]) -> Implementation:
-    return Implementation(partial(form, partial(upsampled, "cuda")), _refuse_cuda)
-
-
-def _refuse_cuda(logits: Tensor, target: Tensor | Size, *rest: object) -> str | None:
-    size = target.shape[1:] if isinstance(target, Tensor) else target
-    return refuse_resize("cuda", logits, size)
-
-
-_cross_entropy = Operation(
-    "upsample_cross_entropy",
-    partial(_mean_over_valid, resize),
-    triton=fused_loss.CROSS_ENTROPY,
-    cuda=_resized_by_cuda(_mean_over_valid),
-)
-_ohem = Operation(
-    "upsample_ohem",
-    partial(_mean_over_hard, resize),
-    triton=fused_loss.OHEM,
-    cuda=_resized_by_cuda(_mean_over_hard),
-)
-_argmax = Operation(
-    "upsample_argmax",
-    partial(_labels, resize),
-    triton=fused_loss.ARGMAX,
-    cuda=_resized_by_cuda(_labels),
-)
+_cross_entropy = Operation("upsample_cross_entropy", _mean_over_valid, **fused_loss.CROSS_ENTROPY)
+_ohem = Operation("upsample_ohem", _mean_over_hard, **fused_loss.OHEM)
+_argmax = Operation("upsample_argmax", _labels, **fused_loss.ARGMAX)
