@@ -10,13 +10,13 @@ node takes both apart, to normalise and sum all its candidates at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lgcnet_fast.ops import max_pool, mixed_norm_sum, separable_branches, upsample
+from lgcnet_fast.ops import Rectified, max_pool, normalised, separable_branches, upsample
 
 
 class Source:
@@ -24,11 +24,8 @@ class Source:
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
-
-    @cached_property
-    def rectified(self) -> Tensor:
-        """The ReLU that convolutions begin with."""
-        return F.relu(self.x)
+        self.rectified = Rectified(x)
+        """Applies a function to the ReLU that convolutions begin with."""
 
     @cached_property
     def pooled(self) -> dict[int, Tensor]:
@@ -67,7 +64,10 @@ class ReLUConvBN(nn.Sequential):
         return self[2]
 
     def raw(self, source: Source) -> Tensor:
-        y: Tensor = self[1](source.rectified)
+        return source.rectified(self[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.raw(Source(x)))
         return y
 
 
@@ -150,8 +150,7 @@ class SeparablePair(nn.Sequential):
 
     def raw(self, first: list[Tensor]) -> list[Tensor]:
         """first: the raw map of the first stage, as `raw_branches` gives it."""
-        x = mixed_norm_sum(first, None, [self[0].norm])
-        return raw_branches([self[1]], x)[0]
+        return normalised(first, self[0].norm, lambda x: raw_branches([self[1]], x)[0])
 
 
 class FactorizedReduce(nn.Module):
@@ -168,8 +167,11 @@ class FactorizedReduce(nn.Module):
         self.norm = nn.BatchNorm2d(c_out, affine=affine)
 
     def raw(self, source: Source) -> Tensor:
-        shifted = F.pad(source.rectified, (-1, 1, -1, 1))
-        return torch.cat((self.even(source.rectified), self.odd(shifted)), dim=1)
+        return source.rectified(self._reduced)
+
+    def _reduced(self, rectified: Tensor) -> Tensor:
+        shifted = F.pad(rectified, (-1, 1, -1, 1))
+        return torch.cat((self.even(rectified), self.odd(shifted)), dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.raw(Source(x)))
@@ -190,7 +192,8 @@ class GlobalPool(nn.Module):
 
     def raw(self, source: Source) -> Tensor:
         height, width = source.x.shape[-2:]
-        return upsample(self.conv(self.pool(source.rectified)), (height, width))
+        pooled = source.rectified(self.pool)
+        return upsample(self.conv(pooled), (height, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.raw(Source(x)))
@@ -212,8 +215,7 @@ class Deconvolution(nn.Module):
         self.norm = nn.BatchNorm2d(channels, affine=affine)
 
     def raw(self, source: Source, size: tuple[int, int]) -> Tensor:
-        y: Tensor = self.conv(source.rectified, output_size=list(size))
-        return y
+        return source.rectified(partial(self.conv, output_size=list(size)))
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return self.norm(self.raw(Source(x), size))

@@ -4,19 +4,22 @@ from lgcnet_fast.ops.backend import explain, set_backend, use_backend
 from lgcnet_fast.ops.concat_upsample import concat_upsample, sum_upsample, upsample
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.max_pool import max_pool
-from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum
+from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, normalised
 from lgcnet_fast.ops.mixed_sum import mixed_sum
+from lgcnet_fast.ops.recompute import Rectified
 from lgcnet_fast.ops.running_statistics import gathered_running_statistics
 from lgcnet_fast.ops.separable_branches import separable_branches
 from lgcnet_fast.ops.upsample_loss import upsample_argmax, upsample_cross_entropy, upsample_ohem
 
 __all__ = [
+    "Rectified",
     "concat_upsample",
     "explain",
     "gathered_running_statistics",
     "max_pool",
     "mixed_norm_sum",
     "mixed_sum",
+    "normalised",
     "relu_depthwise_separable",
     "separable_branches",
     "set_backend",

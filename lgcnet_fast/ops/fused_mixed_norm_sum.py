@@ -8,9 +8,9 @@ running statistics of all batch norms are updated by three multi-tensor launches
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,17 @@ from torch.library import custom_op
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.constants import constant
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc, unstacked
+from lgcnet_fast.ops.recompute import recomputed
 from lgcnet_fast.ops.running_statistics import update_running_statistics
 from lgcnet_fast.ops.tuning import shape_key, tuned
+
+T = TypeVar("T")
 
 
 def refuse(
     backend: str,
     ys: Sequence[Tensor],
-    z: Tensor | None,
+    z: Tensor,
     norms: Sequence[nn.Module | None],
     options: Sequence[int],
 ) -> str | None:
@@ -71,32 +74,55 @@ def _norm_refusal(norms: Sequence[nn.Module], y: Tensor) -> str | None:
 def run(
     backend: str,
     ys: Sequence[Tensor],
-    z: Tensor | None,
+    z: Tensor,
     norms: Sequence[nn.Module | None],
     options: Sequence[int],
 ) -> Tensor:
     """`mixed_norm_sum`, see there. The first call must come before capturing a CUDA graph."""
     ys = [nhwc(y) for y in ys]
-    normed = [norm for norm in norms if isinstance(norm, nn.BatchNorm2d)]
-    normalised = [y for y, own in _with_norms(ys, norms) if own[0] is not None]
-    plain = [y for y, own in _with_norms(ys, norms) if own[0] is None]
-    training, eps = normed[0].training, normed[0].eps
-    with torch.no_grad():
-        if training:
-            statistics = _batch_statistics(normalised, eps, backend)
-            images, _, height, width = normalised[0].shape[-4:]
-            count = images * height * width
-            update_running_statistics(normed, statistics[0], statistics[1], count)
-        else:
-            statistics = _running_statistics(normed, eps)
-    if z is None:
-        weights = constant((1.0,), statistics.device)
-    else:
-        with_norm = [o for o, norm in zip(options, norms, strict=True) if norm is not None]
-        without = [o for o, norm in zip(options, norms, strict=True) if norm is None]
-        weights = _picked(z, (*with_norm, *without))
-    result: Tensor = _mixed_sum(normalised, plain, weights, statistics, training, backend)
+    with_norms = list(_with_norms(ys, norms))
+    normed = [y for y, own in with_norms if own[0] is not None]
+    plain = [y for y, own in with_norms if own[0] is None]
+    statistics, training = _statistics(
+        backend, normed, [norm for norm in norms if norm is not None]
+    )
+    picked = [o for o, norm in zip(options, norms, strict=True) if norm is not None]
+    picked += [o for o, norm in zip(options, norms, strict=True) if norm is None]
+    weights = _picked(z, tuple(picked))
+    result: Tensor = _mixed_sum(normed, plain, weights, statistics, training, backend)
     return result
+
+
+def refuse_normalised(
+    backend: str, ys: Sequence[Tensor], norm: nn.Module, function: Callable[[Tensor], T]
+) -> str | None:
+    """Why the kernels of `backend` cannot serve these arguments of `normalised`."""
+    return refuse(backend, ys, ys[0], [norm], [0])
+
+
+def run_normalised(
+    backend: str, ys: Sequence[Tensor], norm: nn.Module, function: Callable[[Tensor], T]
+) -> T:
+    """`normalised`, see there."""
+    ys = [nhwc(y) for y in ys]
+    statistics, training = _statistics(backend, ys, [norm])
+    one = constant((1.0,), statistics.device)
+    x = _mixed_sum(ys, [], one, statistics, training, backend)
+    raw = [y.detach() for y in ys]
+    with recomputed(x, lambda: _mixed_sum(raw, [], one, statistics, training, backend)):
+        return function(x)
+
+
+@torch.no_grad()
+def _statistics(backend: str, ys: Sequence[Tensor], norms: Sequence[Any]) -> tuple[Tensor, bool]:
+    """(3, K, C) of the K maps of ys, and whether they are those of the batch."""
+    training, eps = norms[0].training, norms[0].eps
+    if not training:
+        return _running_statistics(norms, eps), training
+    statistics: Tensor = _batch_statistics(ys, eps, backend)
+    images, _, height, width = ys[0].shape[-4:]
+    update_running_statistics(norms, statistics[0], statistics[1], images * height * width)
+    return statistics, training
 
 
 def _picked(z: Tensor, options: tuple[int, ...]) -> Tensor:
@@ -259,7 +285,10 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
 
 _mixed_sum.register_autograd(_backward, setup_context=_keep)
-FORMS = {
-    backend: Implementation(partial(run, backend), partial(refuse, backend))
-    for backend in ("triton", "cuda")
-}
+MIXED_NORM_SUM, NORMALISED = (
+    {
+        backend: Implementation(partial(run_form, backend), partial(refuse_form, backend))
+        for backend in ("triton", "cuda")
+    }
+    for run_form, refuse_form in ((run, refuse), (run_normalised, refuse_normalised))
+)

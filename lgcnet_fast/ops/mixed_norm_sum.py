@@ -8,21 +8,24 @@ of the batch, through which the gradient passes, and update their running statis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Operation
-from lgcnet_fast.ops.fused_mixed_norm_sum import FORMS
+from lgcnet_fast.ops.fused_mixed_norm_sum import MIXED_NORM_SUM, NORMALISED
 from lgcnet_fast.ops.maps import unstacked
 from lgcnet_fast.ops.mixed_sum import mixed_sum
 from lgcnet_fast.ops.operands import check_beside, check_map, check_shape
 
+T = TypeVar("T")
+
 
 def mixed_norm_sum(
     ys: Sequence[Tensor],
-    z: Tensor | None,
+    z: Tensor,
     norms: Sequence[nn.Module | None],
     options: Sequence[int] | None = None,
 ) -> Tensor:
@@ -31,7 +34,7 @@ def mixed_norm_sum(
     ys: maps (N, C, H, W) of one shape, or stacks (B, N, C, H, W) of them; K maps in all. norms: K
     of them in the order of the maps: `nn.BatchNorm2d`, or None where a map enters as it is. z:
     vector of weights, float32 or the maps' dtype, of which options[k] is the k-th map's (K numbers;
-    the first K weights by default); none for the single map of a plain batch norm.
+    the first K weights by default).
 
     Differentiable in the maps and z. The batch norms behave as when called: training mode updates
     running mean, running variance (unbiased) and the count of batches. The fused form takes batch
@@ -52,25 +55,54 @@ def mixed_norm_sum(
     return result
 
 
+def normalised(ys: Sequence[Tensor], norm: nn.Module, function: Callable[[Tensor], T]) -> T:
+    """`function(norm(y))` for the single map y of ys, one as `mixed_norm_sum` takes it.
+
+    The fused form does not keep the normalised map for the backward pass of `function`, but
+    normalises y again there. Raises as `mixed_norm_sum`.
+    """
+    maps = unstacked(ys)
+    _check_maps(maps)
+    if len(maps) != 1:
+        raise OperandError(f"ys: {len(maps)} maps, need one")
+    result: T = _normalised(tuple(ys), norm, function)
+    return result
+
+
 def _reference(
     ys: Sequence[Tensor],
-    z: Tensor | None,
+    z: Tensor,
     norms: Sequence[nn.Module | None],
     options: Sequence[int],
 ) -> Tensor:
     maps = [y if norm is None else norm(y) for y, norm in zip(unstacked(ys), norms, strict=True)]
-    if z is None:
-        return maps[0]
     weights = z.unbind()
     return mixed_sum(maps, [weights[option] for option in options])
 
 
+def _normalised_reference(
+    ys: Sequence[Tensor], norm: nn.Module, function: Callable[[Tensor], T]
+) -> T:
+    (y,) = unstacked(ys)
+    return function(norm(y))
+
+
 def _check(
     maps: Sequence[Tensor],
-    z: Tensor | None,
+    z: Tensor,
     norms: Sequence[nn.Module | None],
     options: Sequence[int],
 ) -> None:
+    """Raises `OperandError`."""
+    _check_maps(maps)
+    if len(norms) != len(maps):
+        raise OperandError(f"norms: {len(norms)} for {len(maps)} maps")
+    if len(options) != len(maps):
+        raise OperandError(f"options: {len(options)} for {len(maps)} maps")
+    _check_weights(z, options, maps[0])
+
+
+def _check_maps(maps: Sequence[Tensor]) -> None:
     """Raises `OperandError`."""
     if not maps:
         raise OperandError("ys: no maps to sum")
@@ -78,14 +110,6 @@ def _check(
         check_map(f"ys, map {index}", y)
         check_shape(f"ys, map {index}", y, tuple(maps[0].shape))
         check_beside(f"ys, map {index}", y, "the first", maps[0])
-    if len(norms) != len(maps):
-        raise OperandError(f"norms: {len(norms)} for {len(maps)} maps")
-    if len(options) != len(maps):
-        raise OperandError(f"options: {len(options)} for {len(maps)} maps")
-    if z is not None:
-        _check_weights(z, options, maps[0])
-    elif len(maps) > 1:
-        raise OperandError(f"z: none given for {len(maps)} maps, only a single one needs none")
 
 
 def _check_weights(z: Tensor, options: Sequence[int], like: Tensor) -> None:
@@ -100,4 +124,5 @@ def _check_weights(z: Tensor, options: Sequence[int], like: Tensor) -> None:
         raise OperandError(f"z: weights must be finite, got {z.tolist()}")
 
 
-_operation = Operation("mixed_norm_sum", _reference, **FORMS)
+_operation = Operation("mixed_norm_sum", _reference, **MIXED_NORM_SUM)
+_normalised = Operation("normalised", _normalised_reference, **NORMALISED)

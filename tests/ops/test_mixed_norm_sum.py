@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lgcnet_fast.errors import BackendError, OperandError
-from lgcnet_fast.ops import explain, mixed_norm_sum, use_backend
+from lgcnet_fast.ops import explain, mixed_norm_sum, normalised, use_backend
 from lgcnet_fast.ops.fused_mixed_norm_sum import _batch_statistics, _mixed_sum
 
 
@@ -136,20 +138,39 @@ def test_equals_the_definition(backend: str, device: torch.device) -> None:
         torch.testing.assert_close(mixed_norm_sum(ys, z, norms), expected)
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("dims", [4, 5])
-def test_a_single_map_without_weight_is_a_batch_norm(
-    dims: int, backend: str, device: torch.device
+def test_normalised_in_front_of_a_function(
+    dims: int, backend: str, training: bool, device: torch.device
 ) -> None:
     (y,), _, (norm,) = Case((1,)).build(device)
+    norm.train(training)
     twin = copy.deepcopy(norm)
+    w = torch.randn(y.shape[1], 1, 1, device=device, requires_grad=True)
     with use_backend(backend):
-        out = mixed_norm_sum([y[None] if dims == 5 else y], None, [norm])
-    torch.testing.assert_close(out, twin(y), rtol=1e-5, atol=1e-5)
-    (dy,) = torch.autograd.grad(out.square().mean(), y)
-    (wanted,) = torch.autograd.grad(twin(y).square().mean(), y)
-    torch.testing.assert_close(dy, wanted, rtol=1e-4, atol=1e-5)
-    assert norm.num_batches_tracked == 1
+        out = normalised([y[None] if dims == 5 else y], norm, lambda x: (x * w).square())
+    wanted = (twin(y) * w).square()
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
+    found, expected = (torch.autograd.grad(o.square().mean(), (y, w)) for o in (out, wanted))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(norm.state_dict(), twin.state_dict())
+
+
+def test_normalised_map_is_not_kept(device: torch.device) -> None:
+    (y,), _, (norm,) = Case((1,)).build(device)
+    seen = []
+
+    def watched(x: Tensor) -> Tensor:
+        seen.append(weakref.ref(x.untyped_storage()))
+        return x * x
+
+    for backend, kept in (("reference", True), ("triton", False)):
+        with use_backend(backend):
+            out = normalised([y], norm, watched)
+        gc.collect()
+        assert (seen.pop()() is not None) is kept
+        del out
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -211,7 +232,6 @@ NAN, INF = float("nan"), float("inf")
         ({"z": torch.rand(2, 2)}, r"z: need a float vector, .* \(2, 2\)"),
         ({"z": torch.arange(2)}, "z: need a float vector, got torch.int64"),
         ({"z": torch.rand(1)}, "options: 1 is no position in z of 1"),
-        ({"z": None}, "z: none given for 2 maps"),
         ({"norms": [None]}, "norms: 1 for 2 maps"),
         ({"options": [0]}, "options: 1 for 2 maps"),
         ({"options": [0, -1]}, "options: -1"),
@@ -271,3 +291,11 @@ def test_mixed_dtypes_and_unnormalised_sums_are_refused(device: torch.device) ->
             mixed_norm_sum(ys, z, [None, None])
         with pytest.raises(BackendError, match="None for a map of a stack"):
             mixed_norm_sum([torch.stack([ys[0], ys[1]])], z, norms)
+
+
+def test_normalised_takes_one_map(device: torch.device) -> None:
+    ys, _, norms = Case((2,)).build(device)
+    with pytest.raises(OperandError, match="ys: 2 maps, need one"):
+        normalised(ys, norms[0], torch.relu)
+    with use_backend("triton"), pytest.raises(BackendError, match="affine"):
+        normalised([ys[0][0]], nn.BatchNorm2d(3).to(device), torch.relu)

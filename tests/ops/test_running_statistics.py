@@ -71,5 +71,5 @@ def test_gathered_from_fused_nodes(device: torch.device) -> None:
     norms = [norm.to(device) for norm, _ in pairs]
     with use_backend("triton"), gathered_running_statistics():
         for norm, (_, y) in zip(norms, pairs, strict=True):
-            mixed_norm_sum([y.to(device)], None, [norm])
+            mixed_norm_sum([y.to(device)], torch.ones(1, device=device), [norm])
     assert_as_if_called([norm.cpu() for norm in norms], 1)
