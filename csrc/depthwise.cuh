@@ -50,6 +50,7 @@ struct DepthwiseBackwardArguments {
   int out_width;
   int dilation;
   int relu;
+  int accumulate;  // add to what dx holds
   int row_groups;
 };
 
@@ -148,6 +149,17 @@ __device__ __forceinline__ void write_partial(const DepthwiseBackwardArguments& 
   }
 }
 
+// The gradient of r, where x was above 0, as that of x.
+template <typename T, int V>
+__device__ __forceinline__ void store_gradient(const DepthwiseBackwardArguments& a, T* to,
+                                               const float (&r)[V], const float (&gradient)[V]) {
+  float out[V];
+  load<T, V, false>(to, a.accumulate, out);
+#pragma unroll
+  for (int v = 0; v < V; ++v) out[v] += a.relu && r[v] <= 0.0f ? 0.0f : gradient[v];
+  store<T, V>(to, out);
+}
+
 // Both gradients at stride 1 in one pass, at input positions p, from the same nine dy:
 //
 //   dx[p] = [x[p] > 0] sum_k w[k] dy[p - (k - 1) d]       dw[k] = sum_p r[p] dy[p - (k - 1) d]
@@ -219,11 +231,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 #pragma unroll
         for (int i = 0; i < Columns; ++i) {
           if (ix + i * d >= a.in_width) continue;
-#pragma unroll
-          for (int v = 0; v < V; ++v) {
-            if (a.relu && r[t][i][v] <= 0.0f) sum[t][i][v] = 0.0f;
-          }
-          store<T, V>(out + (ix + i * d) * dx_pixel, sum[t][i]);
+          store_gradient<T, V>(a, out + (ix + i * d) * dx_pixel, r[t][i], sum[t][i]);
         }
       }
     }
@@ -284,11 +292,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
             }
           }
         }
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          if (a.relu && r[v] <= 0.0f) sum[v] = 0.0f;
-        }
-        store<T, V>(pixel_row<T>(a.dx, image, iy) + ix * a.dx.pixel_stride + channel, sum);
+        store_gradient<T, V>(
+            a, pixel_row<T>(a.dx, image, iy) + ix * a.dx.pixel_stride + channel, r, sum);
       }
     }
   }

@@ -57,6 +57,7 @@ BACKWARD_ARGUMENTS = np.dtype(
         *_SIZES,
         ("dilation", "i4"),
         ("relu", "i4"),
+        ("accumulate", "i4"),
         ("row_groups", "i4"),
     ],
     align=True,
@@ -136,23 +137,29 @@ def depthwise_backward(
     stride: int = 1,
     relu: bool = False,
     out: Tensor | None = None,
+    accumulate: bool = False,
     tile: Tile | None = None,
     launcher: Launcher | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `depthwise_forward` to x and weight, in one pass over x and dy.
 
-    dy: as y there; `out` takes dx. Returns dx, shaped and typed as x, and dw, (3, 3, C) float32.
-    The same inputs give the same bits on the same kind of GPU. Raises as `depthwise_forward`.
+    dy: as y there; `out` takes dx, added to what it holds with `accumulate`, as for the branches of
+    one x. Returns dx, shaped and typed as x, and dw, (3, 3, C) float32. The same inputs give the
+    same bits on the same kind of GPU. Raises as `depthwise_forward`.
     """
     launcher = launcher or load()
     shape = _check(x, weight, dilation, stride, launcher)
     check_map("dy", dy, launcher)
     check_same("dy", dy, shape, x.dtype, x.device)
+    if out is None and accumulate:
+        raise ValueError("accumulate: there is no `out` to add to")
     dx = empty_map(tuple(x.shape), x) if out is None else out
     if out is not None:
         check_output("out", out, tuple(x.shape), x)
     seen, dilation_seen, stride_seen = even_pixels(x, dilation, stride)
-    written = dx if stride_seen == stride else dx.zero_()[:, :, ::2, ::2]
+    written = dx
+    if stride_seen != stride:  # the other pixels have no gradient
+        written = (dx if accumulate else dx.zero_())[:, :, ::2, ::2]
     tile = tile or backward_tile(seen, dy, written, stride_seen)
     instance = _backward_instance(STORAGE[x.dtype], tile, stride_seen)
     _check_tile(tile, instance, BACKWARD_THREADS, seen, dy, written)
@@ -172,7 +179,8 @@ def depthwise_backward(
     partial = weight.new_empty(workers * column_blocks, 3, 3, channels)
     fields = (
         *(view_of(seen), view_of(dy), view_of(written), weight.data_ptr(), partial.data_ptr()),
-        *(images, channels, height, width, *shape[2:], dilation_seen, int(relu), rows),
+        *(images, channels, height, width, *shape[2:], dilation_seen, int(relu)),
+        *(int(accumulate), rows),
     )
     arguments = pack(BACKWARD_ARGUMENTS, fields)
     launcher.launch(instance, grid, (across, pixels, 1), arguments, x.device)

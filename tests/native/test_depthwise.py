@@ -188,6 +188,28 @@ def test_slices_are_read_and_written_in_place(
         assert_canaries_live(dx)
 
 
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize(("dilation", "stride"), [(1, 1), (2, 2), (3, 2)])
+def test_gradients_of_branches_add_up(
+    launcher: Launcher, device: torch.device, dilation: int, stride: int, dtype: torch.dtype
+) -> None:
+    geometry = {"dilation": dilation, "stride": stride, "relu": True}
+    case = truth((2, 8, 6, 7), dtype, device, **geometry)
+    dx = poisoned(tuple(case.x.shape), dtype, device)
+    before = torch.randn(case.x.shape).to(dtype).to(device)
+    dx.copy_(before)
+    backward = (case.x, case.weight, case.dy)
+    given, dw = depthwise_backward(
+        *backward, **geometry, out=dx, accumulate=True, launcher=launcher
+    )
+    assert given is dx
+    assert_close(dx, before.double() + case.dx, dtype)
+    assert_close(dw, case.dw, torch.float32, case.dy.numel() // 8)
+    assert_canaries_live(dx)
+    with pytest.raises(ValueError, match="accumulate: there is no"):
+        depthwise_backward(*backward, **geometry, accumulate=True, launcher=launcher)
+
+
 def test_the_same_inputs_give_the_same_bits(launcher: Launcher, device: torch.device) -> None:
     case = truth((3, 12, 10, 9), torch.bfloat16, device, dilation=2, relu=True)
     runs = [
