@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from lgcnet_fast.train.run import Run
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result", bound="Tensor | tuple[Tensor, ...]")
-MicroBatch = tuple[Tensor, ...]
-Step = Callable[[Iterable[MicroBatch]], Result]
+Step = Callable[[Iterable[Any]], Result]
+"""Takes micro-batches, tuples of tensors."""
 
 
 class Recorder(Protocol):
@@ -32,7 +32,6 @@ class Recorder(Protocol):
 
     def record(self, function: Callable[[], Result]) -> Callable[[], Result]:
         """A replay of `function`, which is not executed yet; raises what makes that impossible."""
-        ...
 
 
 def captured(
@@ -67,10 +66,10 @@ class CapturedStep(Generic[Result]):
 
     def __init__(self, stage: str, step: Step[Result], recorder: Recorder) -> None:
         self._stage, self._step, self._recorder = stage, step, recorder
-        self._inputs: dict[object, list[MicroBatch]] = {}
+        self._inputs: dict[object, list[tuple[Tensor, ...]]] = {}
         self._replays: dict[object, Callable[[], Result]] = {}
 
-    def __call__(self, batches: Iterable[MicroBatch]) -> Result:
+    def __call__(self, batches: Iterable[tuple[Tensor, ...]]) -> Result:
         batches = list(batches)
         shape = tuple(tensor.shape for batch in batches for tensor in batch)
         if shape not in self._inputs:
