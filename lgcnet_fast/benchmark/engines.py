@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-from torch import Tensor
 
-from lgcnet_fast.benchmark.case import Case, dtype_named
+from lgcnet_fast.benchmark.case import Case
 from lgcnet_fast.benchmark.networks import random_network
+from lgcnet_fast.benchmark.parallel import in_processes
 from lgcnet_fast.benchmark.plain import TensorFrame, with_copies
 from lgcnet_fast.config import Size
 from lgcnet_fast.data.classes import ClassSet
 from lgcnet_fast.deploy.blueprint import Blueprint
-from lgcnet_fast.deploy.engine import Engine
+from lgcnet_fast.deploy.engine import Engine, ReferenceEngine
 from lgcnet_fast.deploy.fold import fold
 from lgcnet_fast.errors import ConfigError
 from lgcnet_fast.latency.networks import FrameTimer
 from lgcnet_fast.latency.providers import measured_on
 from lgcnet_fast.latency.timing import Frame
+from lgcnet_fast.ops import use_backend
 from lgcnet_fast.space.base import SegmentationNetwork
-from lgcnet_fast.space.genotype import Genotype
+from lgcnet_fast.space.genotype import Genotype, parse_genotype
 
 
 def unnamed_classes(count: int) -> ClassSet:
@@ -34,51 +38,88 @@ def network_blueprint(
     return Blueprint(genotype, unnamed_classes(num_classes), size, fold(network))
 
 
-def engine_frame(blueprint: Blueprint, case: Case, device: torch.device) -> TensorFrame:
+def engine_frame(
+    blueprint: Blueprint, case: Case, device: torch.device, backend: str = "auto"
+) -> TensorFrame:
     """A frame of a deployed engine: uint8 images on the device to uint8 labels at their size.
 
-    Raises `ConfigError` for a case that engines do not serve.
+    Raises `ConfigError` for a case that engines do not serve, `BackendError` where a named backend
+    cannot serve.
     """
     if not case.upsample:
         raise ConfigError("engines end with the label map; leave the logits to plain networks")
     case.check_device(device)
-    engine = Engine(blueprint, device, case.dtype)
+    engine = Engine(blueprint, device, case.dtype, backend)
     images = case.images(device)
+    return with_copies(lambda: engine.batch_labels(images), images, case)
 
-    def frame() -> Tensor:
-        return torch.stack([engine.labels(image) for image in images])
 
-    return with_copies(frame, images, case)
+@dataclass(frozen=True)
+class EngineRecipe:
+    """How engines of genotypes are made; can be sent to other processes."""
+
+    case: Case
+    num_classes: int
+    device: torch.device
+    backend: str
+
+    def frame(self, genotype: Genotype) -> Frame:
+        network = random_network(genotype, self.num_classes)
+        blueprint = network_blueprint(network, genotype, self.num_classes, self.case.size)
+        return engine_frame(blueprint, self.case, self.device, self.backend)
+
+    def compiles(self, genotype: Genotype) -> bool:
+        """Whether an engine needs kernels of its own, which take longer than anything else."""
+        network = random_network(genotype, self.num_classes)
+        blueprint = network_blueprint(network, genotype, self.num_classes, self.case.size)
+        engine = Engine(blueprint, self.device, self.case.dtype, self.backend)
+        return not isinstance(engine.runner, ReferenceEngine)
+
+    def run_once(self, genotype: str) -> None:
+        """Of a genotype's JSON: compiles its kernels into the cache that all processes share."""
+        self.frame(parse_genotype(genotype.encode(), "genotype"))()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
 
 
 def engine_timer(
-    size: Size, num_classes: int, device: torch.device, dtype: str, batch: int = 1
+    size: Size,
+    num_classes: int,
+    device: torch.device,
+    dtype: str,
+    batch: int = 1,
+    backend: str = "auto",
 ) -> FrameTimer:
-    """Times the engines of genotypes, from image to label map, both on the device."""
-    case = Case(size, batch, dtype)
+    """Times the engines of genotypes, from image to label map, both on the device.
 
-    def build(genotype: Genotype) -> Frame:
-        network = random_network(genotype, num_classes)
-        return engine_frame(network_blueprint(network, genotype, num_classes, size), case, device)
+    Kernels of many genotypes are compiled beforehand, by as many processes as there are cores.
+    """
+    recipe = EngineRecipe(Case(size, batch, dtype), num_classes, device, backend)
 
-    made_on = measured_on(device, "fitted", "deploy", dtype_named(dtype), batch)
-    return FrameTimer(build, device, made_on)
+    def prepare(genotypes: Sequence[Genotype]) -> None:
+        if genotypes and recipe.compiles(genotypes[0]):
+            in_processes(recipe.run_once, [each.model_dump_json() for each in genotypes])
+
+    made_on = measured_on(device, "fitted", "deploy", recipe.case.torch_dtype, batch, backend)
+    return FrameTimer(recipe.frame, device, made_on, prepare)
 
 
 def plain_timer(
     size: Size, num_classes: int, device: torch.device, dtype: str, batch: int = 1
 ) -> FrameTimer:
     """Times plain networks op by op, from normalised image to logits: what eager tables predict."""
+    case = Case(size, batch, dtype)
 
     def build(genotype: Genotype) -> Frame:
-        network = random_network(genotype, num_classes).to(device, dtype_named(dtype))
-        x = torch.zeros(batch, 3, *size, device=device, dtype=dtype_named(dtype))
+        network = random_network(genotype, num_classes).to(device, case.torch_dtype)
+        x = torch.zeros(batch, 3, *size, device=device, dtype=case.torch_dtype)
 
-        def frame() -> Tensor:
-            with torch.inference_mode():
+        def frame() -> torch.Tensor:
+            with use_backend("reference"), torch.inference_mode():
                 return network(x)
 
         return frame
 
-    made_on = measured_on(device, "measured", "eager", dtype_named(dtype), batch)
+    made_on = measured_on(device, "measured", "eager", case.torch_dtype, batch)
     return FrameTimer(build, device, made_on)

@@ -132,12 +132,12 @@ def benchmark(
     backend: of engines; a named one that cannot serve raises `BackendError`.
     """
     protocol = protocol or FULL_PROTOCOL
-    with exact_float32(), use_backend(backend, strict=backend != "auto"):
+    with exact_float32(), use_backend(backend):
         frames: dict[str, TensorFrame] = {}
         agreements: dict[str, Agreement | None] = {}
         for entry in chosen:
             with _explained(entry, case, device):
-                frames[entry.name], agreements[entry.name] = _prepared(entry, case, device)
+                frames[entry.name], agreements[entry.name] = _prepared(entry, case, device, backend)
         timings = time_interleaved(frames, device, case.batch, protocol, progress)
         hardware = describe(device, next(iter(frames.values())))
     rows = tuple(
@@ -148,7 +148,7 @@ def benchmark(
 
 
 def _prepared(
-    entry: Entry, case: Case, device: torch.device
+    entry: Entry, case: Case, device: torch.device, backend: str
 ) -> tuple[TensorFrame, Agreement | None]:
     subject = entry.subject
     if subject.file is not None:
@@ -157,7 +157,7 @@ def _prepared(
     if entry.runtime != "deploy":
         return plain_frame(subject.network, case, device, entry.runtime, entry.layout), None
     assert subject.blueprint is not None
-    frame = engine_frame(replace(subject.blueprint, size=case.size), case, device)
+    frame = engine_frame(replace(subject.blueprint, size=case.size), case, device, backend)
     return frame, check_labels(frame(), subject.network, case, device, entry.name)
 
 

@@ -32,13 +32,14 @@ def make_table(
     device: torch.device,
     dtype: str = "fp32",
     batch: int = 1,
+    backend: str = "auto",
     progress: Progress | None = None,
 ) -> LookupTable:
     """The latency table of `space` for inputs of `size` (height, width).
 
     runtime: eager measures every operation by itself, deploy fits whole engines, roofline
-    estimates a Titan Xp. Raises `ConfigError` for an unknown runtime or dtype, or one that the
-    runtime lacks.
+    estimates a Titan Xp. backend: of engines. Raises `ConfigError` for an unknown runtime or
+    dtype, or one that the runtime lacks.
     """
     check_runtime(runtime)
     if runtime == "roofline":
@@ -49,7 +50,7 @@ def make_table(
     if runtime == "eager":
         provider = EagerProvider(device, batch, FULL_EFFORT, torch_dtype)
         return build_table(space, size, num_classes, provider, progress)
-    timer = engine_timer(size, num_classes, device, dtype, batch)
+    timer = engine_timer(size, num_classes, device, dtype, batch, backend)
     return build_engine_table(space, size, num_classes, timer, FULL_FIT, progress)
 
 
@@ -84,5 +85,7 @@ def _timer(table: LookupTable, device: torch.device, runtime: str) -> FrameTimer
             f"the latency table was made with {table.made_on.dtype!r}; only {', '.join(NAMES)} can "
             "be measured"
         )
-    make = engine_timer if runtime == "deploy" else plain_timer
-    return make(table.size, table.num_classes, device, dtype, table.made_on.batch)
+    given = (table.size, table.num_classes, device, dtype, table.made_on.batch)
+    if runtime == "eager":
+        return plain_timer(*given)
+    return engine_timer(*given, backend=table.made_on.backend or "auto")

@@ -85,7 +85,8 @@ def build(
             device,
             dtype,
             batch,
-            progress=progress,
+            settings.backend,
+            progress,
         )
     save_table(table, out)
     console().print(f"{len(table.entries)} entries: {out}")

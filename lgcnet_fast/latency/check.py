@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lgcnet_fast.errors import TableError
 from lgcnet_fast.latency.genotypes import fingerprint, uniform_genotypes, varied_genotypes
 from lgcnet_fast.latency.networks import Measurable
 from lgcnet_fast.latency.regression import spearman
@@ -21,6 +22,8 @@ CHECK_SEEDS = (1001, 1002)
 UNIFORM = "uniform"
 VARIED = "varied light share"
 GIVEN = "given"
+TRIES = 200
+"""Genotypes in a row that a table may have been fitted to."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def check_predictions(
         **({GIVEN: given} if given else {}),
     }
     predicted = {name: _predictions(table, space, members) for name, members in groups.items()}
+    timer.prepare([genotype for members in groups.values() for genotype in members.values()])
     total = sum(map(len, groups.values()))
     checked: dict[str, list[CheckedNetwork]] = {name: [] for name in groups}
     for done, (group, name) in enumerate(_members(groups), start=1):
@@ -116,8 +120,19 @@ def _members(groups: Mapping[str, Mapping[str, Genotype]]) -> list[tuple[str, st
 
 
 def _unseen(genotypes: Iterator[Genotype], table: LookupTable) -> Iterator[Genotype]:
+    """Ends where hardly any genotype is left that the table was not fitted to."""
     seen = set(table.fit.genotypes) if table.fit else set()
-    return (genotype for genotype in genotypes if fingerprint(genotype) not in seen)
+    tries = 0
+    for genotype in genotypes:
+        tries += 1
+        if fingerprint(genotype) not in seen:
+            tries = 0
+            yield genotype
+        elif tries == TRIES:
+            raise TableError(
+                "the latency table was fitted to nearly every genotype of its space, so none are "
+                "left to check it with"
+            )
 
 
 def _named(genotypes: Iterable[Genotype], count: int) -> dict[str, Genotype]:

@@ -1,19 +1,19 @@
 """Tables of whole engines: what each operation adds, from the times of random networks.
 
 An engine fuses what it can, so the time of an operation alone says little about what it adds. The
-entries are instead fitted to measured networks: half of them uniform, half with a share of light
-operations from 0.1 to 0.9, so that small networks are known as well as average ones.
+entries are instead fitted to the times of whole networks (design.py tells which).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from lgcnet_fast.latency.genotypes import fingerprint, uniform_genotypes, varied_genotypes
+from lgcnet_fast.latency.design import fitting_genotypes
+from lgcnet_fast.latency.genotypes import fingerprint
 from lgcnet_fast.latency.networks import Measurable, entry_counts
 from lgcnet_fast.latency.regression import FOLDS, Array, FittedCosts, cross_validate, fit_costs
 from lgcnet_fast.latency.roofline import roofline_ms
@@ -21,15 +21,14 @@ from lgcnet_fast.latency.table import Entry, Fit, LookupTable, make_entry
 from lgcnet_fast.space.base import LutKey, SearchSpace
 from lgcnet_fast.space.genotype import Genotype
 
-FIT_SEEDS = (1, 2)
-"""Of the uniform genotypes and of those with a varied share of light operations."""
-
 
 @dataclass(frozen=True)
 class FitEffort:
-    networks: int = 400
-    most_seconds: float = 150.0
-    """Measuring ends then, with the networks measured so far."""
+    networks: int = 300
+    bases: int = 16
+    """Networks that provide the combinations of operations that all are made of."""
+    most_seconds: float = 90.0
+    """Measuring, without the compilation before it, ends then with the networks so far."""
     fewest: int = 2 * FOLDS
     """Networks, however long they take."""
 
@@ -78,25 +77,18 @@ def _measure(
     effort: FitEffort,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[list[Genotype], Array]:
-    genotypes: list[Genotype] = []
+    genotypes = fitting_genotypes(space, effort.bases, effort.networks)
+    timer.prepare(genotypes)
     measured: list[float] = []
-    drawn = _alternating(space)
     started = time.perf_counter()
-    while len(genotypes) < effort.networks:
+    for genotype in genotypes:
         late = time.perf_counter() - started > effort.most_seconds
-        if late and len(genotypes) >= effort.fewest:
+        if late and len(measured) >= effort.fewest:
             break
-        genotypes.append(next(drawn))
-        measured.append(timer.milliseconds(genotypes[-1]))
+        measured.append(timer.milliseconds(genotype))
         if progress is not None:
-            progress(len(genotypes), effort.networks)
-    return genotypes, np.array(measured)
-
-
-def _alternating(space: SearchSpace) -> Iterator[Genotype]:
-    uniform, varied = FIT_SEEDS
-    pairs = zip(uniform_genotypes(space, uniform), varied_genotypes(space, varied), strict=True)
-    return (genotype for pair in pairs for genotype in pair)
+            progress(len(measured), len(genotypes))
+    return list(genotypes[: len(measured)]), np.array(measured)
 
 
 def _prior_ms(space: SearchSpace, key: LutKey) -> float:

@@ -25,6 +25,10 @@ class Measurable(Protocol):
 
     def provenance(self) -> Provenance: ...
 
+    def prepare(self, genotypes: Sequence[Genotype]) -> None:
+        """Does once what would otherwise slow down every measurement, such as compiling."""
+        ...
+
     def milliseconds(self, genotype: Genotype) -> float:
         """Of one image, back to back."""
         ...
@@ -37,10 +41,16 @@ class FrameTimer:
     build: Callable[[Genotype], Frame]
     device: torch.device
     made_on: Provenance
+    prepared: Callable[[Sequence[Genotype]], None] | None = None
+    """Makes the frames of genotypes quick to build."""
     measured: int = 0
 
     def provenance(self) -> Provenance:
         return self.made_on
+
+    def prepare(self, genotypes: Sequence[Genotype]) -> None:
+        if self.prepared is not None:
+            self.prepared(genotypes)
 
     def milliseconds(self, genotype: Genotype) -> float:
         frame = self.build(genotype)

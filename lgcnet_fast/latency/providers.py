@@ -79,7 +79,12 @@ class RooflineProvider(LatencyProvider):
 
 
 def measured_on(
-    device: torch.device, provider: str, runtime: str, dtype: torch.dtype, batch: int
+    device: torch.device,
+    provider: str,
+    runtime: str,
+    dtype: torch.dtype,
+    batch: int,
+    backend: str = "",
 ) -> Provenance:
     """The provenance of what is measured now on `device`."""
     return Provenance(
@@ -90,6 +95,7 @@ def measured_on(
         cuda=torch.version.cuda or "",
         dtype=str(dtype).removeprefix("torch."),
         runtime=runtime,
+        backend=backend,
         batch=batch,
     )
 

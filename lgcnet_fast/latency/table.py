@@ -42,6 +42,8 @@ class Provenance(_Record):
     dtype: str = "float32"
     runtime: str
     """What runs the operations: eager, deploy or roofline."""
+    backend: str = ""
+    """Of deploy, as it was asked for: auto, triton, cuda or reference."""
     batch: Positive = 1
     """Images a run; entries are for one image."""
 
@@ -111,7 +113,8 @@ class LookupTable(_Record):
     def description(self) -> str:
         """Device, runtime and numeric type in one line."""
         made = self.made_on
-        return f"{made.device}, {made.runtime} ({made.provider}), {made.dtype}"
+        backend = f", backend {made.backend}" if made.backend else ""
+        return f"{made.device}, {made.runtime} ({made.provider}){backend}, {made.dtype}"
 
 
 def make_entry(

@@ -164,6 +164,15 @@ class SearchSpace(ABC):
         """The same for a table of whole engines, which may tell apart what they share or skip."""
         return self.lut_keys(size, num_classes)
 
+    def fused_rows(self) -> tuple[tuple[tuple[str, int], ...], ...]:
+        """All rows as (group, index), those together that engines compute in one launch.
+
+        Engines compile a kernel for each combination of such choices; networks that are made of
+        the same combinations share them.
+        """
+        groups = self.arch_groups()
+        return tuple(((group.name, row),) for group in groups for row in range(len(group.rows)))
+
     @abstractmethod
     def lut_module(self, key: LutKey) -> LutModule: ...
 

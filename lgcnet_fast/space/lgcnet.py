@@ -279,6 +279,19 @@ class LGCNet(SearchSpace):
     def engine_keys(self, size: tuple[int, int], num_classes: int) -> tuple[LutKey, ...]:
         return self._engine_keys(size, num_classes).distinct()
 
+    def fused_rows(self) -> tuple[tuple[tuple[str, int], ...], ...]:
+        """The edges into each node of a cell; every edge of the fusion cell by itself."""
+        nodes = tuple(
+            tuple(
+                ("cells", EDGES_PER_CELL * cell + edge)
+                for edge, (_, target) in enumerate(CELL_EDGES)
+                if target == node
+            )
+            for cell in range(len(self.layout.cells))
+            for node in ("x1", "x2")
+        )
+        return nodes + tuple(rows for rows in super().fused_rows() if rows[0][0] != "cells")
+
     def lut_module(self, key: LutKey) -> LutModule:
         return lut_module(key, self.options.stem)
 

@@ -61,6 +61,9 @@ class FakeTimer:
     def provenance(self) -> Provenance:
         return Provenance(provider="fitted", device="Fake GPU", runtime="deploy", dtype="float16")
 
+    def prepare(self, genotypes) -> None:
+        self.prepared = len(genotypes)
+
     def milliseconds(self, genotype: LGCNetGenotype) -> float:
         self.asked.append(genotype)
         return fused_ms(genotype) * (1 + self.noise * self.random.gauss(0, 1))

@@ -11,6 +11,7 @@ import torch
 from lgcnet_fast.errors import GenotypeError, TableError
 from lgcnet_fast.latency.build import build_table
 from lgcnet_fast.latency.check import UNIFORM, VARIED, CheckedNetwork, check_predictions
+from lgcnet_fast.latency.design import fitting_genotypes
 from lgcnet_fast.latency.engine_table import FitEffort, build_engine_table
 from lgcnet_fast.latency.genotypes import (
     fingerprint,
@@ -122,9 +123,20 @@ def test_a_space_without_engine_keys_of_its_own_is_fitted_too(space):
             costs = (0.0, 1.0, 4.0, 2.0)
             return 0.5 + costs[first] + costs[second] * depth
 
-    table = build_engine_table(space, (12, 20), 5, Timer(), FitEffort(networks=60))
+    table = build_engine_table(space, (12, 20), 5, Timer(), FitEffort(networks=12, bases=8))
     check = check_predictions(table, space, Timer(), count=20)
     assert check.summary()[UNIFORM]["worst_error_pct"] < 1
+
+
+def test_a_table_fitted_to_every_genotype_cannot_be_checked(space):
+    class Timer(FakeTimer):
+        def milliseconds(self, genotype):
+            return 1.0 + sum(map(sum, genotype.picks))
+
+    table = build_engine_table(space, (12, 20), 5, Timer(), FitEffort(networks=100, bases=8))
+    assert table.fit.networks == 18
+    with pytest.raises(TableError, match="fitted to nearly every genotype"):
+        check_predictions(table, space, Timer(), count=2)
 
 
 def test_the_time_limit_ends_the_measurement():
@@ -153,6 +165,63 @@ def test_an_engine_table_serves_runs_from_its_file(exact, tmp_path):
 def test_it_warns_on_another_device_naming_both(exact):
     (warning,) = check_table(exact, "t.json", SPACE, SIZE, 19, "Other GPU")
     assert "Fake GPU" in warning and "Other GPU" in warning
+
+
+# -- the design -----------------------------------------------------------------------------------
+
+
+def combinations(genotype) -> set[tuple[int, str, tuple[str, ...]]]:
+    """What an engine fuses: the operations into each node."""
+    nodes = {"x1": slice(0, 2), "x2": slice(2, 5)}
+    return {
+        (cell, node, ops[edges])
+        for cell, ops in enumerate(genotype.cells)
+        for node, edges in nodes.items()
+    }
+
+
+def test_mixtures_are_made_of_the_combinations_of_the_bases():
+    genotypes = fitting_genotypes(SPACE, bases=8, networks=100)
+    assert len(set(map(fingerprint, genotypes))) == 100
+    bases = set().union(*map(combinations, genotypes[:8]))
+    new = set().union(*map(combinations, genotypes[8:])) - bases
+    # Only repairs of networks that would be cut off add any.
+    assert len(bases) > 80 and len(new) < 0.1 * len(bases)
+
+
+def test_bases_are_balanced():
+    genotypes = fitting_genotypes(SPACE, bases=16, networks=16)
+    for row in range(SPACE.one_hot(genotypes[0])["cells"].shape[0]):
+        counts = sum(SPACE.one_hot(genotype)["cells"][row] for genotype in genotypes)
+        assert counts.sum() == 16 and counts.max() <= 4
+    fusion = sum(SPACE.one_hot(genotype)["fusion"] for genotype in genotypes)
+    assert (fusion >= 1).all() and (fusion <= 2).all()
+
+
+def test_mixtures_vary_in_their_share_of_light_operations():
+    light = SPACE.arch_groups()[0].light
+    shares = [
+        sum(op in light for cell in genotype.cells for op in cell) / 30
+        for genotype in fitting_genotypes(SPACE, bases=16, networks=150)[16:]
+    ]
+    assert min(shares) < 0.2 and max(shares) > 0.5
+
+
+def test_masks_hold_in_the_design(space):
+    genotypes = fitting_genotypes(space, bases=8, networks=100)
+    assert len(genotypes) == 18
+    assert {genotype.picks[0][1] for genotype in genotypes} == {0, 1, 2}
+
+
+def test_everything_is_prepared_before_the_first_measurement():
+    class Timer(FakeTimer):
+        def milliseconds(self, genotype):
+            assert self.prepared >= 12
+            return super().milliseconds(genotype)
+
+    build = FitEffort(networks=12, bases=4)
+    table = build_engine_table(SPACE, SIZE, 19, Timer(), build)
+    check_predictions(table, SPACE, Timer(), count=6)
 
 
 # -- genotypes ------------------------------------------------------------------------------------

@@ -1,0 +1,52 @@
+"""Work in processes of their own."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from lgcnet_fast.benchmark import engines, parallel
+from lgcnet_fast.errors import ConfigError, DeviceError
+
+
+def note(folder: str, item: str) -> None:
+    if item == "bad":
+        raise ConfigError("bad item")
+    if item == "deadly":
+        os._exit(1)
+    (Path(folder) / item).write_text(str(os.getpid()))
+
+
+def test_all_items_are_done_in_other_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "_cores", lambda: 2)
+    parallel.in_processes(partial(note, str(tmp_path)), ["a", "b", "c"])
+    processes = {int(path.read_text()) for path in tmp_path.iterdir()}
+    assert len(list(tmp_path.iterdir())) == 3 and os.getpid() not in processes
+
+
+def test_errors_come_back(tmp_path):
+    with pytest.raises(ConfigError, match="bad item"):
+        parallel.in_processes(partial(note, str(tmp_path)), ["bad"])
+    with pytest.raises(DeviceError, match="a process that compiled kernels died"):
+        parallel.in_processes(partial(note, str(tmp_path)), ["deadly"])
+
+
+def test_engines_that_compile_nothing_start_no_processes(monkeypatch):
+    import torch
+
+    from lgcnet_fast.space.genotype import load_genotype
+
+    called = []
+    monkeypatch.setattr(engines, "in_processes", lambda *arguments: called.append(arguments))
+    timer = engines.engine_timer((33, 65), 3, torch.device("cpu"), "fp32")
+    genotype = load_genotype("reference")
+    timer.prepare([genotype])
+    assert called == []
+    monkeypatch.setattr(engines.EngineRecipe, "compiles", lambda recipe, genotype: True)
+    timer.prepare([genotype])
+    ((work, (item,)),) = called
+    # What is sent can be run there: it builds the engine and runs it.
+    work(item)
