@@ -10,12 +10,14 @@ interpreter, to see that the script works.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 from bench.device import require_gpu, use_fastest_convolutions
 from bench.kernels.comparison import Family, Row
 from bench.kernels.timing import copy_bandwidth
 from bench.options import Deadline, parser
 from bench.results_file import Rows, provenance
+from lgcnet_fast.ops.backend import BACKENDS, set_backend
 
 
 def main(family: Family) -> None:
@@ -23,6 +25,7 @@ def main(family: Family) -> None:
     deadline = Deadline(options.seconds)
     require_gpu(dry=options.part == "dry")
     use_fastest_convolutions()
+    set_backend(options.backend, strict=True)
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
     origin = provenance(options.commit) | {"copy_bandwidth": bandwidth}
@@ -55,17 +58,17 @@ def compare(
     print(f"{len(chosen)} cases, all results right")
 
 
-def sweep(family: Family, only: str, tiny: bool, deadline: Deadline, bandwidth: float) -> list[Row]:
-    found = []
+def sweep(
+    family: Family, only: str, tiny: bool, deadline: Deadline, bandwidth: float
+) -> Iterator[Row]:
     for one in family.sweeps(tiny):
-        if only not in str(one):
-            continue
         if deadline.over:
-            print("out of time: sweeps left out")
-            break
-        found.append(one.measure(bandwidth))
-        print_sweep(found[-1])
-    return found
+            print(f"out of time: sweeps from {one} on left out")
+            return
+        if only in str(one):
+            row = one.measure(bandwidth)
+            print_sweep(row)
+            yield row
 
 
 def print_row(row: Row) -> None:
@@ -88,5 +91,6 @@ def print_sweep(row: Row) -> None:
 def _options(family: Family) -> argparse.Namespace:
     options = parser(f"{family.name} kernels against PyTorch and the floor of bytes")
     options.add_argument("--part", choices=("table", "full", "sweep", "dry"), default="table")
+    options.add_argument("--backend", choices=BACKENDS, default="triton", help="of operations")
     options.add_argument("--only", default="", help="cases whose name contains this")
     return options.parse_args()

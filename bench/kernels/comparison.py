@@ -12,6 +12,7 @@ from bench.rounds import median, ratios, tenth_percentile
 
 Part = Literal["table", "full", "sweep", "dry"]
 Row = dict[str, Any]
+Size = tuple[int, int]
 Binding = Callable[[Any], Call]
 """From a set of inputs to a call; conversions of the inputs happen here, outside the timing."""
 
@@ -95,6 +96,8 @@ class Sweep:
     """From inputs and a configuration."""
     configs: Sequence[Any]
     """Dataclasses; the first is the default."""
+    input: Size | None = None
+    """Size of the network's input that leads to the shape."""
 
     def __str__(self) -> str:
         return f"{self.operation} {self.key}"

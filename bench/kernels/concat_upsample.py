@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.kernels.command import main
 from bench.kernels.comparison import Comparison, Family, Part, Sweep
 from bench.kernels.resizing_cases import CHANNELS, Case, Inputs, comparisons, make_inputs
-from bench.kernels.shapes import INPUTS, pyramid
+from bench.kernels.shapes import INPUTS, Size, pyramid
 from lgcnet_fast.kernels.concat_upsample import (
     FORWARD,
     concat_upsample_forward,
@@ -28,7 +28,7 @@ from lgcnet_fast.kernels.concat_upsample_backward import (
     sum_upsample_backward,
 )
 from lgcnet_fast.kernels.rows import StripConfig
-from lgcnet_fast.ops.tuning import shape_key
+from lgcnet_fast.ops.fused_resize import resize_key
 
 
 def forward(case: Case, i: Inputs, config: StripConfig = FORWARD) -> Tensor:
@@ -65,26 +65,44 @@ def all_comparisons(part: Part) -> Iterator[Comparison]:
 
 
 def sweeps(tiny: bool) -> Iterator[Sweep]:
+    for size in (None,) if tiny else INPUTS:
+        yield from _sweeps(size)
+
+
+def _sweeps(size: Size | None) -> Iterator[Sweep]:
     kernels: dict[Any, tuple[str, StripConfig]] = {
-        forward: ("forward", FORWARD),
-        backward: ("backward", BACKWARD),
+        forward: ("", FORWARD),
+        backward: ("_backward", BACKWARD),
     }
     tiles = [(512, 2), (1024, 4), (2048, 4), (2048, 8)]
-    for case, (kernel, (name, default)) in itertools.product(
-        cases("dry" if tiny else "full"), kernels.items()
-    ):
+    for case, (kernel, (suffix, default)) in itertools.product(_swept(size), kernels.items()):
         configs = [default] + [
             StripConfig(block, rows, warps)
             for (block, warps), rows in itertools.product(tiles, (1, 2, 4, 8))
         ]
+        sizes = case.resized if kernel is backward else case.sizes
         yield Sweep(
-            operation=f"{'sum' if case.add else 'concat'}_upsample_{name}",
-            key=shape_key(case.dtype, (case.batch, CHANNELS), *case.sizes, case.size),
+            operation=f"{'sum' if case.add else 'concat'}_upsample{suffix}",
+            key=resize_key(case.dtype, [(case.batch, CHANNELS, *s) for s in sizes], case.size),
             bytes=case.bytes(backward=kernel is backward),
             make=lambda case=case: make_inputs(case),
             run=lambda i, config, case=case, kernel=kernel: kernel(case, i, config),
-            configs=configs[:1] if tiny else configs,
+            configs=configs if size else configs[:1],
+            input=size,
         )
+
+
+def _swept(size: Size | None) -> Iterator[Case]:
+    """The fusion cell's concatenations, upsampling edges and final sum."""
+    if size is None:
+        yield from cases("dry")
+        return
+    batch, (fine, middle, coarse) = INPUTS[size], pyramid(size)
+    yield Case(batch, (fine, middle, middle), fine)
+    yield Case(batch, (middle, coarse), middle)
+    yield Case(batch, (middle,), fine)
+    yield Case(batch, (coarse,), middle)
+    yield Case(batch, (fine, middle, coarse), fine, add=True)
 
 
 FAMILY = Family("concatenation and sum of resized maps", all_comparisons, sweeps)

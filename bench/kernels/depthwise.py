@@ -11,15 +11,15 @@ from torch import Tensor
 from bench.kernels.command import main
 from bench.kernels.comparison import Comparison, Family, Part, Sweep
 from bench.kernels.depthwise_cases import (
-    DILATIONS,
     Case,
     Inputs,
+    branches_of_nodes,
     cell_inputs,
     comparisons,
     make_inputs,
     single_branches,
 )
-from bench.kernels.shapes import FUSION_CHANNELS, INPUTS, at_stride, cell_shapes
+from bench.kernels.shapes import INPUTS, Size, cell_shapes
 from lgcnet_fast.kernels.depthwise import ForwardConfig, depthwise_multi
 from lgcnet_fast.kernels.depthwise_backward import depthwise_backward
 from lgcnet_fast.kernels.depthwise_input_grad import (
@@ -71,7 +71,12 @@ def all_comparisons(part: Part) -> Iterator[Comparison]:
 
 
 def sweeps(tiny: bool) -> Iterator[Sweep]:
-    for case in _swept(tiny):
+    for size in (None,) if tiny else INPUTS:
+        yield from _sweeps(size)
+
+
+def _sweeps(size: Size | None) -> Iterator[Sweep]:
+    for case in _swept(size):
         kernels = [forward, input_grad, weight_grad]
         if case.maps == 1 and case.dilations[0] % case.stride == 0:
             kernels.append(fused_backward)
@@ -84,7 +89,8 @@ def sweeps(tiny: bool) -> Iterator[Sweep]:
                 bytes=x_maps * case.x_bytes + case.y_bytes,
                 make=lambda case=case: make_inputs(case),
                 run=lambda i, config, case=case, kernel=kernel: kernel(case, i, config),
-                configs=found[:1] if tiny else found,
+                configs=found if size else found[:1],
+                input=size,
             )
 
 
@@ -96,17 +102,13 @@ OPERATIONS: dict[Any, str] = {
 }
 
 
-def _swept(tiny: bool) -> Iterator[Case]:
-    if tiny:
+def _swept(size: Size | None) -> Iterator[Case]:
+    if size is None:
         yield Case((1, 4, 3, 5), (1,))
         return
-    yield from cell_inputs("full")
-    for size, batch in INPUTS.items():
-        for shape in cell_shapes(size):
-            yield Case(shape, (1,))
-        for stride in (4, 8, 16):
-            shape = (batch, FUSION_CHANNELS, *at_stride(size, stride))
-            yield from (Case(shape, (d,)) for d in DILATIONS)
+    yield from branches_of_nodes(size)
+    for shape in cell_shapes(size):  # sep3's second stage
+        yield Case(shape, (1,))
 
 
 def tiles(kernel: Any, case: Case) -> Iterator[Any]:

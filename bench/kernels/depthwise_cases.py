@@ -18,9 +18,9 @@ from bench.device import DEVICE, LAYOUTS
 from bench.kernels.comparison import Comparison, Part
 from bench.kernels.shapes import (
     CELLS,
-    FUSION_CHANNELS,
     INPUTS,
     Shape,
+    Size,
     at_stride,
     cell_shapes,
     depthwise_uses,
@@ -224,14 +224,24 @@ def _everything() -> Iterator[Case]:
 
 
 def cell_inputs(part: Part) -> Iterator[Case]:
-    """What leaves an input of a cell (two edges, sep3's first and dil3_*), and a fusion edge."""
     if part == "dry":
         yield Case((1, 4, 3, 5), (1, 2), edges=2)
         return
     for size in INPUTS if part == "full" else (CROP,):
-        for shape in cell_shapes(size):
-            yield Case(shape, (1, 2, 4, 8), edges=2)
-        batch = INPUTS[size]
-        for (channels, _), (_, stride) in zip(CELLS[1:], CELLS, strict=False):
-            yield Case((batch, channels, *at_stride(size, stride)), (1, 2, 4, 8), 2, edges=2)
-        yield Case((batch, FUSION_CHANNELS, *at_stride(size, 4)), DILATIONS)
+        yield from branches_of_nodes(size)
+
+
+def branches_of_nodes(size: Size) -> Iterator[Case]:
+    """What leaves a node in one launch.
+
+    An input of a cell has two edges, each with sep3's first stage and dil3_*; the other node has
+    one. Inputs of the fusion cell's edges are up to three maps side by side.
+    """
+    batch, dilations = INPUTS[size], DILATIONS[:-1]
+    for shape in cell_shapes(size):
+        yield Case(shape, dilations, edges=2)
+        yield Case(shape, dilations)
+    for (channels, _), (_, stride) in zip(CELLS[1:], CELLS, strict=False):
+        yield Case((batch, channels, *at_stride(size, stride)), dilations, 2, edges=2)
+    fused = {shape for shape, dilation, _ in depthwise_uses(size) if dilation == DILATIONS[-1]}
+    yield from (Case(shape, DILATIONS) for shape in sorted(fused))

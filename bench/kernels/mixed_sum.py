@@ -21,7 +21,7 @@ from torch import Tensor
 from bench.device import DEVICE, LAYOUTS
 from bench.kernels.command import main
 from bench.kernels.comparison import Binding, Comparison, Family, Part, Sweep
-from bench.kernels.shapes import FUSION_CHANNELS, INPUTS, Shape, at_stride, cell_shapes
+from bench.kernels.shapes import FUSION_CHANNELS, INPUTS, Shape, Size, at_stride, cell_shapes
 from bench.kernels.timing import Call, gate
 from lgcnet_fast.kernels.mixed_sum import Statistics, TileConfig, batch_statistics, mixed_sum
 from lgcnet_fast.kernels.mixed_sum_backward import (
@@ -33,6 +33,9 @@ from lgcnet_fast.ops.tuning import shape_key
 
 EDGE, NODE, FUSION = (6, 1), (18, 3), (10, 0)
 """Branches and skips."""
+NODES = ((12, 2), (18, 3), (1, 0))
+"""Both nodes of a cell, and the batch norm inside sep3."""
+REDUCING_NODES = ((14, 0), (20, 1))
 
 
 @dataclass(frozen=True)
@@ -179,8 +182,25 @@ def comparisons(part: Part) -> Iterator[Comparison]:
             )
 
 
+def _swept(size: Size | None) -> Iterator[Case]:
+    if size is None:
+        yield from cases("dry")
+        return
+    for shape in cell_shapes(size):
+        yield from (Case(shape, *counts) for counts in NODES)
+    for shape in cell_shapes(size)[1:]:
+        yield from (Case(shape, *counts) for counts in REDUCING_NODES)
+    for stride in (4, 8, 16):
+        yield Case((INPUTS[size], FUSION_CHANNELS, *at_stride(size, stride)), *FUSION)
+
+
 def sweeps(tiny: bool) -> Iterator[Sweep]:
-    for case in cases("dry" if tiny else "full"):
+    for size in (None,) if tiny else INPUTS:
+        yield from _sweeps(size)
+
+
+def _sweeps(size: Size | None) -> Iterator[Sweep]:
+    for case in _swept(size):
         k, j, channels = case.branches, case.plain, case.shape[1]
         streaming, reducing = TileConfig.streaming(channels), TileConfig.reducing(channels)
         kernels: list[tuple[str, Callable[[Inputs, TileConfig], Any], int, TileConfig]] = [
@@ -198,7 +218,8 @@ def sweeps(tiny: bool) -> Iterator[Sweep]:
                 bytes=maps * case.map_bytes,
                 make=lambda case=case: make_inputs(case),
                 run=run,
-                configs=[default] if tiny else [default, *others],
+                configs=[default, *others] if size else [default],
+                input=size,
             )
 
 

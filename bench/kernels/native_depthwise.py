@@ -21,7 +21,7 @@ from bench.kernels.depthwise_cases import (
     make_inputs,
     single_branches,
 )
-from bench.kernels.shapes import INPUTS, cell_shapes
+from bench.kernels.shapes import INPUTS, Size, cell_shapes
 from lgcnet_fast.native import instances
 from lgcnet_fast.native.depthwise import (
     Tile,
@@ -54,7 +54,12 @@ def all_comparisons(part: Part) -> Iterator[Comparison]:
 
 
 def sweeps(tiny: bool) -> Iterator[Sweep]:
-    for case, kernel in itertools.product(_swept(tiny), (forward, backward)):
+    for size in (None,) if tiny else INPUTS:
+        yield from _sweeps(size)
+
+
+def _sweeps(size: Size | None) -> Iterator[Sweep]:
+    for case, kernel in itertools.product(_swept(size), (forward, backward)):
         found = list(tiles(case, kernel is backward))
         yield Sweep(
             operation=f"native_depthwise_{kernel.__name__}",
@@ -62,18 +67,18 @@ def sweeps(tiny: bool) -> Iterator[Sweep]:
             bytes=case.y_bytes + case.x_bytes * (2 if kernel is backward else 1),
             make=lambda case=case: make_inputs(case),
             run=lambda i, tile, case=case, kernel=kernel: kernel(case, i, tile),
-            configs=found[:1] if tiny else found,
+            configs=found if size else found[:1],
+            input=size,
         )
 
 
-def _swept(tiny: bool) -> Iterator[Case]:
-    if tiny:
+def _swept(size: Size | None) -> Iterator[Case]:
+    if size is None:
         yield Case((1, 8, 3, 5), (1,))
         return
-    for size in INPUTS:
-        for shape, dtype in itertools.product(cell_shapes(size), (torch.float32, torch.float16)):
-            yield from (Case(shape, (d,), dtype=dtype) for d in (1, 4))
-            yield Case(shape, (1,), stride=2, dtype=dtype)
+    for shape, dtype in itertools.product(cell_shapes(size), (torch.float32, torch.float16)):
+        yield from (Case(shape, (d,), dtype=dtype) for d in (1, 4))
+        yield Case(shape, (1,), stride=2, dtype=dtype)
 
 
 def tiles(case: Case, gradients: bool) -> Iterator[Tile]:

@@ -28,7 +28,7 @@ from lgcnet_fast.kernels.upsample_loss import (
     upsample_loss_backward,
     upsample_ohem_forward,
 )
-from lgcnet_fast.ops.tuning import shape_key
+from lgcnet_fast.ops.fused_loss import loss_key
 
 THRESHOLD, KEEP = 0.7, 1 / 16
 OPERATIONS = {"argmax": 4, "validation": 7, "cross entropy": 11, "ohem": 18}
@@ -173,18 +173,32 @@ def comparisons(part: Part) -> Iterator[Comparison]:
 
 
 def sweeps(tiny: bool) -> Iterator[Sweep]:
-    for case in cases("dry" if tiny else "table"):
+    for size in (None,) if tiny else INPUTS:
+        yield from _sweeps(size)
+
+
+def _sweeps(size: Size | None) -> Iterator[Sweep]:
+    for case in _swept(size):
         default = ARGMAX if case.kind == "argmax" else LOSS
         tiles = itertools.product([(32, 1), (64, 2), (128, 4)], (1, 2, 4, 8))
         others = [CellConfig(lanes, rows, warps) for (lanes, warps), rows in tiles]
         yield Sweep(
             operation=f"upsample_{case.kind.replace(' ', '_')}",
-            key=shape_key(case.dtype, (case.batch, case.classes, *case.size), case.full),
+            key=loss_key(case.dtype, (case.batch, case.classes, *case.size), case.full),
             bytes=case.bytes,
             make=lambda case=case: make_inputs(case),
             run=lambda i, config, case=case: ours(case, i, config),
-            configs=[default] if tiny else [default, *others],
+            configs=[default, *others] if size else [default],
+            input=size,
         )
+
+
+def _swept(size: Size | None) -> Iterator[Case]:
+    if size is None:
+        yield from (case for case in cases("dry") if case.kind != "validation")
+        return
+    for kind in ("cross entropy", "ohem", "argmax"):
+        yield Case(kind, INPUTS[size], *_logits(size), size)
 
 
 FAMILY = Family("final upsampling", comparisons, sweeps)

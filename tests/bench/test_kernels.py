@@ -11,15 +11,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.kernels import command, native_depthwise, native_upsample
+from bench import tune
+from bench.kernels import command, native_depthwise, native_upsample, operations
 from bench.kernels.depthwise_cases import Case, comparisons, make_inputs, reference
 from bench.kernels.resizing_cases import plain
+from lgcnet_fast.errors import BackendError
+from lgcnet_fast.ops.backend import explain, use_backend
 
-FAMILIES = ("depthwise", "concat_upsample", "max_pool", "mixed_sum", "pointwise", "upsample_loss")
+FAMILIES = (
+    "depthwise",
+    "concat_upsample",
+    "max_pool",
+    "mixed_sum",
+    "pointwise",
+    "upsample_loss",
+)
 
 
 def dry_run(family: object, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     monkeypatch.setattr(sys, "argv", ["bench", "--part", "dry", "--out", str(out)])
+    monkeypatch.setattr(command, "set_backend", lambda name, strict: None)
     command.main(family)
     return json.loads(out.read_text())["rows"]
 
@@ -34,6 +45,25 @@ def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert all(row["ours_us"] > 0 and row["speed_up"] > 0 for row in cases)
     assert {row["stock"] for row in cases} <= set().union(*(r["alternatives_us"] for r in cases))
     assert all(row["default_us"] == row["configs"][0]["us"] for row in sweeps)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
+def test_dry_run_of_the_operations(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "set_backend", lambda name, strict: None)
+    with use_backend(backend, strict=True):
+        monkeypatch.setattr(sys, "argv", ["bench", "--part", "dry", "--out", str(tmp_path / "f")])
+        command.main(operations.FAMILY)
+    rows = json.loads((tmp_path / "f").read_text())["rows"]
+    names = {row["operation"].partition(" ")[2] for row in rows}
+    assert names == set(registered()) - {tune.ENGINE, *tune.FOLLOWERS}
+
+
+def registered() -> list[str]:
+    with pytest.raises(BackendError) as caught:
+        explain("nothing")
+    return str(caught.value).split("there are: ")[1].split(", ")
 
 
 def test_dry_run_of_the_cuda_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
