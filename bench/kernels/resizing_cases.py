@@ -131,12 +131,15 @@ def _stock_backward(case: Case, i: Inputs, layout: torch.memory_format) -> Call:
     def run() -> list[Tensor]:
         parts = [grad] * len(case.sizes) if case.add else grad.split(CHANNELS, dim=1)
         return [
-            part
-            if size == case.size
-            else torch.ops.aten.upsample_bilinear2d_backward(
-                part, case.size, (*part.shape[:2], *size), True
-            )
+            resized_gradient(part, size, case.size)
             for part, size in zip(parts, case.sizes, strict=True)
         ]
 
     return run
+
+
+def resized_gradient(grad: Tensor, size: Size, full: Size) -> Tensor:
+    """The gradient of a map of `size` from that of its resized form, which may be a copy."""
+    if size == full:
+        return grad
+    return torch.ops.aten.upsample_bilinear2d_backward(grad, full, (*grad.shape[:2], *size), True)

@@ -20,7 +20,9 @@ from lgcnet_fast.ops.backend import explain, use_backend
 
 FAMILIES = (
     "depthwise",
+    "concat_pointwise",
     "concat_upsample",
+    "conv3",
     "max_pool",
     "mixed_sum",
     "pointwise",

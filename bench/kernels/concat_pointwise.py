@@ -1,0 +1,193 @@
+"""The 1x1 convolution of resized maps in Triton: `python -m bench.kernels.concat_pointwise`.
+
+The joins of the fusion cell: ReLU, product and statistics of three maps of 48 channels side by
+side, forward, and the gradients of maps and weights. Stock resizes and concatenates in PyTorch;
+`separate` is our own concatenation, a product of PyTorch and our statistics. Floors: every map and
+the output once forward; maps, their gradients and that of the output once backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.device import DEVICE, LAYOUTS
+from bench.kernels.command import main
+from bench.kernels.comparison import Binding, Comparison, Family, Part, Sweep
+from bench.kernels.products import gate_statistics, stock_statistics, tiles
+from bench.kernels.resizing_cases import CHANNELS, Case, plain, resized_gradient
+from bench.kernels.shapes import INPUTS, pyramid
+from bench.kernels.timing import Call, gate
+from lgcnet_fast.kernels.concat_pointwise import concat_pointwise
+from lgcnet_fast.kernels.concat_pointwise_backward import (
+    concat_pointwise_input_grad,
+    concat_pointwise_weight_grad,
+)
+from lgcnet_fast.kernels.concat_upsample import concat_upsample_forward
+from lgcnet_fast.kernels.mixed_sum import batch_statistics
+from lgcnet_fast.kernels.pointwise import ProductConfig
+from lgcnet_fast.ops.tuning import shape_key
+
+
+@dataclass(frozen=True)
+class Inputs:
+    maps: list[Tensor]
+    weight: Tensor
+    dy: Tensor
+
+
+def make_inputs(case: Case) -> Inputs:
+    def values(height: int, width: int) -> Tensor:
+        shape = (case.batch, height, width, CHANNELS)
+        return torch.randn(shape, device=DEVICE, dtype=case.dtype).movedim(-1, 1)
+
+    weight = torch.randn(CHANNELS, case.out_channels, device=DEVICE, dtype=case.dtype)
+    return Inputs([values(*size) for size in case.sizes], weight, values(*case.size))
+
+
+def cases(part: Part) -> Iterator[Case]:
+    if part == "dry":
+        yield Case(1, ((5, 5), (3, 3)), (5, 5))
+        return
+    for size, batch in INPUTS.items():
+        fine, middle, coarse = pyramid(size)
+        if part == "full" or size in ((256, 512), (769, 769)):
+            yield Case(batch, (fine, middle, middle), fine)
+            yield Case(batch, (middle, coarse), middle)
+    fine, middle, _ = pyramid((256, 512))
+    yield Case(16, (fine, middle, middle), fine, dtype=torch.float32)
+
+
+def moved(case: Case, backward: bool) -> int:
+    maps = sum(height * width for height, width in case.sizes)
+    pixels = (2 if backward else 1) * maps + case.size[0] * case.size[1]
+    return case.batch * CHANNELS * pixels * case.dtype.itemsize
+
+
+def operations(case: Case) -> int:
+    return 2 * case.batch * case.size[0] * case.size[1] * case.out_channels * CHANNELS
+
+
+def forward(case: Case, i: Inputs, config: ProductConfig | None = None) -> Tensor:
+    return concat_pointwise(i.maps, i.weight, case.size, relu=True, config=config)[0]
+
+
+def backward(case: Case, i: Inputs) -> list[Tensor]:
+    arguments = (i.dy, i.maps, i.weight, case.size, True)
+    return [*concat_pointwise_input_grad(*arguments), concat_pointwise_weight_grad(*arguments)]
+
+
+def reference(case: Case, maps: list[Tensor], weight: Tensor) -> Tensor:
+    return F.conv2d(plain(case, maps).relu(), weight[:, :, None, None])
+
+
+def check_forward(case: Case, i: Inputs) -> None:
+    y, statistics = concat_pointwise(i.maps, i.weight, case.size, relu=True)
+    gate(str(case), y, reference(case, [x.double() for x in i.maps], i.weight.double()))
+    gate_statistics(str(case), statistics, y[None])
+
+
+def check_backward(case: Case, i: Inputs) -> None:
+    leaves = [leaf.double().requires_grad_() for leaf in (*i.maps, i.weight)]
+    y = reference(case, leaves[:-1], leaves[-1])
+    truths = torch.autograd.grad(y, leaves, i.dy.double())
+    *dxs, dw = backward(case, i)
+    for number, (dx, truth) in enumerate(zip(dxs, truths[:-1], strict=True)):
+        gate(f"gradient {number} {case}", dx, truth, factor=2)
+    # The resized values are rounded in between, as those of dv are.
+    gate(f"weight gradient {case}", dw.to(case.dtype), truths[-1], factor=2)
+
+
+def _stock_forward(case: Case, layout: torch.memory_format) -> Binding:
+    def bind(i: Inputs) -> Call:
+        maps = [x.contiguous(memory_format=layout) for x in i.maps]
+
+        def run() -> Any:
+            y = reference(case, maps, i.weight)
+            return y, stock_statistics(y)
+
+        return run
+
+    return bind
+
+
+def _stock_backward(case: Case, layout: torch.memory_format) -> Binding:
+    """What autograd runs behind `reference`, with the rectified concatenation kept."""
+
+    def bind(i: Inputs) -> Call:
+        rectified = plain(case, i.maps).relu().contiguous(memory_format=layout)
+        weight = i.weight[:, :, None, None].contiguous(memory_format=layout)
+        dy = i.dy.contiguous(memory_format=layout)
+
+        def run() -> Any:
+            options = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False])
+            dv, dw, _ = torch.ops.aten.convolution_backward(dy, rectified, weight, None, *options)
+            dv = torch.ops.aten.threshold_backward(dv, rectified, 0)
+            parts = zip(dv.split(CHANNELS, dim=1), case.sizes, strict=True)
+            return dw, [resized_gradient(part, size, case.size) for part, size in parts]
+
+        return run
+
+    return bind
+
+
+def _separate(case: Case) -> Binding:
+    def bind(i: Inputs) -> Call:
+        def run() -> Any:
+            v = concat_upsample_forward(i.maps, case.size).relu_()
+            y = (v.movedim(1, -1).flatten(0, 2) @ i.weight.T).view(i.dy.movedim(1, -1).shape)
+            y = y.movedim(-1, 1)
+            return y, batch_statistics([y])
+
+        return run
+
+    return bind
+
+
+def comparisons(part: Part) -> Iterator[Comparison]:
+    for case in cases(part):
+        stock = {name: _stock_forward(case, layout) for name, layout in LAYOUTS.items()}
+        yield Comparison(
+            operation="concatenation + pointwise forward",
+            case=str(case),
+            bytes=moved(case, backward=False),
+            operations=operations(case),
+            make=lambda case=case: make_inputs(case),
+            check=lambda i, case=case: check_forward(case, i),
+            ours=lambda i, case=case: forward(case, i),
+            stock=stock | {"separate": _separate(case)},
+        )
+        yield Comparison(
+            operation="concatenation + pointwise backward",
+            case=str(case),
+            bytes=moved(case, backward=True),
+            operations=2 * operations(case),
+            make=lambda case=case: make_inputs(case),
+            check=lambda i, case=case: check_backward(case, i),
+            ours=lambda i, case=case: backward(case, i),
+            stock={name: _stock_backward(case, layout) for name, layout in LAYOUTS.items()},
+        )
+
+
+def sweeps(tiny: bool) -> Iterator[Sweep]:
+    for case in cases("dry" if tiny else "table"):
+        configs = list(tiles(ProductConfig.resizing(CHANNELS, case.dtype)))
+        yield Sweep(
+            operation="concat_pointwise",
+            key=shape_key(case.dtype, (case.batch, CHANNELS), *case.sizes, case.size),
+            bytes=moved(case, backward=False),
+            make=lambda case=case: make_inputs(case),
+            run=lambda i, config, case=case: forward(case, i, config),
+            configs=configs[:1] if tiny else configs,
+        )
+
+
+FAMILY = Family("1x1 convolutions of resized maps", comparisons, sweeps)
+
+if __name__ == "__main__":
+    main(FAMILY)
