@@ -80,12 +80,17 @@ def current_backend() -> Choice:
     return _here.get() or _process_wide
 
 
-def check_backend(name: str, device: torch.device) -> None:
+def check_backend(name: str, device: torch.device, strict: bool = False) -> None:
     """Raises `BackendError` where no operation could run with this choice on `device`."""
-    _choice(name, strict=False)
+    _choice(name, strict)
     reason = None if name == "auto" else why_not(name, device)
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot serve here: {reason}; auto always can")
+    if strict and device.type == "cuda" and tuning.table_of(device) is None:
+        raise BackendError(
+            "strict_backend cannot hold here: there is no tuning table for this GPU; make one with "
+            f"{tuning.REMEDY}, name a backend, or set strict_backend = false"
+        )
 
 
 def explain(operation_name: str, *arguments: Any) -> dict[str, str]:
@@ -127,8 +132,11 @@ class Operation:
         reference: Callable[..., Any],
         triton: Implementation | None = None,
         cuda: Implementation | None = None,
+        tuned_as: str | None = None,
     ) -> None:
+        """tuned_as: the operation whose entry in tuning tables counts for this one too."""
         self.name = name
+        self._tuned_as = tuned_as or name
         self._implementations = {
             "triton": triton,
             "cuda": cuda,
@@ -145,6 +153,8 @@ class Operation:
     def backend(self, arguments: tuple[Any, ...]) -> str:
         """The backend that runs these arguments. Raises `BackendError`, or warns once."""
         name, strict = current_backend()
+        if _device_of(arguments).type == "meta":
+            return "reference"  # Only shapes are wanted, wherever the others will run.
         if name == "auto":
             name, reason = self.automatic(arguments)
             if reason is not None:
@@ -168,7 +178,7 @@ class Operation:
         device = _supposed.get() or _device_of(arguments)
         if device.type != "cuda":
             return "reference", None
-        name, reason = tuning.backend_for(self.name, device)
+        name, reason = tuning.backend_for(self._tuned_as, device)
         if name != "reference":
             refusal = self.refusal(name, arguments)
             if refusal is not None:

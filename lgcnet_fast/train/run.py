@@ -65,7 +65,7 @@ class Run:
         self.space = make_space(config.space)
         self.device = self._own_device()
         self.precision = resolve_precision(config.precision, self.device)
-        check_backend(config.backend, self.device)
+        check_backend(config.backend, self.device, config.strict_backend)
         set_backend(config.backend, config.strict_backend)
         _prepare(self.device)
         if self.ranks.first and not only_reading:

@@ -122,6 +122,15 @@ def test_unknown_backends_are_refused(name: str) -> None:
 
 
 @pytest.mark.usefixtures("on_gpu")
+def test_operations_that_are_tuned_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = Operation(
+        "half", lambda x: x / 2, Implementation(lambda x: -x / 2, only_small), tuned_as="double"
+    )
+    table(monkeypatch, double="triton")
+    assert half(ONE) == -0.5
+
+
+@pytest.mark.usefixtures("on_gpu")
 def test_auto_follows_the_table(double: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
     table(monkeypatch, double="triton")
     assert double(ONE).item() == -2
@@ -188,6 +197,15 @@ def test_check_backend_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None
         check_backend("triton", ON_GPU)
 
 
+@pytest.mark.usefixtures("on_gpu")
+def test_strict_auto_needs_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_backend("auto", torch.device("cpu"), strict=True)
+    with pytest.raises(BackendError, match="no tuning table for this GPU"):
+        check_backend("auto", ON_GPU, strict=True)
+    table(monkeypatch, double="triton")
+    check_backend("auto", ON_GPU, strict=True)
+
+
 def test_a_supposed_device_need_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "why_not", lambda name, device: "there is none")
     x = torch.ones(2)
@@ -213,3 +231,10 @@ def test_what_compilers_trace_is_the_reference(double: Operation) -> None:
 
 def test_the_example_of_the_documentation() -> None:
     assert doctest.testmod(backend).failed == 0
+
+
+def test_tensors_without_data_take_the_reference() -> None:
+    only_reference = Operation("test_meta", lambda x: x)
+    meta = torch.ones(1, device="meta")
+    with use_backend("cuda"):
+        assert only_reference(meta) is meta
