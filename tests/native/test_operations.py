@@ -1,82 +1,110 @@
-"""The operations with backend cuda, their kernels emulated, against the plain forms."""
+"""The package's operations on the CUDA backend, its kernels emulated, against the reference."""
 
 from __future__ import annotations
 
+import copy
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lgcnet_fast import ops
-from lgcnet_fast.native import upsample, upsample_argmax, upsample_loss
+from lgcnet_fast import native, ops
+from lgcnet_fast.native.launcher import Launcher
 from lgcnet_fast.ops import backend
+from lgcnet_fast.ops.maps import unstacked
+from tests.native.truth import nhwc, poisoned_memory
+
+Outputs = Tensor | Sequence[Tensor]
 
 
-@pytest.fixture(autouse=True)
-def emulation(emulated, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (upsample, upsample_argmax, upsample_loss):
-        monkeypatch.setattr(module, "load", lambda: emulated)
+@pytest.fixture
+def cuda_backend(emulated: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the `cuda` backend serve CPU tensors."""
+    for found in pkgutil.iter_modules(native.__path__):
+        if found.name in ("loader", "_kernels"):
+            continue
+        module = importlib.import_module(f"lgcnet_fast.native.{found.name}")
+        if hasattr(module, "load"):
+            monkeypatch.setattr(module, "load", lambda: emulated)
     monkeypatch.setattr(backend, "why_not", lambda name, device: None)
 
 
+def both_ways(
+    function: Callable[..., Outputs], inputs: Sequence[Tensor], name: str
+) -> list[Tensor]:
+    """Outputs and the gradients of the inputs."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with ops.use_backend(name), poisoned_memory():
+        found = function(*leaves)
+        outputs = [found] if isinstance(found, Tensor) else list(found)
+        gradients = torch.autograd.grad(outputs, leaves, [y.detach().sin() for y in outputs])
+    return [*(y.detach() for y in outputs), *gradients]
+
+
+def assert_same(function: Callable[..., Outputs], *inputs: Tensor) -> None:
+    found, expected = (both_ways(function, inputs, name) for name in ("cuda", "reference"))
+    for result, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(result, truth, rtol=1e-4, atol=1e-5)
+
+
 def random_map(*shape: int) -> Tensor:
-    torch.manual_seed(sum(shape))
-    return torch.randn(shape).requires_grad_()
+    return nhwc(torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))))
 
 
-def assert_same(operation, inputs: list[Tensor]) -> None:
-    """Values and gradients."""
-    results = []
-    for name in ("cuda", "reference"):
-        with ops.use_backend(name):
-            y = operation()
-        weights = torch.linspace(-1, 1, y.numel()).view(y.shape)
-        results.append((y, *torch.autograd.grad((y * weights).sum(), inputs)))
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+@pytest.mark.usefixtures("cuda_backend")
+class TestOperations:
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_max_pool(self, stride: int) -> None:
+        assert_same(lambda x: ops.max_pool(x, stride), random_map(2, 5, 7, 6))
 
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_separable_branches(self, stride: int) -> None:
+        depthwise = [torch.randn(8, 1, 3, 3) for _ in range(4)]
+        pointwise = [torch.randn(6, 8, 1, 1) / 3 for _ in range(4)]
 
-def test_resizing() -> None:
-    x, y, z = random_map(2, 3, 4, 5), random_map(2, 3, 7, 9), random_map(2, 1, 2, 2)
-    assert_same(lambda: ops.upsample(x, (7, 9)), [x])
-    assert_same(lambda: ops.concat_upsample([x, y, z], (7, 9)), [x, y, z])
-    assert_same(lambda: ops.sum_upsample([x, y], (7, 9)), [x, y])
-    assert_same(lambda: ops.sum_upsample([y, x, x], (7, 9)), [x, y])
+        def branches(x: Tensor, *weights: Tensor) -> list[Tensor]:
+            stacks = ops.separable_branches(x, weights[:4], weights[4:], (1, 2), stride)
+            return [y for maps in stacks for y in unstacked(maps)]
 
+        assert_same(branches, random_map(2, 8, 7, 6), *depthwise, *pointwise)
 
-def test_losses() -> None:
-    logits = random_map(2, 3, 4, 5)
-    target = torch.arange(2 * 7 * 9).view(2, 7, 9) % 4
-    target[target == 3] = 255
-    weight = torch.tensor([0.5, 2.0, 1.0])
-    for loss in (ops.upsample_cross_entropy, ops.upsample_ohem):
-        assert_same(lambda loss=loss: loss(logits, target), [logits])
-        assert_same(lambda loss=loss: loss(logits, target, weight=weight), [logits])
+    def test_mixed_norm_sum(self) -> None:
+        norms = [nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(8, affine=False), None]
 
+        def node(*inputs: Tensor) -> Tensor:
+            return ops.mixed_norm_sum(inputs[:3], inputs[3], copy.deepcopy(norms))
 
-def test_registration() -> None:
-    logits, target = random_map(1, 3, 5, 4).detach(), torch.zeros(1, 9, 7, dtype=torch.uint8)
-    registered, check = torch.ops.lgcnet_fast, torch.library.opcheck
-    # Without comparing values: the sums of rows that no band has stay unwritten.
-    shapes = ("test_schema", "test_faketensor")
-    given = (logits, target, None, 255, True, "cuda")
-    check(registered.upsample_cross_entropy, given, test_utils=shapes)
-    check(registered.upsample_argmax, (logits, [9, 7], "cuda"))
-    check(registered.concat_upsample, ([logits, logits], [9, 7], "cuda"))
-    check(registered.sum_upsample_backward, (logits, [2, 3], "cuda"))
+        maps = [random_map(2, 8, 5, 3 + i)[..., :3].contiguous() for i in range(3)]
+        assert_same(node, *map(nhwc, maps), torch.rand(3))
 
+    def test_running_statistics(self) -> None:
+        states = []
+        for name in ("cuda", "reference"):
+            norm = nn.BatchNorm2d(4, affine=False)
+            with ops.use_backend(name):
+                ops.mixed_norm_sum([random_map(2, 4, 5, 3)], torch.ones(1), [norm])
+            states.append(norm.state_dict())
+        for key, value in states[0].items():
+            torch.testing.assert_close(value, states[1][key])
 
-def test_labels() -> None:
-    logits = random_map(2, 3, 4, 5)
-    with ops.use_backend("cuda"):
-        labels = ops.upsample_argmax(logits, (7, 9))
-    assert labels.dtype == torch.uint8
-    assert torch.equal(labels, ops.upsample_argmax(logits, (7, 9)))
+    def test_resizing(self) -> None:
+        maps = random_map(1, 4, 3, 5), random_map(1, 4, 9, 8)
+        assert_same(lambda x: ops.upsample(x, (9, 8)), maps[0])
+        assert_same(lambda *xs: ops.concat_upsample(xs, (9, 8)), *maps)
+        assert_same(lambda *xs: ops.sum_upsample(xs, (9, 8)), *maps)
 
+    @pytest.mark.parametrize("loss", [ops.upsample_cross_entropy, ops.upsample_ohem])
+    def test_losses(self, loss: Callable[..., Tensor]) -> None:
+        target = torch.randint(5, (2, 9, 13), generator=torch.Generator().manual_seed(0))
+        target[0, :2] = 255
+        assert_same(lambda logits: loss(logits, target), random_map(2, 5, 3, 4))
 
-def test_half_precision_gives_float32_losses() -> None:
-    logits = random_map(1, 3, 2, 2).detach().bfloat16().requires_grad_()
-    target = torch.zeros(1, 3, 3, dtype=torch.uint8)
-    with ops.use_backend("cuda"):
-        loss = ops.upsample_cross_entropy(logits, target)
-    loss.backward()
-    assert loss.dtype == torch.float32 and logits.grad is not None
-    torch.testing.assert_close(loss, ops.upsample_cross_entropy(logits, target))
+    def test_argmax(self) -> None:
+        logits, labels = random_map(2, 5, 3, 4), []
+        for name in ("cuda", "reference"):
+            with ops.use_backend(name):
+                labels.append(ops.upsample_argmax(logits, (9, 13)))
+        assert torch.equal(*labels)
