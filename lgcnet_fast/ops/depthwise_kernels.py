@@ -85,8 +85,7 @@ def _cuda_gradients(
     dx, dws = None, []
     for g, window, dilation in _branches(dy, windows, dilations):
         options = {"dilation": dilation, "stride": stride, "relu": True}
-        share, dw = depthwise_backward(x, window, g, **options)
-        dx = share if dx is None else dx.add_(share)
+        dx, dw = depthwise_backward(x, window, g, out=dx, accumulate=dx is not None, **options)
         dws.append(dw)
     assert dx is not None
     return dx, torch.stack(dws).view_as(windows)
