@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.benchmark.case import Case
-from lgcnet_fast.benchmark.plain import Normalisation, TensorFrame, result_of, with_copies
+from lgcnet_fast.benchmark.plain import Normalisation, TensorFrame, upsampled_labels, with_copies
 from lgcnet_fast.errors import ConfigError, DeviceError, ExportError
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def onnx_frame(path: Path, case: Case, device: torch.device) -> TensorFrame:
             output = run(images)
         else:
             output = run(normalise(images).to(FLOATS[given.type]).contiguous())
-        return result_of(output, case) if output.dim() == 4 else output
+        ends_with_logits = output.dim() == 4 and case.upsample
+        return upsampled_labels(output, case.size) if ends_with_logits else output
 
     _check_output(frame(), case, path)
     return with_copies(frame, images, case)

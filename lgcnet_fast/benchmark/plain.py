@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lgcnet_fast.benchmark.case import Case
+from lgcnet_fast.config import Size
 from lgcnet_fast.data.normalise import DEVIATION, MEAN
 from lgcnet_fast.errors import ConfigError, DeviceError
 from lgcnet_fast.ops import use_backend
@@ -50,27 +51,25 @@ class Pipeline(nn.Module):
     in float32, logits upsampled in the network's dtype.
     """
 
-    def __init__(self, network: nn.Module, case: Case, layout: str) -> None:
+    def __init__(self, network: nn.Module, dtype: torch.dtype, layout: str, upsample: bool) -> None:
         super().__init__()
-        self.case = case
+        self.dtype = dtype
         self.memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+        self.upsample = upsample
         self.normalisation = Normalisation()
-        self.network = network.eval().to(
-            dtype=case.torch_dtype,
-            memory_format=self.memory_format,  # type: ignore[call-overload]
-        )
+        self.network = network.eval().to(dtype=dtype, memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.normalisation(images)
-        x = x.to(self.case.torch_dtype, memory_format=self.memory_format)
-        return result_of(first_tensor(self.network(x)), self.case)
+        x = self.normalisation(images).to(self.dtype, memory_format=self.memory_format)
+        logits = first_tensor(self.network(x))
+        if not self.upsample:
+            return logits
+        return upsampled_labels(logits, (images.shape[1], images.shape[2]))
 
 
-def result_of(logits: Tensor, case: Case) -> Tensor:
-    """What the case ends with: the logits, or labels uint8 (N, H, W) at the images' size."""
-    if not case.upsample:
-        return logits
-    full = F.interpolate(logits, case.size, mode="bilinear", align_corners=True)
+def upsampled_labels(logits: Tensor, size: Size) -> Tensor:
+    """uint8 (N, *size), upsampled in the dtype of the logits."""
+    full = F.interpolate(logits, size, mode="bilinear", align_corners=True)
     return full.argmax(1).to(torch.uint8)
 
 
@@ -107,7 +106,7 @@ def plain_frame(
     if "graph" in runtime and device.type != "cuda":
         raise DeviceError(f"runtime {runtime!r}: CUDA graphs need a GPU, this is {device}")
     case.check_device(device)
-    pipeline = Pipeline(copy.deepcopy(network), case, layout).to(device)
+    pipeline = Pipeline(copy.deepcopy(network), case.torch_dtype, layout, case.upsample).to(device)
     run: Callable[[Tensor], Tensor] = pipeline
     if "compile" in runtime:
         run = torch.compile(pipeline, mode="max-autotune-no-cudagraphs", dynamic=False)
