@@ -83,9 +83,8 @@ def run(
     with_norms = list(_with_norms(ys, norms))
     normed = [y for y, own in with_norms if own[0] is not None]
     plain = [y for y, own in with_norms if own[0] is None]
-    statistics, training = _statistics(
-        backend, normed, [norm for norm in norms if norm is not None]
-    )
+    kept = [norm for norm in norms if norm is not None]
+    statistics, training = _statistics(backend, normed, kept, len(plain))
     picked = [o for o, norm in zip(options, norms, strict=True) if norm is not None]
     picked += [o for o, norm in zip(options, norms, strict=True) if norm is None]
     weights = _picked(z, tuple(picked))
@@ -105,7 +104,7 @@ def run_normalised(
 ) -> T:
     """`normalised`, see there."""
     ys = [nhwc(y) for y in ys]
-    statistics, training = _statistics(backend, ys, [norm])
+    statistics, training = _statistics(backend, ys, [norm], plain=0)
     one = constant((1.0,), statistics.device)
     x = _mixed_sum(ys, [], one, statistics, training, backend)
     raw = [y.detach() for y in ys]
@@ -114,12 +113,14 @@ def run_normalised(
 
 
 @torch.no_grad()
-def _statistics(backend: str, ys: Sequence[Tensor], norms: Sequence[Any]) -> tuple[Tensor, bool]:
-    """(3, K, C) of the K maps of ys, and whether they are those of the batch."""
+def _statistics(
+    backend: str, ys: Sequence[Tensor], norms: Sequence[Any], plain: int
+) -> tuple[Tensor, bool]:
+    """(3, K, C) of the K maps of ys, beside `plain` others; and whether they are the batch's."""
     training, eps = norms[0].training, norms[0].eps
     if not training:
         return _running_statistics(norms, eps), training
-    statistics: Tensor = _batch_statistics(ys, eps, backend)
+    statistics: Tensor = _batch_statistics(ys, eps, plain, backend)
     images, _, height, width = ys[0].shape[-4:]
     update_running_statistics(norms, statistics[0], statistics[1], images * height * width)
     return statistics, training
@@ -183,17 +184,17 @@ def _tile(backend: str, launch: str, maps: Sequence[Tensor], plain: int) -> dict
 
 
 @custom_op("lgcnet_fast::batch_statistics", mutates_args=())
-def _batch_statistics(ys: list[Tensor], eps: float, backend: str) -> Tensor:
-    """(3, K, C): mean, biased variance and inverse deviation of every map."""
+def _batch_statistics(ys: list[Tensor], eps: float, plain: int, backend: str) -> Tensor:
+    """(3, K, C): mean, biased variance and inverse deviation of every map; `plain` ones beside."""
     forward, _ = _launchers(backend)
     maps = unstacked(ys)
     out = ys[0].new_empty(_statistics_shape(ys), dtype=_accumulator(ys[0].dtype))
-    forward.batch_statistics(maps, eps, out=out, **_tile(backend, "statistics", maps, 0))
+    forward.batch_statistics(maps, eps, out=out, **_tile(backend, "statistics", maps, plain))
     return out
 
 
 @_batch_statistics.register_fake
-def _(ys: list[Tensor], eps: float, backend: str) -> Tensor:
+def _(ys: list[Tensor], eps: float, plain: int, backend: str) -> Tensor:
     return ys[0].new_empty(_statistics_shape(ys), dtype=_accumulator(ys[0].dtype))
 
 

@@ -125,4 +125,6 @@ def _check_weights(z: Tensor, options: Sequence[int], like: Tensor) -> None:
 
 
 _operation = Operation("mixed_norm_sum", _reference, **MIXED_NORM_SUM)
-_normalised = Operation("normalised", _normalised_reference, **NORMALISED)
+_normalised = Operation(
+    "normalised", _normalised_reference, **NORMALISED, tuned_as="mixed_norm_sum"
+)

@@ -70,4 +70,6 @@ class Rectified:
 
 
 _form = Implementation(lambda x: True, lambda x: None)
-_recomputes = Operation("rectified", lambda x: False, triton=_form, cuda=_form)
+_recomputes = Operation(
+    "rectified", lambda x: False, triton=_form, cuda=_form, tuned_as="separable_branches"
+)

@@ -202,9 +202,9 @@ def test_same_inputs_same_bits(device: torch.device) -> None:
 def test_registration(device: torch.device) -> None:
     ys, z, _ = Case((1, 2), (1, 2, 2, 2)).build(device)
     (x,), _, _ = Case((0,), (1, 2, 2, 2)).build(device)
-    statistics = _batch_statistics([y.detach() for y in ys], 1e-5, "triton")
+    statistics = _batch_statistics([y.detach() for y in ys], 1e-5, 0, "triton")
     weights = torch.rand(4, device=device, requires_grad=True)
-    torch.library.opcheck(_batch_statistics, ([y.detach() for y in ys], 1e-5, "triton"))
+    torch.library.opcheck(_batch_statistics, ([y.detach() for y in ys], 1e-5, 0, "triton"))
     for training in (True, False):
         torch.library.opcheck(_mixed_sum, (ys, [x], weights, statistics, training, "triton"))
 
