@@ -65,7 +65,7 @@ def _bin(index, bins, length):
     return index * length // bins, ((index + 1) * length + bins - 1) // bins
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "bins", "strips", "channels", "first_channel"])
 def _sums_kernel(
     x_ptr, partial_ptr, height, width, bins, strips, channels, first_channel,
     C: tl.constexpr, BLOCK_C: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
@@ -89,7 +89,7 @@ def _sums_kernel(
     tl.store(target, tl.sum(total, axis=0), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "bins", "strips"])
 def _product_kernel(
     partial_ptr, w_ptr, bias_ptr, y_ptr, height, width, bins, strips,
     C: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, PITCH: tl.constexpr,

@@ -49,7 +49,7 @@ def run_stem(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width"])
 def _stem_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, red, green, blue, height, width, out_height, out_width,
     N: tl.constexpr, BLOCK_N: tl.constexpr, PITCH: tl.constexpr, STRIDE: tl.constexpr,

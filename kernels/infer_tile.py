@@ -108,15 +108,17 @@ class TileConfig:
     stages: int = 2
 
     @classmethod
-    def default(cls, pixels: int, channels: int, dtype: torch.dtype) -> TileConfig:
-        """Small tiles for small maps, so that every multiprocessor of a large GPU has work."""
-        wide = triton.next_power_of_2(channels) >= (64 if dtype == torch.float32 else 128)
-        if dtype == torch.float32:
-            return cls(4, 8, block_k=16, warps=8 if wide else 4, stages=1)
+    def default(cls, pixels: int, channels: int, matrix_units: bool) -> TileConfig:
+        """Small tiles for small maps, so that every multiprocessor of a large GPU has work.
+
+        Without matrix units, products keep their operands in registers: few channels at a time.
+        """
+        block = triton.next_power_of_2(channels)
+        if not matrix_units:
+            return cls(4, 8, block_k=16, warps=8 if block >= 64 else 4, stages=1)
         if pixels < 2**13:
             return cls(2, 8, block_k=64, warps=4)
-        rows = 4 if pixels < 2**15 or wide else 8
-        return cls(rows, 8, block_k=64, warps=4)
+        return cls(4 if pixels < 2**15 or block >= 128 else 8, 8, block_k=64, warps=4)
 
 
 def run_tile(
@@ -127,8 +129,8 @@ def run_tile(
     size: tuple[int, int],
     batch: int,
     dtype: torch.dtype,
+    config: TileConfig,
     relu_out: bool = False,
-    config: TileConfig | None = None,
 ) -> None:
     """Writes `out` (if given) and the outputs of the products, all (batch, *size).
 
@@ -137,9 +139,7 @@ def run_tile(
     """
     height, width = size
     channels = len(bias)
-    config = config or TileConfig.default(batch * height * width, channels, dtype)
     parts = [part for product in products for part in product.parts]
-    store = out is not None
     across = triton.cdiv(width, config.columns)
     grid = (across * triton.cdiv(height, config.rows), batch)
     _tile_kernel[grid](
@@ -153,11 +153,12 @@ def run_tile(
         tuple(product.bias for product in products) or (bias,),
         tuple(product.out.data for product in products) or (bias,),
         height, width, across,
-        TERMS=tuple(_constants(term, config) for term in terms),
-        PARTS=tuple((part.channels, part.pitch, _block(part.channels, config)) for part in parts),
-        PRODUCTS=_product_constants(products),
-        N=channels, BLOCK_N=_block(channels), OUT=_out_constants(out) if store else (0, 0),
-        STORE=store, RELU_OUT=relu_out,
+        TERMS=_packed([_constants(term, config) for term in terms]), TERM_COUNT=len(terms),
+        PARTS=_packed([(x.channels, x.pitch, _block(x.channels, config)) for x in parts]),
+        PRODUCTS=_packed(_product_constants(products)), PRODUCT_COUNT=len(products),
+        N=channels, BLOCK_N=_block(channels), PITCH=out.pitch if out is not None else 0,
+        CLASS_ROWS=out is not None and out.class_rows,
+        STORE=out is not None, RELU_OUT=relu_out,
         ROWS=config.rows, COLUMNS=config.columns,
         STORAGE=TRITON_DTYPES[dtype],
         DOT=tl.float32 if INTERPRETED else TRITON_DTYPES[dtype],
@@ -179,19 +180,30 @@ def _constants(term: TileTerm, config: TileConfig) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def _out_constants(out: MapView) -> tuple[int, int]:
-    return out.pitch, int(out.class_rows)
+def _packed(rows: Sequence[Sequence[int]]) -> int:
+    """Rows of up to 8 numbers below 2^16 as one integer: older Tritons take no tuples of constants.
+
+    Number f of row r is `packed >> (128 r + 16 f) & 0xFFFF`.
+    """
+    packed = 0
+    for r, row in enumerate(rows):
+        for f, number in enumerate(row):
+            if not 0 <= number < 2**16:
+                raise ValueError(f"{number} in {tuple(row)}: need 0 to {2**16 - 1}")
+            packed |= number << (128 * r + 16 * f)
+    return packed
 
 
-def _product_constants(products: Sequence[TileProduct]) -> tuple[tuple[int, ...], ...]:
+def _product_constants(products: Sequence[TileProduct]) -> list[tuple[int, ...]]:
     """(channels, block of channels, first part, part behind the last, pitch, class_rows) each."""
     constants, first = [], 0
     for product in products:
         end = first + len(product.parts)
         channels = product.out.channels
-        constants.append((channels, _block(channels), first, end, *_out_constants(product.out)))
+        out = product.out
+        constants.append((channels, _block(channels), first, end, out.pitch, int(out.class_rows)))
         first = end
-    return tuple(constants)
+    return constants
 
 
 @triton.jit
@@ -200,15 +212,16 @@ def _term(
     TERMS: tl.constexpr, t: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
     STORAGE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """total + term t; TERMS: what `_constants` gives, a term each."""
-    KIND: tl.constexpr = TERMS[t][0]
-    C: tl.constexpr = TERMS[t][1]
-    PITCH: tl.constexpr = TERMS[t][2]
-    STRIDE: tl.constexpr = TERMS[t][3]
-    DILATION: tl.constexpr = TERMS[t][4]
-    SIDE: tl.constexpr = TERMS[t][5]
-    RELU: tl.constexpr = TERMS[t][6]
-    BLOCK_K: tl.constexpr = TERMS[t][7]
+    """total + term t; TERMS: packed rows of what `_constants` gives."""
+    TERM: tl.constexpr = TERMS >> (128 * t)
+    KIND: tl.constexpr = TERM & 0xFFFF
+    C: tl.constexpr = (TERM >> 16) & 0xFFFF
+    PITCH: tl.constexpr = (TERM >> 32) & 0xFFFF
+    STRIDE: tl.constexpr = (TERM >> 48) & 0xFFFF
+    DILATION: tl.constexpr = (TERM >> 64) & 0xFFFF
+    SIDE: tl.constexpr = (TERM >> 80) & 0xFFFF
+    RELU: tl.constexpr = (TERM >> 96) & 0xFFFF
+    BLOCK_K: tl.constexpr = (TERM >> 112) & 0xFFFF
     if KIND == COPY:
         total += copied(x_ptr, image, row, column, inside, n, h, w, C, PITCH, BLOCK_N)
     elif KIND == POOL:
@@ -249,15 +262,15 @@ def _store(
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sizes", "height", "width", "across"])
 def _tile_kernel(
     x_ptrs, w_ptrs, d_ptrs, sizes, bias_ptr, y_ptr,
     part_ptrs, product_w_ptrs, product_bias_ptrs, product_ptrs,
     height, width, across,
-    TERMS: tl.constexpr, PARTS: tl.constexpr, PRODUCTS: tl.constexpr,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, OUT: tl.constexpr, STORE: tl.constexpr,
-    RELU_OUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STORAGE: tl.constexpr, DOT: tl.constexpr,
+    TERMS: tl.constexpr, TERM_COUNT: tl.constexpr, PARTS: tl.constexpr,
+    PRODUCTS: tl.constexpr, PRODUCT_COUNT: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    PITCH: tl.constexpr, CLASS_ROWS: tl.constexpr, STORE: tl.constexpr, RELU_OUT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STORAGE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of ROWS x COLUMNS pixels, images); `across`: tiles in a row of tiles."""
     image = tl.program_id(1)
@@ -269,19 +282,21 @@ def _tile_kernel(
 
     bias = tl.load(bias_ptr + n[None, :], mask=channels_below(n, N, BLOCK_N), other=0.0)
     total = tl.zeros((ROWS * COLUMNS, BLOCK_N), tl.float32) + bias
-    for t in tl.static_range(len(TERMS)):
+    for t in tl.static_range(TERM_COUNT):
         total = _term(
             total, x_ptrs[t], w_ptrs[t], d_ptrs[t], image, row, column, inside, n,
             sizes[2 * t], sizes[2 * t + 1], height, width, TERMS, t, N, BLOCK_N, STORAGE, DOT,
         )  # fmt: skip
     if STORE:
         y = rectified(total, RELU_OUT)
-        _store(y_ptr, y, image, row, column, inside, n, height, width, N, OUT[0], OUT[1], BLOCK_N)
+        _store(
+            y_ptr, y, image, row, column, inside, n, height, width, N, PITCH, CLASS_ROWS, BLOCK_N
+        )
 
-    if len(PRODUCTS) > 0:
+    if PRODUCT_COUNT > 0:
         # As a reader of the stored map would see it.
         node = rectified(total, True)
-        for j in tl.static_range(len(PRODUCTS)):
+        for j in tl.static_range(PRODUCT_COUNT):
             _product(
                 node, product_w_ptrs[j], product_bias_ptrs[j], product_ptrs[j], part_ptrs, image,
                 row, column, inside, n, height, width, N, BLOCK_N, PRODUCTS, j, PARTS, STORAGE, DOT,
@@ -295,10 +310,13 @@ def _product(
     PARTS: tl.constexpr, STORAGE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Writes bias + node W + the other parts' products; rows of W: the node's channels first."""
-    M: tl.constexpr = PRODUCTS[j][0]
-    BLOCK_M: tl.constexpr = PRODUCTS[j][1]
-    FIRST: tl.constexpr = PRODUCTS[j][2]
-    END: tl.constexpr = PRODUCTS[j][3]
+    PRODUCT: tl.constexpr = PRODUCTS >> (128 * j)
+    M: tl.constexpr = PRODUCT & 0xFFFF
+    BLOCK_M: tl.constexpr = (PRODUCT >> 16) & 0xFFFF
+    FIRST: tl.constexpr = (PRODUCT >> 32) & 0xFFFF
+    END: tl.constexpr = (PRODUCT >> 48) & 0xFFFF
+    PITCH: tl.constexpr = (PRODUCT >> 64) & 0xFFFF
+    CLASS_ROWS: tl.constexpr = (PRODUCT >> 80) & 0xFFFF
     m = tl.arange(0, BLOCK_M)
     bias = tl.load(bias_ptr + m[None, :], mask=channels_below(m, M, BLOCK_M), other=0.0)
     total = tl.zeros((node.shape[0], BLOCK_M), tl.float32) + bias
@@ -306,13 +324,28 @@ def _product(
     total = multiply(total, node, weight, STORAGE, DOT)
     part_w_ptr = w_ptr + N * M
     for i in tl.static_range(FIRST, END):
-        total = add_convolution(
+        total = _part(
             total, part_ptrs[i], part_w_ptr, image, row, column, inside, m, height, width,
-            CONVOLUTION, PARTS[i][0], PARTS[i][1], 1, 1, 1, True, M, PARTS[i][2], BLOCK_M,
-            STORAGE, DOT,
+            PARTS, i, M, BLOCK_M, STORAGE, DOT,
         )  # fmt: skip
-        part_w_ptr += PARTS[i][0] * M
+        part_w_ptr += ((PARTS >> (128 * i)) & 0xFFFF) * M
     _store(
-        z_ptr, total, image, row, column, inside, m, height, width, M,
-        PRODUCTS[j][4], PRODUCTS[j][5], BLOCK_M,
+        z_ptr, total, image, row, column, inside, m, height, width, M, PITCH, CLASS_ROWS, BLOCK_M
+    )
+
+
+@triton.jit
+def _part(
+    total, x_ptr, w_ptr, image, row, column, inside, m, height, width,
+    PARTS: tl.constexpr, i: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr,
+    STORAGE: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """total + the product of part i, by its rows of W."""
+    PART: tl.constexpr = PARTS >> (128 * i)
+    C: tl.constexpr = PART & 0xFFFF
+    PITCH: tl.constexpr = (PART >> 16) & 0xFFFF
+    BLOCK_K: tl.constexpr = (PART >> 32) & 0xFFFF
+    return add_convolution(
+        total, x_ptr, w_ptr, image, row, column, inside, m, height, width,
+        CONVOLUTION, C, PITCH, 1, 1, 1, True, M, BLOCK_K, BLOCK_M, STORAGE, DOT,
     )  # fmt: skip

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from lgcnet_fast.deploy.packing import Packing
 from lgcnet_fast.deploy.plan import Buffer, Launch, Product, Tile
 
-MOST_CHANNELS = {torch.float32: 64}
-"""Of a node that takes products, by storage dtype; wider ones would not fit into registers."""
-MOST_CHANNELS_16_BIT = 128
+MOST_CHANNELS = 128
+"""Of a node that takes products; wider ones would not fit into registers."""
+MOST_CHANNELS_WITHOUT_MATRIX_UNITS = 64
 
 
 def chained(launches: Sequence[Launch], output: Buffer, packing: Packing) -> tuple[Launch, ...]:
     """The launches without those that moved into others, and without stores that nothing reads."""
-    most = MOST_CHANNELS.get(packing.dtype, MOST_CHANNELS_16_BIT)
+    most = MOST_CHANNELS if packing.matrix_units else MOST_CHANNELS_WITHOUT_MATRIX_UNITS
     made_at: dict[Buffer, int] = {}
     kept: list[Launch] = []
     for launch in launches:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lgcnet_fast.deploy.arena import Schedule, allocate, schedule
 from lgcnet_fast.deploy.argmax import argmax_labels
 from lgcnet_fast.deploy.operations import Size
+from lgcnet_fast.deploy.packing import has_matrix_units
 from lgcnet_fast.deploy.plan import Buffer, Launch, Plan, Pool, Stem, Tile
 from lgcnet_fast.ops import tuning
 
@@ -73,23 +74,25 @@ class FusedNetwork:
         rows = self._data(output).view(plan.batch, output.height, output.channels, output.pitch)
         argmax_of_rows(rows, output.width, labels)
 
-    def tile_config(self, launch: Tile) -> TileConfig:
+    def tile_config(self, tile: Tile) -> TileConfig:
         """That given for the launch, else the tuned one of the device, else the default."""
         from lgcnet_fast.kernels.infer_tile import TileConfig
 
-        if launch.name in self._configs:
-            return self._configs[launch.name]
-        height, width = launch.out.size
+        if tile.name in self._configs:
+            return self._configs[tile.name]
+        height, width = tile.out.size
+        device, pixels = self.arena.device, self.plan.batch * height * width
         default = TileConfig.default(
-            self.plan.batch * height * width, launch.out.channels, self.plan.dtype
+            pixels, tile.out.channels, has_matrix_units(device, self.plan.dtype)
         )
-        key = self.plan.key_of(launch)
-        return tuning.tuned(default, "infer_tile", key, self.arena.device)
+        return tuning.tuned(default, "infer_tile", self.plan.key_of(tile), device)
 
     def _call(self, launch: Launch) -> Call:
         if isinstance(launch, Stem):
             return self._stem(launch)
-        return self._tile(launch) if isinstance(launch, Tile) else self._pool(launch)
+        if isinstance(launch, Tile):
+            return self.tile_call(launch, self.tile_config(launch))
+        return self._pool(launch)
 
     def _stem(self, stem: Stem) -> Call:
         from lgcnet_fast.kernels.infer_stem import run_stem
@@ -99,7 +102,8 @@ class FusedNetwork:
             run_stem, self.image, stem.weight, stem.bias, stem.mean, out, stem.stride, stem.relu
         )
 
-    def _tile(self, tile: Tile) -> Call:
+    def tile_call(self, tile: Tile, config: TileConfig) -> Call:
+        """The launch of a node with this tile."""
         from lgcnet_fast.kernels.infer_tile import TileProduct, TileTerm, run_tile
 
         terms = [
@@ -133,8 +137,8 @@ class FusedNetwork:
             tile.out.size,
             self.plan.batch,
             self.plan.dtype,
+            config,
             tile.relu_out,
-            self.tile_config(tile),
         )
 
     def _pool(self, pool: Pool) -> Call:

@@ -27,6 +27,11 @@ class Packing:
         self.device, self.dtype = device, dtype
         self._made: dict[Hashable, Tensor] = {}
 
+    @property
+    def matrix_units(self) -> bool:
+        """Whether the device multiplies the storage dtype on tensor cores, as kernels do it."""
+        return has_matrix_units(self.device, self.dtype)
+
     def convolution(self, operation: Convolution, part: slice) -> Tensor:
         """(taps * c_in, c_out)."""
         weight = operation.weight[:, part]
@@ -91,6 +96,16 @@ class Packing:
             packed = make().detach().to(self.device, dtype or self.dtype)
             self._made[key] = packed.contiguous()
         return self._made[key]
+
+
+def has_matrix_units(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton multiplies this dtype on tensor cores: 16 bits, since compute capability 8.0.
+
+    TF32 is never used. Of other devices than GPUs the answer is that for a recent GPU.
+    """
+    if dtype == torch.float32:
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _rows(weight: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def rows_of(weight: Tensor) -> Tensor:
 def run_one(case: Case, term: TileTerm, size: tuple[int, int], channels: int) -> MapView:
     out = case.empty(2, size, channels)
     zero = torch.zeros(channels, device=case.device)
-    run_tile([term], zero, out, [], size, 2, case.dtype, config=CONFIG)
+    run_tile([term], zero, out, [], size, 2, case.dtype, CONFIG)
     return out
 
 
@@ -220,7 +220,7 @@ def test_a_node_and_its_products(case: Case, stored: bool) -> None:
         expected.append(F.conv2d(joined, w.double(), b.double()))
         products.append(TileProduct(parts, rows_of(w), b, case.empty(2, size, c_out)))
     out = case.empty(2, size, channels) if stored else None
-    run_tile(terms, bias, out, products, size, 2, case.dtype, config=CONFIG)
+    run_tile(terms, bias, out, products, size, 2, case.dtype, CONFIG)
     if out is not None:
         case.check(out, node)
     for product, value in zip(products, expected, strict=True):
@@ -229,7 +229,7 @@ def test_a_node_and_its_products(case: Case, stored: bool) -> None:
 
 def test_a_node_of_nothing_is_its_bias(exact: Case) -> None:
     bias, out = exact.bias(17), exact.empty(2, (3, 5), 17)
-    run_tile([], bias, out, [], (3, 5), 2, exact.dtype, relu_out=True)
+    run_tile([], bias, out, [], (3, 5), 2, exact.dtype, CONFIG, relu_out=True)
     exact.check(out, bias.double().relu().view(1, -1, 1, 1).expand(2, -1, 3, 5))
 
 
@@ -252,13 +252,11 @@ def test_class_rows(case: Case) -> None:
         assert float(difference.abs().max()) <= TOLERANCE[case.dtype] * scale
 
     alone, product = rows(), rows()
-    run_tile(
-        [TileTerm("convolution", source, w)], bias, alone, [], (3, 5), 2, case.dtype, config=CONFIG
-    )
+    run_tile([TileTerm("convolution", source, w)], bias, alone, [], (3, 5), 2, case.dtype, CONFIG)
     check(alone)
     zero = torch.zeros(20, device=case.device)
     products = [TileProduct((), w, bias, product)]
-    run_tile([TileTerm("copy", source)], zero, None, products, (3, 5), 2, case.dtype, config=CONFIG)
+    run_tile([TileTerm("copy", source)], zero, None, products, (3, 5), 2, case.dtype, CONFIG)
     check(product)
 
 
@@ -272,7 +270,7 @@ def test_the_tile_does_not_matter_and_reruns_give_the_same_bits(exact: Case) -> 
         config = TileConfig(rows, columns, block_k, warps=4)
         first, second = (exact.empty(1, (7, 9), 17) for _ in range(2))
         for out in (first, second):
-            run_tile([term], zero, out, [], (7, 9), 1, exact.dtype, config=config)
+            run_tile([term], zero, out, [], (7, 9), 1, exact.dtype, config)
         exact.check(first, expected)
         assert same_bits(first.data, second.data)
 
