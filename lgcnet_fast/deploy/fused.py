@@ -74,6 +74,11 @@ class FusedNetwork:
         rows = self._data(output).view(plan.batch, output.height, output.channels, output.pitch)
         argmax_of_rows(rows, output.width, labels)
 
+    @property
+    def matrix_units(self) -> bool:
+        """Whether products run on tensor cores."""
+        return has_matrix_units(self.arena.device, self.plan.dtype)
+
     def tile_config(self, tile: Tile) -> TileConfig:
         """That given for the launch, else the tuned one of the device, else the default."""
         from lgcnet_fast.kernels.infer_tile import TileConfig
@@ -81,11 +86,9 @@ class FusedNetwork:
         if tile.name in self._configs:
             return self._configs[tile.name]
         height, width = tile.out.size
-        device, pixels = self.arena.device, self.plan.batch * height * width
-        default = TileConfig.default(
-            pixels, tile.out.channels, has_matrix_units(device, self.plan.dtype)
-        )
-        return tuning.tuned(default, "infer_tile", self.plan.key_of(tile), device)
+        pixels = self.plan.batch * height * width
+        default = TileConfig.default(pixels, tile.out.channels, self.matrix_units)
+        return tuning.tuned(default, "infer_tile", self.plan.key_of(tile), self.arena.device)
 
     def _call(self, launch: Launch) -> Call:
         if isinstance(launch, Stem):
