@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
+import pkgutil
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from lgcnet_fast import native
 from lgcnet_fast.native import instances, sources
 from lgcnet_fast.native.instances import Instance
 from lgcnet_fast.native.launcher import Extent, Launcher
 from lgcnet_fast.native.prebuilt import Prebuilt
 from lgcnet_fast.native.run_time import RunTime
+from lgcnet_fast.ops import backend
 
 EMULATION = Path(__file__).with_name("emulation")
 
@@ -97,3 +101,15 @@ def gpu_launcher(request: pytest.FixtureRequest) -> Launcher:
 @pytest.fixture
 def device(launcher: Launcher) -> torch.device:
     return torch.device(launcher.device_type)
+
+
+@pytest.fixture
+def cuda_backend(emulated: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the `cuda` backend serve CPU tensors."""
+    for found in pkgutil.iter_modules(native.__path__):
+        if found.name in ("loader", "_kernels"):
+            continue
+        module = importlib.import_module(f"lgcnet_fast.native.{found.name}")
+        if hasattr(module, "load"):
+            monkeypatch.setattr(module, "load", lambda: emulated)
+    monkeypatch.setattr(backend, "why_not", lambda name, device: None)

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import pkgutil
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lgcnet_fast import native, ops
-from lgcnet_fast.native.launcher import Launcher
-from lgcnet_fast.ops import backend
+from lgcnet_fast import ops
 from lgcnet_fast.ops.maps import unstacked
 from tests.native.truth import nhwc, poisoned_memory
 
 Outputs = Tensor | Sequence[Tensor]
-
-
-@pytest.fixture
-def cuda_backend(emulated: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the `cuda` backend serve CPU tensors."""
-    for found in pkgutil.iter_modules(native.__path__):
-        if found.name in ("loader", "_kernels"):
-            continue
-        module = importlib.import_module(f"lgcnet_fast.native.{found.name}")
-        if hasattr(module, "load"):
-            monkeypatch.setattr(module, "load", lambda: emulated)
-    monkeypatch.setattr(backend, "why_not", lambda name, device: None)
 
 
 def both_ways(
