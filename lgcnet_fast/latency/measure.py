@@ -52,14 +52,14 @@ def measure(
     def run() -> None:
         module(*inputs)
 
-    with torch.no_grad(), _fastest_convolutions():
+    with torch.no_grad(), fastest_convolutions():
         for _ in range(effort.warm_up):
             timed(run)
         return _until_known(lambda: timed(run), effort)
 
 
 @contextmanager
-def _fastest_convolutions() -> Iterator[None]:
+def fastest_convolutions() -> Iterator[None]:
     """Lets cuDNN try its algorithms during the warm-up; leaves its other settings alone."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from lgcnet_fast.latency.measure import fastest_convolutions
 from lgcnet_fast.latency.regression import Array
 from lgcnet_fast.latency.table import Provenance
 from lgcnet_fast.latency.timing import Frame, back_to_back_ms
@@ -53,8 +54,9 @@ class FrameTimer:
             self.prepared(genotypes)
 
     def milliseconds(self, genotype: Genotype) -> float:
-        frame = self.build(genotype)
-        milliseconds = back_to_back_ms(frame, self.device) / self.made_on.batch
+        with fastest_convolutions():
+            frame = self.build(genotype)
+            milliseconds = back_to_back_ms(frame, self.device) / self.made_on.batch
         del frame
         self.measured += 1
         if self.measured % COLLECT_EVERY == 0:

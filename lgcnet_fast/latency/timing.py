@@ -98,7 +98,7 @@ def time_interleaved(
 
 
 def back_to_back_ms(
-    frame: Frame, device: torch.device, blocks: int = 5, block_seconds: float = 0.01
+    frame: Frame, device: torch.device, blocks: int = 5, block_seconds: float = 0.02
 ) -> float:
     """Milliseconds a frame: the median of a few short blocks, for networks measured by hundreds."""
     stopwatch = _Stopwatch(device)
