@@ -1,5 +1,7 @@
 # make demo: the whole pipeline on built-in data.  make test: the test suite.
 # make compile-check: the CUDA kernels for a GPU that nobody here has (part of make test).
+# make bench: speed against plain PyTorch; fails where a committed ratio got worse.
+# RECORD=FILE writes the ratios.
 # All create .venv first, with the torch that runs on the GPU found here (none: the CPU build).
 
 PYTHON ?= python3
@@ -7,7 +9,7 @@ VENV ?= .venv
 RUN ?= runs/demo
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint compile-check clean
+.PHONY: install demo test lint compile-check bench clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +24,9 @@ demo: install
 
 test: install lint compile-check
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+bench: install
+	$(BIN)/python -m pytest bench/guard -q -rs --benchmark-quiet $(if $(RECORD),--record $(RECORD))
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.device import DEVICE, release_memory
+from bench.device import CUDA, DEVICE, release_memory
 from bench.genotypes import genotype_named
 from bench.rounds import median, ratios, tenth_percentile
 from bench.stock.networks import plain
@@ -33,22 +33,12 @@ SLACK = 1e-3
 
 
 class DeployServer:
-    def compare(
-        self, case: dict[str, Any], genotype: str, space: dict[str, Any], ours: str, subject: str
-    ) -> dict[str, Any]:
-        """Frames of both in turns."""
-        given = _case(case)
-        network = _network(genotype, space)
-        kind, _, layout = subject.partition("-")
-        with exact_float32():
-            frames = {
-                "ours": _engine(network, genotype, space, given, ours),
-                subject: plain_frame(plain(network), given, DEVICE, RUNTIMES[kind], layout),
-            }
-            protocol = PROTOCOL if DEVICE.type == "cuda" else BRIEF
-            times = time_interleaved(frames, DEVICE, given.batch, protocol)
-        del frames
-        release_memory()
+    def __init__(self, protocol: Protocol = PROTOCOL if CUDA else BRIEF) -> None:
+        self._protocol = protocol
+
+    def compare(self, subject: str, **arguments: Any) -> dict[str, Any]:
+        """Numbers of frames of both, which take turns; arguments as for `times`."""
+        times = self.times(subject=subject, **arguments)
         mine, theirs = times["ours"], times[subject]
         rounds = ratios(mine.round_fps, theirs.round_fps)
         return {
@@ -57,6 +47,22 @@ class DeployServer:
             "speed_up": median(rounds),
             "speed_up_p10": tenth_percentile(rounds),
         }
+
+    def times(
+        self, case: dict[str, Any], genotype: str, space: dict[str, Any], ours: str, subject: str
+    ) -> dict[str, Timing]:
+        given = _case(case)
+        network = _network(genotype, space)
+        kind, _, layout = subject.partition("-")
+        with exact_float32():
+            frames = {
+                "ours": _engine(network, genotype, space, given, ours),
+                subject: plain_frame(plain(network), given, DEVICE, RUNTIMES[kind], layout),
+            }
+            times = time_interleaved(frames, DEVICE, given.batch, self._protocol)
+        del frames
+        release_memory()
+        return times
 
     def check(
         self, case: dict[str, Any], genotype: str, space: dict[str, Any], ours: str

@@ -45,27 +45,30 @@ class Comparison:
     def verify(self) -> None:
         self.check(self.make())
 
-    def measure(self, bandwidth: float, rounds: int = ROUNDS) -> Row:
-        """Ours and all alternatives in turn; times in microseconds."""
+    def times(self, rounds: int = ROUNDS) -> dict[str, list[float]]:
+        """Seconds a call of ours and of every alternative that runs, one number a round."""
         sets = [self.make() for _ in range(min(rotations(self.bytes), self.most_sets))]
         calls: dict[str, Sequence[Call]] = {"ours": [lambda i=i: self.ours(i) for i in sets]}
         calls |= {name: [bind(i) for i in sets] for name, bind in self.stock.items()}
         calls |= {
             f"excess {name}": [bind(i) for i in sets] for name, bind in self.stock_excess.items()
         }
-        times = in_turn(calls, rounds)
+        found = in_turn(calls, rounds)
         release_memory()
-        return self._row(times, bandwidth)
+        for name in self.stock_excess:
+            excess = found.pop(f"excess {name}")
+            if name in found:
+                found[name] = [a - b for a, b in zip(found[name], excess, strict=True)]
+        if len(found) < 2:
+            raise SystemExit(f"{self}: ours or every alternative of PyTorch does not run")
+        return found
 
-    def _row(self, times: Mapping[str, Sequence[float]], bandwidth: float) -> Row:
-        stock = {}
-        for name in self.stock.keys() & times.keys():
-            excess = times.get(f"excess {name}", [0.0] * len(times[name]))
-            stock[name] = [a - b for a, b in zip(times[name], excess, strict=True)]
-        if not stock:
-            raise SystemExit(f"{self}: no alternative of PyTorch runs")
+    def measure(self, bandwidth: float, rounds: int = ROUNDS) -> Row:
+        """Ours and all alternatives in turn; times in microseconds."""
+        stock = self.times(rounds)
+        ours_times = stock.pop("ours")
         best = min(sorted(stock), key=lambda name: median(stock[name]))
-        ours, floor = median(times["ours"]), self.bytes / bandwidth
+        ours, floor = median(ours_times), self.bytes / bandwidth
         return {
             "operation": self.operation,
             "case": self.case,
@@ -75,7 +78,7 @@ class Comparison:
             "stock_us": median(stock[best]) * 1e6,
             "stock": best,
             "speed_up": median(stock[best]) / ours,
-            "speed_up_p10": tenth_percentile(ratios(stock[best], times["ours"])),
+            "speed_up_p10": tenth_percentile(ratios(stock[best], ours_times)),
             "alternatives_us": {name: median(stock[name]) * 1e6 for name in sorted(stock)},
             "bytes": self.bytes,
             "operations": self.operations,

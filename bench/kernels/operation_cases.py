@@ -32,6 +32,8 @@ Inputs = list[Tensor]
 Outputs = Tensor | Sequence[Tensor]
 THRESHOLD, KEEP = 0.7, 1 / 16
 DILATIONS = (1, 2, 4, 8)
+OPERATIONS = {"upsample_cross_entropy": 11, "upsample_ohem": 18, "upsample_argmax": 4}
+"""Arithmetic operations a class and pixel."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class OperationCase:
     differentiable: int
     ours: Callable[[Inputs], Outputs]
     plain: Callable[[Inputs], Outputs]
+    flops: int
+    """Of both directions; multiply-adds count as two."""
     detail: str = ""
 
     def __str__(self) -> str:
@@ -74,7 +78,8 @@ def random_map(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def _cell_cases(shape: Shape, dtype: torch.dtype) -> Iterator[OperationCase]:
     images, channels, height, width = shape
-    one = torch.Size(shape).numel() * dtype.itemsize
+    elements = torch.Size(shape).numel()
+    one = elements * dtype.itemsize
     branches, dilations = 2 * len(DILATIONS), DILATIONS * 2
 
     def weights() -> Inputs:
@@ -107,6 +112,7 @@ def _cell_cases(shape: Shape, dtype: torch.dtype) -> Iterator[OperationCase]:
         differentiable=1 + 2 * branches,
         ours=separable,
         plain=plain_separable,
+        flops=6 * branches * (9 + channels) * elements,
     )
 
     for count, skips in ((18, 3),):
@@ -125,6 +131,7 @@ def _cell_cases(shape: Shape, dtype: torch.dtype) -> Iterator[OperationCase]:
                 i[:-1], i[-1], [*norms, *[None] * skips]
             ),
             plain=lambda i, count=count: _plain_mixed_sum(i, count),
+            flops=(14 * count + 6 * skips) * elements,
             detail=f"K{count} J{skips}",
         )
 
@@ -137,6 +144,7 @@ def _cell_cases(shape: Shape, dtype: torch.dtype) -> Iterator[OperationCase]:
         differentiable=1,
         ours=lambda i: ops.max_pool(i[0]),
         plain=lambda i: F.max_pool2d(i[0], 3, 1, padding=1),
+        flops=18 * elements,
     )
 
 
@@ -190,6 +198,7 @@ def _fusion_cases(
             differentiable=len(parts),
             ours=ours,
             plain=plain,
+            flops=16 * batch * FUSION_CHANNELS * outputs * fine[0] * fine[1],
         )
 
 
@@ -229,5 +238,6 @@ def _final_cases(batch: int, size: Size, full: Size, dtype: torch.dtype) -> Iter
             differentiable=differentiable,
             ours=ours,
             plain=plain,
+            flops=OPERATIONS[name] * CLASSES * labels,
             detail=f"to {full[0]}x{full[1]}",
         )

@@ -66,7 +66,7 @@ def comparison(case: OperationCase) -> Comparison:
         operation=f"{current_backend().name} {case.operation}",
         case=str(case),
         bytes=case.bytes,
-        operations=0,
+        operations=case.flops,
         make=case.make,
         check=lambda i: check(case, i),
         ours=lambda i: both_ways(case, case.ours, i),

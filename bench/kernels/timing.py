@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.device import CUDA, DEVICE
-from bench.rounds import median
+from bench.rounds import alternate, median
 
 COLD_BYTES = 256 * 2**20
 """Inputs rotate through this much memory, several times the L2 cache of a data-centre GPU."""
@@ -42,8 +42,7 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Seconds a call of every alternative, one number a round.
 
-    All alternatives run in every round, in an order that is swapped from round to round. One that
-    does not run at all is left out, with a line that says why.
+    They take turns. One that does not run at all is left out, with a line that says why.
     """
     prepared = {}
     for name, calls in alternatives.items():
@@ -51,14 +50,7 @@ def in_turn(
             prepared[name] = _prepared(calls)
         except RuntimeError as error:
             print(f"    {name} does not run: {str(error).splitlines()[0]}", flush=True)
-    times: dict[str, list[float]] = {name: [] for name in prepared}
-    for number in range(WARM_UP + rounds):
-        order = list(prepared.items())
-        for name, timed in order if number % 2 else reversed(order):
-            seconds = timed()
-            if number >= WARM_UP:
-                times[name].append(seconds)
-    return times
+    return alternate(prepared, rounds, WARM_UP)
 
 
 def _prepared(calls: Sequence[Call]) -> Callable[[], float]:

@@ -22,6 +22,9 @@ from lgcnet_fast.nn.primitives import (
     FactorizedReduce,
     GlobalPool,
     Interpolate,
+    PoolBN,
+    ReLUConvBN,
+    SeparablePair,
 )
 from lgcnet_fast.nn.stem import Stem
 
@@ -48,6 +51,18 @@ def resize(x: Tensor, size: Size) -> Tensor:
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+class PlainReLUConvBN(ReLUConvBN):
+    forward = nn.Sequential.forward
+
+
+class PlainPoolBN(PoolBN):
+    forward = nn.Sequential.forward
+
+
+class PlainSeparablePair(SeparablePair):
+    forward = nn.Sequential.forward
 
 
 class PlainSeparable(DepthwiseSeparable):
@@ -152,6 +167,9 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
 _PLAIN = {
     parent: plain_class
     for plain_class in (
+        PlainReLUConvBN,
+        PlainPoolBN,
+        PlainSeparablePair,
         PlainSeparable,
         PlainGlobalPool,
         PlainInterpolate,

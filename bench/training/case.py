@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,14 @@ class TrainingCase:
         widths = "/".join(map(str, self.space.get("widths", ())))
         parts = [f"{self.batch} x {height}x{width}", self.precision, widths, self.genotype]
         return " ".join(part for part in parts if part)
+
+    def with_precision(self, precision: str) -> TrainingCase:
+        return replace(self, precision=precision)
+
+    def shrunk(self, batch: int, size: tuple[int, int]) -> TrainingCase:
+        """With at most this batch and size."""
+        height, width = (min(pair) for pair in zip(self.size, size, strict=True))
+        return replace(self, batch=min(self.batch, batch), size=(height, width))
 
     def data(self) -> Batch:
         """Images (N, 3, H, W) and int64 labels (N, H, W), 5 % of them ignored, on the device."""

@@ -11,13 +11,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.options import Deadline
 from bench.process import WorkerFailed, Workers
 from bench.results_file import Rows
-from bench.rounds import median, ratios, tenth_percentile
+from bench.rounds import alternate, median, ratios, tenth_percentile
 from bench.training.case import TrainingCase
 
 TARGET = "bench.training.server:TrainingServer"
@@ -109,12 +110,9 @@ class Comparison:
         plan, mine = self._plan, self._plan.ours
         workers = {subject: other, mine: ours}
         built = {name: self._build(process, name, case) for name, process in workers.items()}
-        times: dict[str, list[float]] = {name: [] for name in workers}
-        for number in range(plan.rounds):
-            order = list(workers.items())
-            for name, process in order if number % 2 else reversed(order):
-                steps = process.ask("measure", ANSWER_SECONDS, steps=plan.steps)
-                times[name].append(median(steps))
+        times = alternate(
+            {name: partial(self._round, process) for name, process in workers.items()}, plan.rounds
+        )
         ms, ours_ms = median(times[subject]), median(times[mine])
         self._add(case, mine, beside=subject, ms=ours_ms, **built[mine])
         self._add(
@@ -132,6 +130,9 @@ class Comparison:
             f"{mine} {ours_ms:.2f} ms ({_told(built[mine])}), speed-up {ms / ours_ms:.2f}",
             flush=True,
         )
+
+    def _round(self, process: Workers) -> float:
+        return median(process.ask("measure", ANSWER_SECONDS, steps=self._plan.steps))
 
     def _build(
         self, process: Workers, subject: str, case: TrainingCase, started: float | None = None

@@ -67,16 +67,13 @@ class TrainingServer:
         """Milliseconds of each step."""
         assert self._step is not None
         self._step()
-        return [1e3 * self._timed() for _ in range(steps)]
+        return [1e3 * timed(self._step) for _ in range(steps)]
 
     def check(self, stage: str, subject: str, case: dict[str, Any]) -> dict[str, Any]:
         """Errors of the step's loss and gradients, and what is wrong with them."""
-        given = TrainingCase(**case)
-        size = tuple(map(min, given.size, GATE_SIZE))
-        small = {**case, "batch": min(given.batch, GATE_BATCH), "size": size}
+        small = TrainingCase(**case).shrunk(GATE_BATCH, GATE_SIZE)
         results = {
-            name: STAGES[stage].gradients(name, TrainingCase(**small))
-            for name in ("truth", "eager-nchw", subject)
+            name: STAGES[stage].gradients(name, small) for name in ("truth", "eager-nchw", subject)
         }
         truth = results["truth"]
         stock, ours = (results[name].errors(truth) for name in ("eager-nchw", subject))
@@ -99,18 +96,19 @@ class TrainingServer:
                 break
         return ends, seconds
 
-    def _timed(self) -> float:
-        assert self._step is not None
-        if not CUDA:
-            begun = time.perf_counter()
-            self._step()
-            return time.perf_counter() - begun
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        self._step()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+
+def timed(step: Step) -> float:
+    """Seconds of one step, by the device's clock."""
+    if not CUDA:
+        begun = time.perf_counter()
+        step()
+        return time.perf_counter() - begun
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def _wait() -> None:
