@@ -13,6 +13,13 @@ from lgcnet_fast.train.run import Run, read_config
 from tests.train.conftest import make_config
 
 
+@pytest.fixture
+def backend_restored(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    yield
+    set_backend("auto")
+
+
 def test_records_configuration_and_environment(new_run):
     run = new_run(seed=3, finetune__lr=0.02)
     stored = read_config(run.folder)
@@ -51,18 +58,12 @@ def test_folder_in_which_no_stage_began_takes_another_configuration(new_run):
     assert not run.latency_table_path.exists()
 
 
+@pytest.mark.usefixtures("backend_restored")
 def test_machine_keys_may_change(new_run):
     new_run().finish("search", {"epochs": 1})
     new_run(data__cache="ram")
     new_run(backend="reference")
     new_run(strict_backend=True)
-
-
-@pytest.fixture
-def backend_restored(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    yield
-    set_backend("auto")
 
 
 @pytest.mark.usefixtures("backend_restored")
