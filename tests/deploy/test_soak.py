@@ -28,8 +28,9 @@ def memory_mb() -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_memory_stays_and_no_label_map_is_wrong(run_folder: Path) -> None:
-    segmenter = Segmenter.load(run_folder)
+@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.gpu)])
+def test_memory_stays_and_no_label_map_is_wrong(run_folder: Path, backend: str) -> None:
+    segmenter = Segmenter.load(run_folder, backend=backend)
     expected = [segmenter(image) for image in IMAGES]
 
     def wrong_frames(first: int, frames: int) -> int:
