@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import subprocess
 import sys
@@ -9,11 +10,14 @@ import sys
 import pytest
 import torch
 
+from lgcnet_fast.errors import BackendError
+from lgcnet_fast.ops.availability import why_not
 from lgcnet_fast.train import finetune as finetune_module
 from lgcnet_fast.train import pretrain as pretrain_module
 from lgcnet_fast.train import search as search_module
 from lgcnet_fast.train.capture import CapturedStep, CudaRecorder
 from lgcnet_fast.train.checkpoint import read_checkpoint
+from lgcnet_fast.train.memory import step_memory
 from lgcnet_fast.train.metrics import read_metrics
 from lgcnet_fast.train.pipeline import run_stage
 from tests.train.test_pipeline import derived
@@ -98,6 +102,43 @@ def test_the_supernet_is_captured_in_every_precision(gpu_run, precision):
     # Batch statistics of tiny maps amplify rounding: alike, not equal.
     torch.testing.assert_close(captured, eager, rtol=0.05, atol=0.05)
     assert all(tensor.isfinite().all() for tensor in state["parts"]["model"].values())
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_the_supernet_is_captured_on_fused_operations(gpu_run, backend):
+    reason = why_not(backend, torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+    changes = {"space": SMALL_LGCNET, "precision": "bf16", "latency__size": [97, 193]}
+    try:
+        (_, eager), (_, captured) = (
+            train(gpu_run(f"graph-{graph}", cuda_graph=graph, backend=backend, **changes), "search")
+            for graph in (False, True)
+        )
+    except BackendError as error:
+        pytest.skip(str(error))
+    torch.testing.assert_close(captured, eager, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_the_memory_model_is_right_within_15_percent(gpu_run, backend):
+    """Of the paper's supernet; without what cuDNN takes in the first step to time algorithms."""
+    crop = {"crop": [257, 257]}
+    changes = {"space": {"name": "lgcnet"}, "precision": "bf16", "backend": backend}
+    run = gpu_run("run", search__augmentation=crop, search__batch_size=16, **changes)
+    predicted = step_memory(run.config, "search", run.num_classes, "bf16", run.device)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    searcher = make_searcher(run)
+    recorder = CudaRecorder(run.device, [searcher.network.noise])
+    step = CapturedStep("search", searcher.step, recorder)
+    images = torch.randn(16, 3, 257, 257, device="cuda").to(memory_format=torch.channels_last)
+    batch = [(images, torch.zeros(16, 257, 257, dtype=torch.long, device="cuda"))]
+    step(batch)
+    torch.cuda.reset_peak_memory_stats()
+    step(batch)
+    measured = torch.cuda.max_memory_allocated() - before
+    assert predicted.total == pytest.approx(measured, rel=0.15), predicted
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
