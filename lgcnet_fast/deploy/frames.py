@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lgcnet_fast.deploy.images import pixels_of
+
 Frame = NDArray[np.uint8]
 SLOTS = 2
 
@@ -19,11 +21,12 @@ def labels_of_frames(
 ) -> Iterator[Frame]:
     """Label maps (H, W) of frames (H, W, 3), in order; segment: uint8 image to label map.
 
-    On a GPU up to two frames are on their way; `segment` runs on the current stream.
+    On a GPU up to two frames are on their way; `segment` runs on the current stream. Raises
+    `DataError` for what is no RGB uint8 frame.
     """
     if device.type != "cuda":
         for frame in frames:
-            yield segment(torch.from_numpy(frame)).cpu().numpy()
+            yield segment(pixels_of(frame)).cpu().numpy()
         return
     with torch.cuda.device(device):
         free = deque(_Slot(device) for _ in range(SLOTS))
@@ -33,7 +36,7 @@ def labels_of_frames(
                 yield busy[0].result()
                 free.append(busy.popleft())
             slot = free.popleft()
-            slot.submit(frame, segment)
+            slot.submit(pixels_of(frame), segment)
             busy.append(slot)
         for slot in busy:
             yield slot.result()
@@ -48,11 +51,11 @@ class _Slot:
         self._frame = torch.empty(0)
         self._image = self._labels = self._result = torch.empty(0, device=device)
 
-    def submit(self, frame: Frame, segment: Callable[[Tensor], Tensor]) -> None:
+    def submit(self, frame: Tensor, segment: Callable[[Tensor], Tensor]) -> None:
         """Only after `result` of the frame before."""
         if self._frame.shape != frame.shape:
             self._allocate(frame.shape)
-        self._frame.copy_(torch.from_numpy(frame))
+        self._frame.copy_(frame)
         current = torch.cuda.current_stream()
         with torch.cuda.stream(self._upload):
             self._image.copy_(self._frame, non_blocking=True)

@@ -13,7 +13,7 @@ from lgcnet_fast.deploy import Segmenter, replay
 from lgcnet_fast.deploy.blueprint import Blueprint, run_blueprint
 from lgcnet_fast.deploy.engine import Engine, ReferenceEngine
 from lgcnet_fast.deploy.replay import FusedEngine
-from lgcnet_fast.errors import BackendError
+from lgcnet_fast.errors import BackendError, DataError
 from lgcnet_fast.ops import use_backend
 from tests.deploy.run_folders import SIZE, make_run_folder
 from tests.deploy.test_segmenter import picture
@@ -83,6 +83,11 @@ def check_stream(engine: Engine) -> None:
     expected = [engine.labels(torch.from_numpy(frame)).cpu().numpy() for frame in frames]
     assert len(found) == len(frames)
     assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_a_frame_that_is_none_is_named(blueprint: Blueprint, device: torch.device) -> None:
+    with pytest.raises(DataError, match=r"float32.*uint8"):
+        list(Engine(blueprint, device).stream([np.zeros((8, 8, 3), np.float32)]))
 
 
 def test_a_stream_without_frames(blueprint: Blueprint, device: torch.device) -> None:
