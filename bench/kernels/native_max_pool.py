@@ -17,7 +17,7 @@ from bench.kernels import max_pool
 from bench.kernels.command import main
 from bench.kernels.comparison import Comparison, Family, Part, Sweep
 from bench.kernels.max_pool import Case, Inputs, make_inputs, stock_backward, stock_forward
-from bench.kernels.shapes import Size, cell_shapes
+from bench.kernels.shapes import INPUTS, cell_shapes
 from bench.kernels.timing import gate
 from lgcnet_fast.native import instances
 from lgcnet_fast.native.max_pool import (
@@ -56,8 +56,8 @@ def comparisons(part: Part) -> Iterator[Comparison]:
         yield replace(one, ours=partial(run, case), check=partial(check, case))
 
 
-def sweeps(size: Size | None) -> Iterator[Sweep]:
-    for case, run in itertools.product(_swept(size), (forward, backward)):
+def sweeps(tiny: bool) -> Iterator[Sweep]:
+    for case, run in itertools.product(_swept(tiny), (forward, backward)):
         found = list(tiles(case, run is backward))
         yield Sweep(
             operation=f"native_max_pool_{run.__name__}",
@@ -65,16 +65,16 @@ def sweeps(size: Size | None) -> Iterator[Sweep]:
             bytes=case.bytes(run is backward),
             make=partial(make_inputs, case),
             run=partial(run, case),
-            configs=found if size else found[:1],
+            configs=found[:1] if tiny else found,
         )
 
 
-def _swept(size: Size | None) -> Iterator[Case]:
-    if size is None:
+def _swept(tiny: bool) -> Iterator[Case]:
+    if tiny:
         yield from max_pool.cases("dry")
         return
-    dtypes = (torch.float32, torch.float16)
-    for shape, stride, dtype in itertools.product(cell_shapes(size), (1, 2), dtypes):
+    shapes = [shape for size in INPUTS for shape in cell_shapes(size)]
+    for shape, stride, dtype in itertools.product(shapes, (1, 2), (torch.float32, torch.float16)):
         yield Case(shape, stride, dtype)
 
 

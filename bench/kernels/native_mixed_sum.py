@@ -19,7 +19,6 @@ from bench.kernels import mixed_sum as twin
 from bench.kernels.command import main
 from bench.kernels.comparison import Comparison, Family, Part, Sweep
 from bench.kernels.mixed_sum import Case, stock_sum
-from bench.kernels.shapes import Size
 from bench.kernels.timing import gate
 from lgcnet_fast.native.mixed_sum import Statistics, batch_statistics, mixed_sum
 from lgcnet_fast.native.mixed_sum_backward import mixed_sum_grad, mixed_sum_gradient_sums
@@ -92,7 +91,7 @@ def comparisons(part: Part) -> Iterator[Comparison]:
         yield replace(one, make=partial(make_inputs, case), check=check, ours=ours)
 
 
-def sweeps(size: Size | None) -> Iterator[Sweep]:
+def sweeps(tiny: bool) -> Iterator[Sweep]:
     """These kernels have one launch configuration."""
     yield from ()
 

@@ -19,7 +19,7 @@ from bench.device import DEVICE, LAYOUTS
 from bench.kernels.command import main
 from bench.kernels.comparison import Binding, Comparison, Family, Part, Sweep
 from bench.kernels.depthwise_cases import Case, reference
-from bench.kernels.shapes import CELLS, FUSION_CHANNELS, Size, at_stride
+from bench.kernels.shapes import CELLS, FUSION_CHANNELS, at_stride
 from bench.kernels.timing import Call, gate
 from lgcnet_fast.native.separable import separable_forward
 from lgcnet_fast.ops.tuning import shape_key
@@ -115,19 +115,16 @@ def comparisons(part: Part) -> Iterator[Comparison]:
         )
 
 
-def sweeps(size: Size | None) -> Iterator[Sweep]:
-    if size not in (None, *SIZES):
-        return
-    for case in cases("full" if size else "dry"):
-        if size is None or case.shape[2:] in {at_stride(size, stride) for _, stride in CELLS}:
-            yield Sweep(
-                operation="native_separable",
-                key=shape_key(case.dtype, case.shape, case.dilations, (case.stride,)),
-                bytes=case.x_bytes + case.y_bytes,
-                make=partial(make_inputs, case),
-                run=partial(ours, case),
-                configs=[Width(None), Width(32), Width(64)],
-            )
+def sweeps(tiny: bool) -> Iterator[Sweep]:
+    for case in cases("dry" if tiny else "full"):
+        yield Sweep(
+            operation="native_separable",
+            key=shape_key(case.dtype, case.shape, case.dilations, (case.stride,)),
+            bytes=case.x_bytes + case.y_bytes,
+            make=partial(make_inputs, case),
+            run=partial(ours, case),
+            configs=[Width(None), Width(32), Width(64)],
+        )
 
 
 FAMILY = Family("CUDA separable branch", comparisons, sweeps)
