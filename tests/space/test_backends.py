@@ -48,7 +48,7 @@ def step(
 ) -> list[Tensor]:
     """Loss, gradients of Z, gradients of the weights."""
     network = copy.deepcopy(network).to(dtype)
-    z = {name: a.to(dtype).requires_grad_() for name, a in z.items()}
+    z = {name: a.to(dtype, copy=True).requires_grad_() for name, a in z.items()}
     with ops.use_backend(backend):
         loss = ops.upsample_cross_entropy(network(images.to(dtype), z), labels)
     loss.backward()
