@@ -14,7 +14,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from lgcnet_fast.nn.primitives import DepthwiseSeparable, SeparablePair, Source, raw_branches
-from lgcnet_fast.ops import mixed_norm_sum
+from lgcnet_fast.ops import Recomputable, mixed_norm_sum, recomputed
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Terms:
     """One a candidate; none where its map counts as it is."""
     options: tuple[int, ...]
     """Positions of the candidates in the edge's row of Z."""
+    recomputable: list[Recomputable]
+    """Those of the maps that the node need not keep."""
 
 
 class MixedOp(nn.Module):
@@ -59,11 +61,11 @@ class MixedOp(nn.Module):
                 maps += next(stacks)
             elif isinstance(run[0], SeparablePair):
                 maps += run[0].raw(next(stacks))
-            elif norms[-1] is None:
-                maps.append(run[0](source.x, *inputs))
+            elif isinstance(run[0], nn.Identity):
+                maps.append(source.x)
             else:
                 maps.append(run[0].raw(source, *inputs))
-        return Terms(maps, norms, self.options)
+        return Terms(maps, norms, self.options, source.recomputable)
 
     def separable_runs(self) -> Iterator[list[DepthwiseSeparable]]:
         """The depthwise-separable convolutions that read the edge's input."""
@@ -85,12 +87,13 @@ def edge_terms(edges: Sequence[MixedOp], x: Tensor, *inputs: object) -> list[Ter
 def node_sum(edges: Sequence[Terms], z: Tensor) -> Tensor:
     """The map of a node: all terms of the edges that end there; z: (edges, options)."""
     options = z.shape[1]
-    return mixed_norm_sum(
-        [y for terms in edges for y in terms.maps],
-        z.flatten(),
-        [norm for terms in edges for norm in terms.norms],
-        [row * options + option for row, terms in enumerate(edges) for option in terms.options],
-    )
+    with recomputed(*(one for terms in edges for one in terms.recomputable)):
+        return mixed_norm_sum(
+            [y for terms in edges for y in terms.maps],
+            z.flatten(),
+            [norm for terms in edges for norm in terms.norms],
+            [row * options + option for row, terms in enumerate(edges) for option in terms.options],
+        )
 
 
 def _raw_stacks(edges: Sequence[list[list[DepthwiseSeparable]]], x: Tensor) -> list[list[Tensor]]:

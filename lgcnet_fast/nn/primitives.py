@@ -9,14 +9,23 @@ node takes both apart, to normalise and sum all its candidates at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lgcnet_fast.ops import Rectified, max_pool, normalised, separable_branches, upsample
+from lgcnet_fast.ops import (
+    Recomputable,
+    Rectified,
+    max_pool,
+    normalised,
+    recomputable,
+    recomputes,
+    separable_branches,
+    upsample,
+)
 
 
 class Source:
@@ -26,6 +35,15 @@ class Source:
         self.x = x
         self.rectified = Rectified(x)
         """Applies a function to the ReLU that convolutions begin with."""
+        self.recomputable: list[Recomputable] = []
+        """Raw maps that a node need not keep."""
+
+    def cheap(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(x), a raw map that is cheaper to compute again than to keep."""
+        y, again = recomputable(function, x)
+        if recomputes(x):
+            self.recomputable.append((y, again))
+        return y
 
     @cached_property
     def pooled(self) -> dict[int, Tensor]:
@@ -86,7 +104,9 @@ class PoolBN(nn.Sequential):
 
     def raw(self, source: Source) -> Tensor:
         if self.stride not in source.pooled:
-            source.pooled[self.stride] = max_pool(source.x, self.stride)
+            source.pooled[self.stride] = source.cheap(
+                partial(max_pool, stride=self.stride), source.x
+            )
         return source.pooled[self.stride]
 
 
@@ -193,7 +213,7 @@ class GlobalPool(nn.Module):
     def raw(self, source: Source) -> Tensor:
         height, width = source.x.shape[-2:]
         pooled = source.rectified(self.pool)
-        return upsample(self.conv(pooled), (height, width))
+        return source.cheap(partial(upsample, size=(height, width)), self.conv(pooled))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.raw(Source(x)))
@@ -201,6 +221,11 @@ class GlobalPool(nn.Module):
 
 class Interpolate(nn.Module):
     """Bilinear upsampling with aligned corners to an explicit size."""
+
+    norm = None
+
+    def raw(self, source: Source, size: tuple[int, int]) -> Tensor:
+        return source.cheap(partial(upsample, size=size), source.x)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return upsample(x, size)

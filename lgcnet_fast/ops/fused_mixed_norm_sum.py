@@ -108,7 +108,8 @@ def run_normalised(
     one = constant((1.0,), statistics.device)
     x = _mixed_sum(ys, [], one, statistics, training, backend)
     raw = [y.detach() for y in ys]
-    with recomputed(x, lambda: _mixed_sum(raw, [], one, statistics, training, backend)):
+    again = partial(_mixed_sum, raw, [], one, statistics, training, backend)
+    with recomputed((x, again)):
         return function(x)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
@@ -13,23 +13,33 @@ from torch.nn import functional as F
 
 from lgcnet_fast.ops.backend import Implementation, Operation
 
+Recomputable = tuple[Tensor, Callable[[], Tensor]]
+"""A map, and how to compute it again: without gradients, from tensors that are kept anyway."""
+
 
 @contextmanager
-def recomputed(value: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
-    """Operations in the `with` block that would keep `value` for their backward pass call `again`.
-
-    again: computes the same map, without gradients, from tensors that are kept anyway.
+def recomputed(*maps: Recomputable) -> Iterator[None]:
+    """What operations in the `with` block need of these maps for their backward pass is computed
+    again there, not kept. Blocks do not nest.
     """
-    identity = _identity(value)
+    if not maps:
+        yield
+        return
+    ways = {_identity(value): again for value, again in maps}
 
-    def pack(kept: Tensor) -> Tensor | None:
-        return None if _identity(kept) == identity else kept
+    def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
+        return ways.get(_identity(kept), kept)
 
-    def unpack(kept: Tensor | None) -> Tensor:
-        return again() if kept is None else kept
+    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept()
 
     with saved_tensors_hooks(pack, unpack):
         yield
+
+
+def recomputable(function: Callable[[Tensor], Tensor], x: Tensor) -> Recomputable:
+    """function(x), which is cheap, and the way to compute it again from x."""
+    return function(x), partial(function, x.detach())
 
 
 def _identity(x: Tensor) -> tuple[Any, ...]:
@@ -46,13 +56,13 @@ class Rectified:
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
-        self._recomputes: bool = _recomputes(x)
+        self._recomputes = recomputes(x)
 
     def __call__(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """function(relu(x))."""
         if not self._recomputes:
             return function(self._value)
-        with recomputed(self._value, self._again):
+        with recomputed((self._value, self._again)):
             return function(self._value)
 
     @cached_property
@@ -67,6 +77,12 @@ class Rectified:
     def _again(self) -> Callable[[], Tensor]:
         x = self.x.detach()
         return lambda: F.relu(x)
+
+
+def recomputes(x: Tensor) -> bool:
+    """Whether maps like x are computed again rather than kept: not by the reference."""
+    chosen: bool = _recomputes(x)
+    return chosen
 
 
 _form = Implementation(lambda x: True, lambda x: None)

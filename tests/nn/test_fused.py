@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,13 @@ from torch import Tensor, nn
 from lgcnet_fast.nn.cell import SearchCell
 from lgcnet_fast.nn.fusion import search_fusion_cell
 from lgcnet_fast.nn.fusion_graphs import FUSION_GRAPHS
-from lgcnet_fast.nn.primitives import DepthwiseSeparable
+from lgcnet_fast.nn.mixed import MixedOp
+from lgcnet_fast.nn.primitives import (
+    Deconvolution,
+    DepthwiseSeparable,
+    Interpolate,
+    Source,
+)
 from lgcnet_fast.ops import use_backend
 
 
@@ -81,6 +90,34 @@ def test_separable_convolution_of_a_derived_network(
     module = DepthwiseSeparable(3, 5, stride, dilation).to(device)
     x = random_map(2, 3, 5, 6, device=device)
     assert_same(module, lambda module: module(x), [x])
+
+
+@pytest.mark.parametrize("backend, kept", [("reference", True), ("triton", False)])
+def test_cheap_maps_are_not_kept(
+    backend: str, kept: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pooled and interpolated maps are computed again in the backward pass."""
+    seen: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def watched(
+        source: Source, function: Callable[[Tensor], Tensor], x: Tensor, cheap: Any = Source.cheap
+    ) -> Tensor:
+        y = cheap(source, function, x)
+        seen.append(weakref.ref(y.untyped_storage()))
+        return y
+
+    monkeypatch.setattr(Source, "cheap", watched)
+    cell = SearchCell(3, 4, 4, reduction=False, reduce_first=False).to(device)
+    edge = MixedOp({"deconv": Deconvolution(3, affine=False), "interp": Interpolate()}).to(device)
+    s0, s1 = random_map(2, 3, 5, 6, device=device), random_map(2, 4, 5, 6, device=device)
+    with use_backend(backend):
+        outputs = [
+            cell(s0, s1, torch.rand(5, 8, device=device, requires_grad=True)),
+            edge(torch.rand(2, device=device, requires_grad=True), s0, (9, 11)),
+        ]
+    gc.collect()
+    assert len(seen) == 4 and all((storage() is not None) is kept for storage in seen)
+    sum(y.square().sum() for y in outputs).backward()
 
 
 def test_autocast_cell_computes_in_half_precision(device: torch.device) -> None:

@@ -24,7 +24,7 @@ def test_only_the_value_is_computed_again() -> None:
         calls.append(torch.is_grad_enabled())
         return x.detach().exp()
 
-    with recomputed(value, again):
+    with recomputed((value, again)):
         out = value * w + w.square()
     assert not calls
     found = torch.autograd.grad(out.sum(), (x, w))
