@@ -51,6 +51,8 @@ class OperationCase:
     flops: int
     """Of both directions; multiply-adds count as two."""
     detail: str = ""
+    roundings: float = 4
+    """Several lie between inputs and results: limit of the error, in errors of a single one."""
 
     def __str__(self) -> str:
         shape, dtype = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
@@ -240,4 +242,6 @@ def _final_cases(batch: int, size: Size, full: Size, dtype: torch.dtype) -> Iter
             plain=plain,
             flops=OPERATIONS[name] * CLASSES * labels,
             detail=f"to {full[0]}x{full[1]}",
+            # Rounding decides whether a pixel at the threshold is hard.
+            roundings=100 if name == "upsample_ohem" else 4,
         )

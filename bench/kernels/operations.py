@@ -43,9 +43,8 @@ def check(case: OperationCase, i: Inputs) -> None:
     truths = both_ways(case, case.plain, exact, weights)
     for number, (result, truth) in enumerate(zip(results, truths, strict=True)):
         if result.is_floating_point():
-            # Several roundings to the storage dtype lie between inputs and results.
             what = f"{case.operation} {case}: result {number}"
-            gate(what, result.to(case.dtype), truth.detach(), factor=4)
+            gate(what, result.to(case.dtype), truth.detach(), factor=case.roundings)
         elif (result != truth).float().mean() > 1e-4:
             raise SystemExit(f"WRONG RESULT: {case.operation} {case}")
 

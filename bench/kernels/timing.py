@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 from bench.device import CUDA, DEVICE
 from bench.rounds import alternate, median
@@ -15,6 +16,9 @@ from bench.rounds import alternate, median
 COLD_BYTES = 256 * 2**20
 """Inputs rotate through this much memory, several times the L2 cache of a data-centre GPU."""
 WARM_UP, ROUNDS = (2, 9) if CUDA else (0, 1)
+
+CANNOT_RUN = (RuntimeError, ValueError, TritonError)
+"""What alternatives and tiles raise that the device or the library has no room or code for."""
 
 Call = Callable[[], Any]
 
@@ -48,8 +52,9 @@ def in_turn(
     for name, calls in alternatives.items():
         try:
             prepared[name] = _prepared(calls)
-        except RuntimeError as error:
-            print(f"    {name} does not run: {str(error).splitlines()[0]}", flush=True)
+        except CANNOT_RUN as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"    {name} does not run: {reason}", flush=True)
     return alternate(prepared, rounds, WARM_UP)
 
 

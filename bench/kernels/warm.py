@@ -10,6 +10,7 @@ import torch
 
 from bench.device import release_memory
 from bench.kernels.comparison import Size, Sweep
+from bench.kernels.timing import CANNOT_RUN
 from bench.process import WorkerFailed, Workers
 
 TARGET = "bench.kernels.warm:Compiler"
@@ -31,7 +32,7 @@ class Compiler:
                 try:
                     sweep.run(inputs[0], config)
                     count += 1
-                except RuntimeError as error:
+                except CANNOT_RUN as error:
                     print(f"{sweep} {config}: {error}")
             del inputs
             release_memory()
