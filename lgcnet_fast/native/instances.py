@@ -69,11 +69,11 @@ def max_pool_backward(storage: str, vector: int, stride: int) -> Instance:
 
 
 def tile_statistics(storage: str, vector: int) -> Instance:
-    return _instance("mixed_sum.cuh", "tile_statistics", storage, vector)
+    return _instance("batch_statistics.cuh", "tile_statistics", storage, vector)
 
 
 def merge_statistics() -> Instance:
-    return _instance("mixed_sum.cuh", "merge_statistics", MERGE_LANES)
+    return _instance("batch_statistics.cuh", "merge_statistics", MERGE_LANES)
 
 
 def mixed_sum(storage: str, vector: int) -> Instance:

@@ -1,4 +1,4 @@
-"""Launchers of csrc/mixed_sum.cuh, forward: batch statistics and the sum at a mixed node.
+"""Launchers of csrc/batch_statistics.cuh and, forward, of csrc/mixed_sum.cuh: a mixed node.
 
 Least traffic of K branches and J plain terms, in maps: K for the statistics, K + J + 1 for the sum.
 """
@@ -20,6 +20,7 @@ from lgcnet_fast.native.operands import (
     block_of,
     check_dense,
     check_dense_maps,
+    empty_floats,
     empty_map,
     pack,
     widest_vector,
@@ -132,9 +133,9 @@ def batch_statistics(
         raise ValueError(f"ys: one value a channel in shape {tuple(ys[0].shape)}, need more")
     rounds = -(-work.tiles(work.reduced) // MOST_TILES)
     tiles = work.tiles(work.reduced * rounds)
-    partial = _floats(ys[0], tiles, 2, count, work.channels)
+    partial = empty_floats(ys[0], tiles, 2, count, work.channels)
     if out is None:
-        out = _floats(ys[0], 3, count, work.channels)
+        out = empty_floats(ys[0], 3, count, work.channels)
     check_dense("out", out, (3, count, work.channels), torch.float32, ys[0].device)
     statistics = Statistics(*out.unbind())
     grid = (tiles, work.channel_tiles, count)
@@ -220,10 +221,6 @@ def check_statistics(statistics: Statistics, ys: Sequence[Tensor]) -> None:
 def addresses(maps: Sequence[Tensor]) -> list[int]:
     """An array of the kernels' MAPS."""
     return [one.data_ptr() for one in maps] + [0] * (MAX_MAPS - len(maps))
-
-
-def _floats(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def _merge(

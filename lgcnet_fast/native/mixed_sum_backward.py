@@ -27,7 +27,7 @@ from lgcnet_fast.native.mixed_sum import (
     check_statistics,
     checked_weights,
 )
-from lgcnet_fast.native.operands import STORAGE, check_dense, empty_map, pack
+from lgcnet_fast.native.operands import STORAGE, check_dense, empty_floats, empty_map, pack
 from lgcnet_fast.native.sums import sum_partials
 
 SUMS_ARGUMENTS = np.dtype(
@@ -82,8 +82,7 @@ def mixed_sum_gradient_sums(
     check_statistics(statistics, ys)
     work = Positions.of((g, *ys, *xs), statistics.mean, statistics.inverse_deviation)
     tiles, counts = work.tiles(work.reduced), (len(ys), len(xs))
-    shape = (tiles, 1 + sum(counts), work.channels)
-    partial = torch.empty(shape, dtype=torch.float32, device=g.device)
+    partial = empty_floats(g, tiles, 1 + sum(counts), work.channels)
     fields = (
         *(addresses((*ys, *xs)), g.data_ptr()),
         *(statistics.mean.data_ptr(), statistics.inverse_deviation.data_ptr()),
@@ -119,9 +118,9 @@ def mixed_sum_grad(
     check_maps("ys", ys, ys[0] if ys else None, launcher)
     check_maps("g", (g,), ys[0], launcher)
     check_statistics(statistics, ys)
-    shape = (g.shape[1],)
-    check_dense("sums.gradient", sums.gradient, shape, torch.float32, g.device)
-    shape = (len(ys), g.shape[1])
+    channels = g.shape[1]
+    check_dense("sums.gradient", sums.gradient, (channels,), torch.float32, g.device)
+    shape = (len(ys), channels)
     check_dense("sums.normalised", sums.normalised, shape, torch.float32, g.device)
     plain = 0 if plain_z is None else len(plain_z)
     z, plain_z = checked_weights(z, plain_z, ys, plain)

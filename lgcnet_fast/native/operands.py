@@ -92,6 +92,11 @@ def empty_map(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = 
     )
 
 
+def empty_floats(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised float32 on the device of `like`."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
 def view_of(feature_map: Tensor) -> tuple[int, int, int, int]:
     """The fields of a VIEW."""
     image, _, row, pixel = feature_map.stride()

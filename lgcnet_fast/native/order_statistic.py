@@ -50,20 +50,20 @@ def hardest_loss(losses: Tensor, keep: float, *, launcher: Launcher | None = Non
     state = torch.zeros(2, dtype=torch.int64, device=device)
     hardest = torch.empty((), dtype=torch.float32, device=device)
     for shift in (24, 16, 8, 0):
-        fields = (losses.data_ptr(), state.data_ptr(), counts.data_ptr(), pixels, shift)
+        to_count = (losses.data_ptr(), state.data_ptr(), counts.data_ptr(), pixels, shift)
         launcher.launch(
             instances.count_digits(),
             (blocks, 1, 1),
             (threads, 1, 1),
-            pack(COUNT_ARGUMENTS, fields),
+            pack(COUNT_ARGUMENTS, to_count),
             device,
         )
-        fields = (counts.data_ptr(), state.data_ptr(), hardest.data_ptr(), keep, blocks, shift)
+        buffers = (counts.data_ptr(), state.data_ptr(), hardest.data_ptr())
         launcher.launch(
             instances.select_digit(),
             (1, 1, 1),
             (instances.DIGITS, 1, 1),
-            pack(SELECT_ARGUMENTS, fields),
+            pack(SELECT_ARGUMENTS, (*buffers, keep, blocks, shift)),
             device,
         )
     return hardest

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor
 
@@ -33,7 +35,7 @@ LOGITS = np.dtype(
 )
 
 
-def check_logits(logits: Tensor, size: Size, launcher: Launcher) -> None:
+def check_logits(logits: Tensor, size: Sequence[int], launcher: Launcher) -> None:
     """Raises `ValueError` unless these are NHWC logits that the kernels can upsample to `size`."""
     check_map("logits", logits, launcher)
     if logits.shape[1] > MAX_CLASSES:

@@ -23,6 +23,7 @@ from lgcnet_fast.native.operands import (
     check_map,
     check_output,
     check_same,
+    empty_floats,
     empty_map,
     pack,
     view_of,
@@ -134,7 +135,7 @@ def upsample_ohem_forward(
     for name, share in (("threshold", threshold), ("keep", keep)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name}: {share}, need a number from 0 to 1")
-    losses = torch.empty(target.shape, dtype=torch.float32, device=target.device)
+    losses = empty_floats(logits, *target.shape)
     fields = _fields(logits, target, None, ignore_index, (0, losses.data_ptr(), 0, 0), 0.0, rows)
     launcher.launch(
         instances.upsample_losses(STORAGE[logits.dtype]),
@@ -185,7 +186,7 @@ def _checked_weight(
     logits: Tensor, target: Tensor, weight: Tensor | None, launcher: Launcher
 ) -> Tensor | None:
     """The class weights in float32. Raises `ValueError` for any argument."""
-    check_logits(logits, tuple(target.shape[1:]), launcher)
+    check_logits(logits, target.shape[1:], launcher)
     shape = (logits.shape[0], *target.shape[1:])
     check_dense("target", target, shape, target.dtype, logits.device)
     if target.dtype not in LABEL_BYTES:
@@ -229,12 +230,11 @@ def _sums(
 ) -> tuple[Tensor, LossSums | None]:
     grid = cell_grid(logits, rows)
     _, classes, _, width = logits.shape
-    single = {"dtype": torch.float32, "device": logits.device}
-    sums = torch.empty(2, math.prod(grid), **single)
+    sums = empty_floats(logits, 2, math.prod(grid))
     corners = None
     if gradient:
         shape = (logits.shape[0], grid[1], rows + 1, 2, width, classes)
-        corners = torch.empty(shape, **single).transpose(4, 5)
+        corners = empty_floats(logits, *shape).transpose(4, 5)
     losses, hardest, easy = hard or _HardPixels(sums, sums, 0.0)
     buffers = (
         0 if hard is None else hardest.data_ptr(),
@@ -245,7 +245,7 @@ def _sums(
     fields = _fields(logits, target, weight, ignore_index, buffers, easy, rows)
     instance = instances.upsample_loss_sums(STORAGE[logits.dtype])
     launcher.launch(instance, grid, BLOCK, pack(LOSS_ARGUMENTS, fields), logits.device)
-    loss, mass = torch.empty((), **single), torch.empty((), **single)
+    loss, mass = empty_floats(logits), empty_floats(logits)
     fields = (sums.data_ptr(), loss.data_ptr(), mass.data_ptr(), sums.shape[1])
     threads = (instances.MEAN_THREADS, 1, 1)
     arguments = pack(MEAN_ARGUMENTS, fields)

@@ -2,6 +2,7 @@
 // writes: one KERNEL(name<parameters>) for each instantiation.
 #include "device.h"
 
+#include "batch_statistics.cuh"
 #include "depthwise.cuh"
 #include "max_pool.cuh"
 #include "mixed_sum.cuh"
