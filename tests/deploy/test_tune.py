@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,3 +103,14 @@ def test_on_a_gpu() -> None:
     network = FusedNetwork(plan, device)
     found = tune.tune_network(network, seconds=20)
     assert found and all(0 < tuned.best_us <= tuned.default_us for tuned in found)
+
+
+@pytest.mark.gpu
+def test_the_profile_of_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lgcnet_fast.deploy import profile
+
+    out = tmp_path / "profile.json"
+    profile.main(["reference", "65", "129", "fp16", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert all(row["us"] > 0 for row in found["launches"]) and found["host_us"] > 0
+    assert "sum of" in capsys.readouterr().out

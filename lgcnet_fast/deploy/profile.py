@@ -1,0 +1,119 @@
+"""Times every launch of a plan on a GPU, beside the time that its bytes take at least.
+
+    python -m lgcnet_fast.deploy.profile reference 769 1537 fp16 --batch 1 --out profile.json
+
+Each launch is timed alone, replayed from a CUDA graph with its maps in the cache. Their sum is
+then compared with the whole network: one graph in which launches follow each other, one in which
+independent launches overlap, and the engine with its copies of image and labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from lgcnet_fast.deploy.fold import fold
+from lgcnet_fast.deploy.fused import FusedNetwork
+from lgcnet_fast.deploy.plan_summary import DTYPES, H200_BYTES_PER_SECOND, launch_costs
+from lgcnet_fast.deploy.program import FoldedNetwork
+from lgcnet_fast.deploy.replay import FusedEngine
+from lgcnet_fast.deploy.tune import microseconds
+from lgcnet_fast.space.genotype import load_genotype
+from lgcnet_fast.space.registry import registered_spaces
+
+FRAMES = 200
+
+
+def profile(
+    network: FoldedNetwork, size: tuple[int, int], batch: int, dtype: torch.dtype
+) -> dict[str, object]:
+    """Microseconds by launch and of the whole; to be run on an otherwise idle GPU."""
+    device = torch.device("cuda")
+    engine = FusedEngine(network, device, dtype)
+    images = torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, device=device)
+    engine.labels(images, None)
+    fused = engine.fused(batch, size)
+    labels = images.new_empty((batch, *size))
+    launches = [
+        {
+            "launch": cost.name,
+            "what": cost.what,
+            "us": microseconds(call),
+            "floor_us": 1e6 * (cost.bytes_read + cost.bytes_written) / H200_BYTES_PER_SECOND,
+        }
+        for cost, call in zip(launch_costs(fused.plan), fused.calls, strict=True)
+    ]
+    host_us, frame_us = _frames(lambda: engine.labels(images, None))
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "size": size,
+        "batch": batch,
+        "dtype": str(dtype).removeprefix("torch."),
+        "launches": launches,
+        "argmax_us": microseconds(lambda: fused.write_labels(labels)),
+        "one_after_another_us": microseconds(lambda: _whole(fused, labels)),
+        "engine_us": frame_us,
+        "host_us": host_us,
+    }
+
+
+def _whole(fused: FusedNetwork, labels: torch.Tensor) -> None:
+    fused.run()
+    fused.write_labels(labels)
+
+
+def _frames(frame: Callable[[], object]) -> tuple[float, float]:
+    """Microseconds a frame: until the call returns, and back to back until the GPU is done."""
+    host: list[float] = []
+    for _ in range(FRAMES):
+        start = time.perf_counter()
+        frame()
+        host.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(FRAMES):
+        frame()
+    torch.cuda.synchronize()
+    return 1e6 * statistics.median(host), 1e6 * (time.perf_counter() - start) / FRAMES
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m lgcnet_fast.deploy.profile")
+    parser.add_argument("genotype", help="name of one that comes with the package, or a file")
+    parser.add_argument("height", type=int)
+    parser.add_argument("width", type=int)
+    parser.add_argument("dtype", choices=sorted(DTYPES))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="JSON file")
+    chosen = parser.parse_args(arguments)
+
+    genotype = load_genotype(chosen.genotype)
+    network = fold(registered_spaces()[genotype.space].build(genotype, 19).eval())
+    size = (chosen.height, chosen.width)
+    found = profile(network, size, chosen.batch, DTYPES[chosen.dtype])
+    if chosen.out is not None:
+        chosen.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(_text(found))
+
+
+def _text(found: dict[str, object]) -> str:
+    launches = found["launches"]
+    assert isinstance(launches, list)
+    lines = [
+        f"{row['us']:8.2f} us, floor {row['floor_us']:6.2f}  {row['launch']:<20} {row['what']}"
+        for row in launches
+    ]
+    lines.append(f"{sum(row['us'] for row in launches):8.1f} us: sum of {len(launches)} launches")
+    for name in ("argmax_us", "one_after_another_us", "engine_us", "host_us"):
+        lines.append(f"{found[name]:8.1f} us: {name.removesuffix('_us').replace('_', ' ')}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
