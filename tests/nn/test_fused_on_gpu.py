@@ -103,7 +103,9 @@ def test_float32_is_as_good_as_the_reference(build: Callable, backend: str) -> N
     fused = results(module, inputs, step, backend, torch.float32)
     for name, wanted in truth.items():
         scale = wanted.double().norm() + 1e-12
-        error, other = ((found[name] - wanted).norm() / scale for found in (fused, reference))
+        error, other = (
+            (found[name].double() - wanted).norm() / scale for found in (fused, reference)
+        )
         # A ReLU at zero may round either way, which moves gradients by more than rounding does.
         assert error <= 3 * other + 1e-3, (name, error, other)
 
