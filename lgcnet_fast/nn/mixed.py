@@ -6,7 +6,7 @@ batch norms and the weighted sum of all edges that end in a node are then one op
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import cast
@@ -64,14 +64,15 @@ class MixedOp(nn.Module):
             elif isinstance(run[0], nn.Identity):
                 maps.append(source.x)
             else:
-                maps.append(run[0].raw(source, *inputs))
+                raw = cast(Callable[..., Tensor], run[0].raw)
+                maps.append(raw(source, *inputs))
         return Terms(maps, norms, self.options, source.recomputable)
 
     def separable_runs(self) -> Iterator[list[DepthwiseSeparable]]:
         """The depthwise-separable convolutions that read the edge's input."""
         for run in self.runs():
             if isinstance(run[0], SeparablePair):
-                yield [run[0][0]]
+                yield [run[0].stages()[0]]
             elif _is_branch(run[0]):
                 yield cast(list[DepthwiseSeparable], run)
 

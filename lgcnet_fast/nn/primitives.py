@@ -164,13 +164,19 @@ class SeparablePair(nn.Sequential):
             DepthwiseSeparable(channels, channels, affine=affine),
         )
 
+    def stages(self) -> tuple[DepthwiseSeparable, DepthwiseSeparable]:
+        first, second = self
+        assert isinstance(first, DepthwiseSeparable) and isinstance(second, DepthwiseSeparable)
+        return first, second
+
     @property
     def norm(self) -> nn.Module:
-        return self[1].norm
+        return self.stages()[1].norm
 
-    def raw(self, first: list[Tensor]) -> list[Tensor]:
-        """first: the raw map of the first stage, as `raw_branches` gives it."""
-        return normalised(first, self[0].norm, lambda x: raw_branches([self[1]], x)[0])
+    def raw(self, first_raw: list[Tensor]) -> list[Tensor]:
+        """first_raw: the raw map of the first stage, as `raw_branches` gives it."""
+        first, second = self.stages()
+        return normalised(first_raw, first.norm, lambda x: raw_branches([second], x)[0])
 
 
 class FactorizedReduce(nn.Module):

@@ -28,8 +28,7 @@ def filtered_maps(
 
         y = empty_nhwc(x, _shape(x, windows, stride))
         for out, window, dilation in _branches(y, windows, dilations):
-            options = {"dilation": dilation, "stride": stride, "relu": True}
-            depthwise_forward(x, window, out=out, **options)
+            depthwise_forward(x, window, dilation=dilation, stride=stride, relu=True, out=out)
         return y
     from lgcnet_fast.kernels.depthwise import ForwardConfig, depthwise_multi
 
@@ -84,8 +83,8 @@ def _cuda_gradients(
 
     dx, dws = None, []
     for g, window, dilation in _branches(dy, windows, dilations):
-        options = {"dilation": dilation, "stride": stride, "relu": True}
-        dx, dw = depthwise_backward(x, window, g, out=dx, accumulate=dx is not None, **options)
+        settings: dict[str, Any] = {"dilation": dilation, "stride": stride, "relu": True}
+        dx, dw = depthwise_backward(x, window, g, out=dx, accumulate=dx is not None, **settings)
         dws.append(dw)
     assert dx is not None
     return dx, torch.stack(dws).view_as(windows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -162,13 +163,9 @@ def _statistics_shape(ys: Sequence[Tensor]) -> tuple[int, int, int]:
 
 def _launchers(backend: str) -> Any:
     """The modules with the forward and the backward launchers of a backend."""
-    if backend == "cuda":
-        from lgcnet_fast.native import mixed_sum, mixed_sum_backward
-
-        return mixed_sum, mixed_sum_backward
-    from lgcnet_fast.kernels import mixed_sum, mixed_sum_backward
-
-    return mixed_sum, mixed_sum_backward
+    package = "native" if backend == "cuda" else "kernels"
+    names = (f"lgcnet_fast.{package}.mixed_sum", f"lgcnet_fast.{package}.mixed_sum_backward")
+    return tuple(import_module(name) for name in names)
 
 
 def _tile(backend: str, launch: str, maps: Sequence[Tensor], plain: int) -> dict[str, Any]:
