@@ -111,14 +111,15 @@ class TileConfig:
     def default(cls, pixels: int, channels: int, matrix_units: bool) -> TileConfig:
         """Small tiles for small maps, so that every multiprocessor of a large GPU has work.
 
-        Without matrix units, products keep their operands in registers: few channels at a time.
+        Larger ones would read weights less often. Without matrix units, products keep their
+        operands in registers: few channels at a time.
         """
         block = triton.next_power_of_2(channels)
         if not matrix_units:
             return cls(4, 8, block_k=16, warps=8 if block >= 64 else 4, stages=1)
         if pixels < 2**13:
-            return cls(2, 8, block_k=64, warps=4)
-        return cls(4 if pixels < 2**15 or block >= 128 else 8, 8, block_k=64, warps=4)
+            return cls(4, 8, block_k=64, warps=4)
+        return cls(8, 8, block_k=64, warps=8 if pixels < 2**15 or block >= 128 else 4)
 
 
 def run_tile(

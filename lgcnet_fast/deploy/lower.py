@@ -195,8 +195,10 @@ class _Lowering:
             )
         if isinstance(operation, Constant):
             return _Node([], [operation.bias])
-        biases = [] if isinstance(operation, MaxPooling) else [operation.get_parameter("bias")]
-        return _Node(list(self._terms(step, operation)), biases)
+        terms = list(self._terms(step, operation))
+        if isinstance(operation, MaxPooling):
+            return _Node(terms, [])
+        return _Node(terms, [operation.get_parameter("bias")])
 
     def _summand(self, name: str) -> _Node:
         if name in self._pending:
