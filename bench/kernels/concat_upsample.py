@@ -52,6 +52,7 @@ def cases(part: Part) -> Iterator[Case]:
         fine, middle, coarse = pyramid(size)
         yield Case(batch, (fine, middle, middle), fine)
         yield Case(batch, (fine, middle, middle), fine, add=True)
+        yield Case(batch, (fine, fine, fine), fine)  # as a search's fusion cell has it
         if part == "full" or size == (256, 512):
             yield Case(batch, (middle, coarse), middle)
             yield Case(batch, (fine, coarse), fine, add=True)
@@ -81,6 +82,8 @@ def _sweeps(size: Size | None) -> Iterator[Sweep]:
             for (block, warps), rows in itertools.product(tiles, (1, 2, 4, 8))
         ]
         sizes = case.resized if kernel is backward else case.sizes
+        if not sizes:  # every map of the sum has the output's gradient
+            continue
         yield Sweep(
             operation=f"{'sum' if case.add else 'concat'}_upsample{suffix}",
             key=resize_key(case.dtype, [(case.batch, CHANNELS, *s) for s in sizes], case.size),
@@ -98,11 +101,13 @@ def _swept(size: Size | None) -> Iterator[Case]:
         yield from cases("dry")
         return
     batch, (fine, middle, coarse) = INPUTS[size], pyramid(size)
-    yield Case(batch, (fine, middle, middle), fine)
-    yield Case(batch, (middle, coarse), middle)
+    yield Case(batch, (fine, fine, fine), fine)
+    yield Case(batch, (middle, middle), middle)
     yield Case(batch, (middle,), fine)
     yield Case(batch, (coarse,), middle)
-    yield Case(batch, (fine, middle, coarse), fine, add=True)
+    for level in (fine, middle, coarse):  # pooled maps
+        yield from (Case(batch, ((bins, bins),), level) for bins in (1, 2, 5))
+    yield Case(batch, (fine, fine, fine), fine, add=True)
 
 
 FAMILY = Family("concatenation and sum of resized maps", all_comparisons, sweeps)

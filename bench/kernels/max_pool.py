@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.device import DEVICE, LAYOUTS
 from bench.kernels.command import main
 from bench.kernels.comparison import Binding, Comparison, Family, Part, Sweep
-from bench.kernels.shapes import INPUTS, Shape, cell_shapes
+from bench.kernels.shapes import CELLS, INPUTS, Shape, Size, at_stride, cell_shapes
 from bench.kernels.timing import Call
 from lgcnet_fast.kernels.max_pool import PoolConfig, max_pool_backward, max_pool_forward
 from lgcnet_fast.ops.tuning import shape_key
@@ -66,7 +66,15 @@ def cases(part: Part) -> Iterator[Case]:
         for shape, stride in itertools.product(shapes, (1, 2)):
             if part == "full" or size == (256, 512) or (shape, stride) == (shapes[0], 1):
                 yield Case(shape, stride)
+        if part == "full" or size == (256, 512):
+            yield from reducing_cells(size)
     yield Case(cell_shapes((256, 512))[0], 1, torch.float32)
+
+
+def reducing_cells(size: Size) -> Iterator[Case]:
+    """Their inputs have the next stage's channels already."""
+    for (channels, _), (_, stride) in zip(CELLS[1:], CELLS, strict=False):
+        yield Case((INPUTS[size], channels, *at_stride(size, stride)), 2)
 
 
 def forward(case: Case, i: Inputs, config: PoolConfig | None = None) -> Tensor:
@@ -131,8 +139,18 @@ def comparisons(part: Part) -> Iterator[Comparison]:
         )
 
 
+def _swept(tiny: bool) -> Iterator[tuple[Case, Size | None]]:
+    if tiny:
+        yield from ((case, None) for case in cases("dry"))
+        return
+    for size in INPUTS:
+        for shape in cell_shapes(size):
+            yield Case(shape, 1), size
+        yield from ((case, size) for case in reducing_cells(size))
+
+
 def sweeps(tiny: bool) -> Iterator[Sweep]:
-    for case in cases("dry" if tiny else "full"):
+    for case, size in _swept(tiny):
         y_shape = (*case.shape[:2], *case.out_size)
         for name, run, default in (
             ("forward", forward, PoolConfig.forward(y_shape)),
@@ -147,6 +165,7 @@ def sweeps(tiny: bool) -> Iterator[Sweep]:
                 make=lambda case=case: make_inputs(case),
                 run=lambda i, config, case=case, run=run: run(case, i, config),
                 configs=[default] if tiny else [default, *others],
+                input=size,
             )
 
 

@@ -36,6 +36,8 @@ EDGE, NODE, FUSION = (6, 1), (18, 3), (10, 0)
 NODES = ((12, 2), (18, 3), (1, 0))
 """Both nodes of a cell, and the batch norm inside sep3."""
 REDUCING_NODES = ((14, 0), (20, 1))
+UP = (1, 1)
+"""An upsampling edge: a transposed convolution, and the resized map as it is."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,10 @@ def _swept(size: Size | None) -> Iterator[Case]:
     for shape in cell_shapes(size)[1:]:
         yield from (Case(shape, *counts) for counts in REDUCING_NODES)
     for stride in (4, 8, 16):
-        yield Case((INPUTS[size], FUSION_CHANNELS, *at_stride(size, stride)), *FUSION)
+        shape = (INPUTS[size], FUSION_CHANNELS, *at_stride(size, stride))
+        yield Case(shape, *FUSION)
+        if stride < 16:
+            yield Case(shape, *UP)
 
 
 def sweeps(tiny: bool) -> Iterator[Sweep]:
