@@ -281,8 +281,3 @@ def _keeps_inputs(source: Size, target: Size) -> bool:
         small == 1 or (large - 1) % (small - 1) == 0
         for small, large in zip(source, target, strict=True)
     )
-
-
-def storage_dtypes() -> tuple[torch.dtype, ...]:
-    """Of the maps that the fused kernels take."""
-    return torch.float32, torch.float16, torch.bfloat16
