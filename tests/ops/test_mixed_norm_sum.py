@@ -240,7 +240,6 @@ NAN, INF = float("nan"), float("inf")
         ({"ys": [torch.rand(3, 5, 7)] * 2}, "ys, map 0: shape"),
         ({"ys": [torch.ones(2, 3, 5, 7, dtype=torch.int32)] * 2}, "ys, map 0: dtype"),
     ],
-    ids=str,
 )
 def test_bad_arguments_are_named(change: dict[str, object], message: str, backend: str) -> None:
     ys, z, norms = Case((1, 0)).build(torch.device("cpu"))

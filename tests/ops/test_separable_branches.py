@@ -219,7 +219,6 @@ def test_parts_of_a_weight_gradient_are_long_and_equal(height: int, width: int) 
         ({"stacks": (1,)}, r"stacks: \(1,\) do not divide 2 branches"),
         ({"stacks": (2, 0)}, "stacks"),
     ],
-    ids=str,
 )
 def test_bad_arguments_are_named(change: dict[str, object], message: str, backend: str) -> None:
     x, depthwise, pointwise = Case((2, 3, 5, 7), 4, (1, 2)).build(torch.device("cpu"))
