@@ -135,7 +135,7 @@ def test_several_processes_say_that_they_run_eagerly(new_run, caplog):
     def step(batches):
         return torch.zeros(())
 
-    run = new_run()
+    run = new_run(cuda_graph=True)
     run.device, run.ranks = torch.device("cuda"), Ranks(0, 2)
     assert captured(run, "search", step) is step
     assert "2 processes train together, so their steps run eagerly" in caplog.text

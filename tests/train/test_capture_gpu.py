@@ -36,7 +36,8 @@ def gpu_run(new_run):
 
     def make(name, **changes):
         epochs = {"search__epochs": 3, "pretrain__epochs": 3, "finetune__epochs": 3}
-        return derived(new_run(name, **{"device": "cuda", **epochs, **changes}))
+        on_gpu = {"device": "cuda", "cuda_graph": True}
+        return derived(new_run(name, **{**on_gpu, **epochs, **changes}))
 
     return make
 

@@ -86,7 +86,7 @@ def test_activations_are_those_that_autograd_saves(new_run, precision):
 
 
 def test_components_and_total(new_run):
-    config = new_run().config
+    config = new_run(cuda_graph=True).config
     on_cpu = step_memory(config, "search", CLASSES, "fp32", CPU)
     on_gpu = step_memory(
         config.model_copy(update={"backend": "reference"}), "search", CLASSES, "fp32", GPU
