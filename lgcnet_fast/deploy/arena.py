@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lgcnet_fast.deploy.plan import Buffer, Launch, Plan, dependencies
+from lgcnet_fast.deploy.plan import Access, Buffer, Plan, dependencies
 
 STREAMS = 4
 ALIGNMENT = 256
@@ -36,7 +37,7 @@ class Arena:
     """In bytes."""
 
 
-def schedule(launches: Sequence[Launch], streams: int = STREAMS) -> Schedule:
+def schedule(launches: Sequence[Access], streams: int = STREAMS) -> Schedule:
     """Each launch goes behind a launch that it depends on, if that is the last of its stream."""
     last: list[int | None] = [None] * streams
     chosen: list[int] = []
@@ -65,7 +66,7 @@ def _stream_for(needed: set[int], ancestors: set[int], last: Sequence[int | None
     return idle[0] if idle else tails[min(tails)]
 
 
-def allocate(plan: Plan, order: Schedule) -> Arena:
+def allocate(plan: Plan[Any], order: Schedule) -> Arena:
     """The largest buffers first, each at the lowest place that is free for all its life."""
     lives = {buffer: _life(plan.launches, buffer, plan.output) for buffer in plan.buffers()}
     sizes = {buffer: plan.bytes_of(buffer) for buffer in lives}
@@ -82,25 +83,28 @@ def allocate(plan: Plan, order: Schedule) -> Arena:
 
 @dataclass(frozen=True)
 class Life:
-    """Launches that touch a buffer: the one that writes it and the ones that read it."""
+    """Launches that touch a buffer or slices of it: those that write it and those that read it."""
 
-    writer: int
+    writers: frozenset[int]
     touched: frozenset[int]
 
 
-def _life(launches: Sequence[Launch], buffer: Buffer, output: Buffer) -> Life:
-    writer = next(at for at, launch in enumerate(launches) if buffer in launch.writes)
-    readers = {at for at, launch in enumerate(launches) if buffer in launch.reads}
-    if buffer is output:
+def _life(launches: Sequence[Access], buffer: Buffer, output: Buffer) -> Life:
+    def touching(buffers: Sequence[Buffer]) -> bool:
+        return any(one.memory is buffer for one in buffers)
+
+    writers = frozenset(at for at, launch in enumerate(launches) if touching(launch.writes))
+    readers = {at for at, launch in enumerate(launches) if touching(launch.reads)}
+    if buffer is output.memory:
         # Read after the last launch, which nothing comes after.
         readers.add(len(launches))
-    return Life(writer, frozenset({writer} | readers))
+    return Life(writers, writers | readers)
 
 
 def may_overlap(one: Life, other: Life, before: Sequence[frozenset[int]]) -> bool:
     """Whether two buffers may hold something that is still needed at the same time."""
-    one_first = one.touched <= before[other.writer]
-    other_first = other.touched <= before[one.writer]
+    one_first = all(one.touched <= before[writer] for writer in other.writers)
+    other_first = all(other.touched <= before[writer] for writer in one.writers)
     return not (one_first or other_first)
 
 

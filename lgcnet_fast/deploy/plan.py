@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,14 @@ class Buffer:
     class_rows: bool = False
     strips: int = 0
     """Of partial sums of a pooling, (batch, height x width, strips, channels) in float32."""
+    whole: Buffer | None = None
+    """The buffer that this one is a slice of; it has no memory of its own then."""
+    first: int = 0
+    """Its first channel there."""
+
+    @property
+    def memory(self) -> Buffer:
+        return self.whole or self
 
     @property
     def size(self) -> Size:
@@ -165,20 +174,33 @@ class Pool:
 Launch = Tile | Stem | Pool
 
 
+class Access(Protocol):
+    """What the order of launches and the sharing of memory depend on."""
+
+    @property
+    def reads(self) -> list[Buffer]: ...
+    @property
+    def writes(self) -> list[Buffer]: ...
+
+
+AnyLaunch = TypeVar("AnyLaunch", bound=Access)
+
+
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(Generic[AnyLaunch]):
     size: Size
     """(height, width) of the image."""
     batch: int
     dtype: torch.dtype
     """Of the maps in memory."""
-    launches: tuple[Launch, ...]
+    launches: tuple[AnyLaunch, ...]
     output: Buffer
     """The logits."""
 
     def buffers(self) -> list[Buffer]:
-        """Each once, in the order in which they are written."""
-        return [buffer for launch in self.launches for buffer in launch.writes]
+        """Those with memory of their own, in the order in which they are written."""
+        written = (buffer for launch in self.launches for buffer in launch.writes)
+        return list(dict.fromkeys(buffer.memory for buffer in written))
 
     def key_of(self, tile: Tile) -> str:
         """What decides the best tile of a launch, as tuning tables name it.
@@ -196,12 +218,12 @@ class Plan:
         return buffer.elements(self.batch) * itemsize
 
 
-def producers(launches: Sequence[Launch]) -> dict[Buffer, int]:
+def producers(launches: Sequence[Access]) -> dict[Buffer, int]:
     """For each buffer the index of the launch that writes it."""
     return {out: index for index, launch in enumerate(launches) for out in launch.writes}
 
 
-def dependencies(launches: Sequence[Launch]) -> Iterator[set[int]]:
+def dependencies(launches: Sequence[Access]) -> Iterator[set[int]]:
     """For each launch the launches whose results it reads."""
     made_by = producers(launches)
     for launch in launches:

@@ -102,5 +102,9 @@ def test_lives_that_follow_each_other_may_share() -> None:
     from lgcnet_fast.deploy.arena import Life
 
     before = [frozenset(), frozenset({0}), frozenset({0, 1})]
-    assert not may_overlap(Life(0, frozenset({0, 1})), Life(2, frozenset({2})), before)
-    assert may_overlap(Life(0, frozenset({0, 2})), Life(2, frozenset({2})), before)
+    last = Life(frozenset({2}), frozenset({2}))
+    assert not may_overlap(Life(frozenset({0}), frozenset({0, 1})), last, before)
+    assert may_overlap(Life(frozenset({0}), frozenset({0, 2})), last, before)
+    # Slices are written one after another: the memory must be free for the first.
+    slices = Life(frozenset({0, 2}), frozenset({0, 2}))
+    assert may_overlap(Life(frozenset({1}), frozenset({1})), slices, before)
