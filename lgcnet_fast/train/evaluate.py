@@ -15,7 +15,6 @@ from lgcnet_fast.train.metrics import Confusion
 from lgcnet_fast.train.precision import placed
 from lgcnet_fast.train.run import Run
 from lgcnet_fast.train.sources import eval_loader
-from lgcnet_fast.train.weights import load_weights
 
 STAGE = "evaluate"
 LABEL_REDUCTION = {"full": 1, "bisenet_speed": 8}
@@ -63,9 +62,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     IoU is None for a class that neither occurs nor is predicted. `constant_miou` is that of the
     best constant prediction on the same labels.
     """
-    network = run.space.build(run.genotype(), run.num_classes)
-    load_weights(network, run.weights_path("finetune"))
-    network = placed(network, run.device)
+    network = placed(run.trained_network(), run.device)
     split, protocols = run.config.data.val_split, run.config.evaluate.protocols
     confusions = score(network, eval_loader(run, split), protocols, run.num_classes, run.device)
     result = {

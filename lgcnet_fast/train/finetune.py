@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lgcnet_fast.config import FinetuneConfig, RunConfig
 from lgcnet_fast.data.loader import Batch, EvalLoader, TrainLoader
+from lgcnet_fast.deploy.run_folder import load_weights
 from lgcnet_fast.errors import ConfigError
 from lgcnet_fast.ops import upsample_cross_entropy, upsample_ohem
 from lgcnet_fast.space.base import SegmentationNetwork
@@ -28,7 +29,7 @@ from lgcnet_fast.train.progress import StageProgress
 from lgcnet_fast.train.run import Run
 from lgcnet_fast.train.schedules import DeviceScalar, poly
 from lgcnet_fast.train.sources import eval_loader, label_shares, optimiser_steps, train_loader
-from lgcnet_fast.train.weights import load_weights, save_weights
+from lgcnet_fast.train.weights import save_weights
 
 STAGE = "finetune"
 LOG_EVERY = 20

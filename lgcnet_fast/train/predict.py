@@ -27,7 +27,6 @@ from lgcnet_fast.train.predict_files import (
     save_pictures,
 )
 from lgcnet_fast.train.run import Run
-from lgcnet_fast.train.weights import load_weights
 
 FORMATS = ("pictures", "cityscapes")
 Progress = Callable[[int, int | None], None]
@@ -46,10 +45,8 @@ class Predictor:
     @classmethod
     def open(cls, run: Run) -> Predictor:
         """Raises `RunError` if the run has no trained network."""
-        network = run.space.build(run.genotype(), run.num_classes)
-        load_weights(network, run.weights_path("finetune"))
         precision = Precision(run.precision, run.device)
-        return cls(network, run.classes, run.config.evaluate.size, precision)
+        return cls(run.trained_network(), run.classes, run.config.evaluate.size, precision)
 
     @torch.inference_mode()
     def labels(self, image: RGB) -> Labels:

@@ -11,19 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import lgcnet_fast
-from lgcnet_fast.config import RunConfig, validate_config
+from lgcnet_fast.config import RunConfig
 from lgcnet_fast.data.classes import ClassSet
 from lgcnet_fast.data.dataset import SegmentationDataset, open_dataset
+from lgcnet_fast.deploy.class_list import ClassList
+from lgcnet_fast.deploy.run_folder import (
+    load_weights,
+    read_classes,
+    read_config,
+    read_genotype,
+    read_json,
+    weights_path,
+)
 from lgcnet_fast.doctor import check_device
 from lgcnet_fast.errors import RunError
 from lgcnet_fast.files import replacing
 from lgcnet_fast.ops.backend import check_backend, set_backend
 from lgcnet_fast.ops.tuning import table_of
-from lgcnet_fast.space.genotype import Genotype, load_genotype
+from lgcnet_fast.space.genotype import Genotype
 from lgcnet_fast.space.registry import make_space
-from lgcnet_fast.train.class_file import class_values, read_classes
 from lgcnet_fast.train.distributed import barrier, join
 from lgcnet_fast.train.precision import resolve_precision
 
@@ -99,10 +108,10 @@ class Run:
         """Those of the data set, recorded in the folder: predicting needs no data set."""
         path = self.folder / "classes.json"
         if path.exists():
-            return read_classes(path)
+            return read_classes(self.folder)
         classes = self.dataset(self.config.data.val_split).classes
         if self.ranks.first:
-            write_json(path, class_values(classes))
+            write_json(path, ClassList.of(classes).model_dump(mode="json"))
         return classes
 
     @property
@@ -118,7 +127,7 @@ class Run:
         return self.folder / stage / "checkpoint.pt"
 
     def weights_path(self, stage: str) -> Path:
-        return self.folder / stage / "weights.safetensors"
+        return weights_path(self.folder, stage)
 
     @property
     def genotype_path(self) -> Path:
@@ -134,9 +143,13 @@ class Run:
 
     def genotype(self) -> Genotype:
         """The genotype of this run; raises `RunError` if it is not derived yet."""
-        if not self.genotype_path.exists():
-            raise RunError(f"{self.genotype_path}: missing; {rerun(self.stage_folder('derive'))}")
-        return load_genotype(self.genotype_path)
+        return read_genotype(self.folder)
+
+    def trained_network(self) -> nn.Module:
+        """The derived network with its finetuned weights, on the CPU. Raises `RunError`."""
+        network = self.space.build(self.genotype(), self.num_classes)
+        load_weights(network, self.weights_path("finetune"))
+        return network
 
     # -- stages -----------------------------------------------------------------------------
 
@@ -228,14 +241,6 @@ def _prepare(device: torch.device) -> None:
         torch.set_num_threads(1)
 
 
-def read_config(folder: Path) -> RunConfig:
-    """Raises `RunError` if `folder` is no run folder, `ConfigError` if its file is invalid."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise RunError(f"{folder}: not a run folder (it has no config.json)")
-    return validate_config(read_json(path, "restore it, or use another run folder"), str(path))
-
-
 def differences(before: RunConfig, now: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """Keys whose values differ, in the order of the configuration, without `MACHINE_KEYS`."""
     old = dict(_flatten(before.model_dump(mode="json")))
@@ -257,21 +262,3 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     text = json.dumps(values, indent=2, allow_nan=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Raises `RunError` with `remedy` if the file is damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path}: damaged ({error}); {remedy}") from None
-    if not isinstance(values, dict):
-        raise RunError(f"{path}: not a JSON object; {remedy}")
-    return values
-
-
-def rerun(stage_folder: Path) -> str:
-    """How to get a missing file of a stage: a stage that is marked as done is not run again."""
-    done = stage_folder / "done.json"
-    first = f"delete {done} and " if done.exists() else ""
-    return f"{first}run the stage {stage_folder.name} first"

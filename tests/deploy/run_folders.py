@@ -8,8 +8,8 @@ import torch
 
 from lgcnet_fast.config import validate_config
 from lgcnet_fast.data.classes import CAMVID
+from lgcnet_fast.deploy.class_list import ClassList
 from lgcnet_fast.space.genotype import save_genotype
-from lgcnet_fast.train.class_file import class_values
 from lgcnet_fast.train.run import write_json
 from lgcnet_fast.train.weights import save_weights
 from tests.deploy.networks import SMALL, small_space, with_statistics
@@ -27,7 +27,7 @@ def make_run_folder(folder: Path, size: object = SIZE, **space: object) -> Path:
     network = with_statistics(small_space(**space).build(genotype, len(CAMVID)))
     folder.mkdir(parents=True)
     write_json(folder / "config.json", config.model_dump(mode="json"))
-    write_json(folder / "classes.json", class_values(CAMVID))
+    write_json(folder / "classes.json", ClassList.of(CAMVID).model_dump(mode="json"))
     save_genotype(genotype, folder / "genotype.json")
     save_weights(network, folder / "finetune" / "weights.safetensors")
     return folder

@@ -1,9 +1,8 @@
-"""Engine files and run folders: what is written is read, and what is wrong with a file is said."""
+"""Engine files: what is written is read, and what is wrong with a file is said."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lgcnet_fast.data.classes import CAMVID
 from lgcnet_fast.deploy import Segmenter
 from lgcnet_fast.deploy.blueprint import _digest
-from lgcnet_fast.errors import EngineError, GenotypeError, RunError, UserError
+from lgcnet_fast.errors import EngineError, GenotypeError, UserError
 from tests.deploy.run_folders import SIZE, make_run_folder
 from tests.deploy.test_segmenter import picture
 
@@ -50,9 +49,6 @@ def rewrite(
         stored["digest"] = _digest(stored["description"], weights)
     stored = {k: v for k, v in (stored | (metadata or {})).items() if v is not None}
     save_file(weights, path, stored)
-
-
-# -- engine files ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -199,48 +195,3 @@ def test_missing_metadata(engine_file: Path, key: str) -> None:
     rewrite(engine_file, metadata={key: None})
     with pytest.raises(EngineError, match=f"lacks its {key}"):
         Segmenter.load(engine_file)
-
-
-# -- run folders ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run_copy(run_folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(run_folder, tmp_path / "run" / "seed-0"))
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("config.json", "not a run folder"),
-        ("genotype.json", r"genotype\.json: missing; run the stage derive"),
-        ("classes.json", r"classes\.json: missing"),
-        ("finetune/weights.safetensors", r"weights\.safetensors: missing; run the stage finetune"),
-    ],
-)
-def test_unfinished_runs(run_copy: Path, name: str, message: str) -> None:
-    (run_copy / name).unlink()
-    with pytest.raises(RunError, match=message):
-        Segmenter.load(run_copy)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"name": 1}'])
-@pytest.mark.parametrize(
-    "name", ["config.json", "genotype.json", "classes.json", "finetune/weights.safetensors"]
-)
-def test_damaged_runs(run_copy: Path, name: str, content: str) -> None:
-    (run_copy / name).write_text(content)
-    with pytest.raises(UserError, match=Path(name).name):
-        Segmenter.load(run_copy)
-
-
-def test_weights_of_another_run(run_copy: Path, tmp_path: Path) -> None:
-    other = make_run_folder(tmp_path / "other", widths=[4, 8, 32])
-    shutil.copy(other / "finetune" / "weights.safetensors", run_copy / "finetune")
-    with pytest.raises(RunError, match=r"weights\.safetensors: belongs to another network"):
-        Segmenter.load(run_copy)
-
-
-def test_the_folder_above_the_seeds_names_them(run_copy: Path) -> None:
-    with pytest.raises(RunError, match=r"name one of .*seed-0"):
-        Segmenter.load(run_copy.parent)

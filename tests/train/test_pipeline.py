@@ -20,7 +20,6 @@ from lgcnet_fast.train.finetune import finetune
 from lgcnet_fast.train.metrics import read_metrics
 from lgcnet_fast.train.pipeline import STAGES, check, open_runs, run_all, run_stage
 from lgcnet_fast.train.pretrain import learning_rate, pretrain
-from lgcnet_fast.train.weights import load_weights, save_weights
 from tests.train.conftest import make_config
 from tests.train.test_search import Interrupted, interrupt_after, same
 from tests.train.toy import ToyGenotype
@@ -152,21 +151,6 @@ def test_coarse_phase_has_its_own_schedule(new_run, monkeypatch):
 def test_finetuning_needs_a_genotype(new_run):
     with pytest.raises(RunError, match="run the stage derive first"):
         finetune(new_run())
-
-
-# -- weights --------------------------------------------------------------------------------
-
-
-def test_damaged_or_foreign_weights_are_refused(tmp_path):
-    path = tmp_path / "weights.safetensors"
-    with pytest.raises(RunError, match="missing"):
-        load_weights(torch.nn.Linear(2, 2), path)
-    save_weights(torch.nn.Linear(3, 2), path)
-    with pytest.raises(RunError, match="belongs to another network.*weight"):
-        load_weights(torch.nn.Linear(2, 2), path)
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(RunError, match="damaged"):
-        load_weights(torch.nn.Linear(3, 2), path)
 
 
 # -- evaluate -------------------------------------------------------------------------------

@@ -6,10 +6,11 @@ import json
 
 import pytest
 
+from lgcnet_fast.deploy.run_folder import read_config
 from lgcnet_fast.errors import BackendError, ConfigError, RunError
 from lgcnet_fast.ops.backend import current_backend, set_backend
 from lgcnet_fast.train.prediction import latency_predictor
-from lgcnet_fast.train.run import Run, read_config
+from lgcnet_fast.train.run import Run
 from tests.train.conftest import make_config
 
 
