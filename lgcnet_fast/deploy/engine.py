@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from lgcnet_fast.deploy.blueprint import Blueprint
 from lgcnet_fast.deploy.frames import labels_of_frames
 from lgcnet_fast.deploy.operations import Size
 from lgcnet_fast.deploy.program import FoldedNetwork
-from lgcnet_fast.deploy.replay import FusedEngine
+from lgcnet_fast.deploy.replay import FusedEngine, GraphEngine
 from lgcnet_fast.errors import ConfigError, DeviceError
 from lgcnet_fast.ops.backend import Implementation, Operation, use_backend
 
@@ -27,13 +28,14 @@ BF16_CAPABILITY = (8, 0)
 
 
 class Engine:
-    """Threads may share it: the reference holds no state between images, the fused plan a lock.
+    """Threads may share it: the reference holds no state between images, the others a lock.
 
     dtype: fp32, fp16 or bf16, of the weights and maps; images are normalised and logits upsampled
-    in float32. backend: `triton`, the fused plan as a CUDA graph; `reference`, plain PyTorch; or
-    `auto`, the choice of the process (ops/backend.py), which takes the fused plan where the tuning
-    table of the GPU says so. Raises `ConfigError` for another dtype, `DeviceError` where the
-    device lacks it, `BackendError` where a named backend cannot serve.
+    in float32. backend: `triton`, the fused plan as a CUDA graph; `cuda`, the CUDA kernels and
+    cuDNN as one, for GPUs without Triton too; `reference`, plain PyTorch; or `auto`, the choice of
+    the process (ops/backend.py), which takes what the tuning table of the GPU says. Raises
+    `ConfigError` for another dtype, `DeviceError` where the device lacks it, `BackendError` where a
+    named backend cannot serve.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Engine:
         self.blueprint = blueprint
         self.device = device
         self.dtype = _checked_dtype(dtype, device)
-        self.runner: ReferenceEngine | FusedEngine = _runner(
+        self.runner: ReferenceEngine | GraphEngine[Any] = _runner(
             blueprint.network, device, self.dtype, backend
         )
 
@@ -85,11 +87,17 @@ class ReferenceEngine:
 
 def _runner(
     network: FoldedNetwork, device: torch.device, dtype: torch.dtype, backend: str
-) -> ReferenceEngine | FusedEngine:
+) -> ReferenceEngine | GraphEngine[Any]:
     # Operations look at the device of their tensors.
     on_device = torch.empty(0, device=device)
     with nullcontext() if backend == "auto" else use_backend(backend):
         return _ENGINE(on_device, network, dtype)
+
+
+def _native_engine(x: Tensor, network: FoldedNetwork, dtype: torch.dtype) -> GraphEngine[Any]:
+    from lgcnet_fast.deploy.native_engine import NativeEngine
+
+    return NativeEngine(network, x.device, dtype)
 
 
 _ENGINE = Operation(
@@ -99,6 +107,7 @@ _ENGINE = Operation(
         run=lambda x, network, dtype: FusedEngine(network, x.device, dtype),
         refuse=lambda x, network, dtype: None,
     ),
+    cuda=Implementation(run=_native_engine, refuse=lambda x, network, dtype: None),
 )
 
 

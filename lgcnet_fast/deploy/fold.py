@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
@@ -36,11 +37,12 @@ def fold(network: nn.Module) -> FoldedNetwork:
     Equal to `network.eval()` up to rounding, for every input size. Raises `ConfigError` for
     networks of search spaces that do not build LGCNet's derived networks.
     """
-    if not (isinstance(network, DerivedNetwork) and isinstance(network.backbone, Backbone)):
+    if not folds(network):
         raise ConfigError(
             f"only networks of the spaces lgcnet and gas can be deployed, not a "
             f"{type(network).__name__}"
         )
+    assert isinstance(network.backbone, Backbone)
     folding = _Folding()
     features = _backbone(folding, network.backbone)
     neck = network.neck
@@ -52,6 +54,11 @@ def fold(network: nn.Module) -> FoldedNetwork:
         fused = folding.apply("neck", neck, features[-1], features[-1].stride)
     folding.apply("classifier", network.classifier, fused, fused.stride)
     return FoldedNetwork(folding.steps)
+
+
+def folds(network: nn.Module) -> TypeGuard[DerivedNetwork]:
+    """Whether `fold` takes it: networks of plug-in spaces may be of any kind."""
+    return isinstance(network, DerivedNetwork) and isinstance(network.backbone, Backbone)
 
 
 @dataclass(frozen=True)

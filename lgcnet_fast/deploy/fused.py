@@ -19,7 +19,7 @@ from lgcnet_fast.ops import tuning
 if TYPE_CHECKING:
     from lgcnet_fast.kernels.infer_tile import MapView, TileConfig
 
-Call = Callable[[], None]
+Call = Callable[[], object]
 
 
 class FusedNetwork:
@@ -46,6 +46,10 @@ class FusedNetwork:
         shape = (plan.batch, *plan.size, 3)
         self.image = torch.zeros(shape, dtype=image_dtype, device=device)
         self.calls: tuple[Call, ...] = tuple(self._call(launch) for launch in plan.launches)
+
+    @property
+    def size(self) -> Size:
+        return self.plan.size
 
     def run(self) -> None:
         """All launches, one after another on the current stream."""

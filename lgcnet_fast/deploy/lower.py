@@ -33,7 +33,7 @@ from lgcnet_fast.deploy.operations import (
 )
 from lgcnet_fast.deploy.packing import Packing
 from lgcnet_fast.deploy.plan import Buffer, Launch, Plan, Pool, Stem, Term, Tile
-from lgcnet_fast.deploy.program import IMAGE, FoldedNetwork, Step
+from lgcnet_fast.deploy.program import IMAGE, FoldedNetwork, Step, only_read_by_sums
 from lgcnet_fast.errors import BackendError
 
 MOST_ELEMENTS = 2**31 - 1
@@ -88,7 +88,7 @@ class _Lowering:
         self.launches: list[Launch] = []
         self._size, self._packing = size, packing
         self._last = steps[-1].name
-        self._inlined = _only_read_by_sums(steps)
+        self._inlined = only_read_by_sums(steps)
         self._values: dict[str, tuple[_Part, ...]] = {}
         self._pending: dict[str, _Node] = {}
         self._made_larger: dict[_Part, Buffer] = {}
@@ -258,19 +258,6 @@ class _Lowering:
             side=side,
             relu=operation.relu_before,
         )
-
-
-def _only_read_by_sums(steps: Sequence[Step]) -> set[str]:
-    """Maps whose one reader is a sum, which reads them once: they need not exist."""
-    readers: dict[str, list[Step]] = {}
-    for step in steps:
-        for name in step.inputs:
-            readers.setdefault(name, []).append(step)
-    return {
-        name
-        for name, read_by in readers.items()
-        if len(read_by) == 1 and isinstance(read_by[0].operation, Sum)
-    }
 
 
 def _keeps_inputs(source: Size, target: Size) -> bool:

@@ -66,14 +66,28 @@ class Packing:
         weight = operation.weight[:, :, 0, 0].t()
         return self._once(operation, lambda: weight, torch.float32)
 
+    def even_and_odd(self, operation: InterleavedConvolution) -> tuple[Tensor, Tensor]:
+        """(c_in, c_out / 2) each."""
+        return (
+            self._once((operation, "even"), lambda: operation.even[:, :, 0, 0].t()),
+            self._once((operation, "odd"), lambda: operation.odd[:, :, 0, 0].t()),
+        )
+
+    def filters(self, operation: Convolution | TransposedConvolution) -> Tensor:
+        """As the operation has them, in NHWC."""
+        return self._nhwc(operation, lambda: operation.weight)
+
+    def image_filters(self, operation: Convolution) -> Tensor:
+        """(c_out, 3, k, k) in NHWC, for pixels of 0..255 less their mean."""
+        return self._nhwc((operation, "image"), lambda: _for_bytes(operation))
+
     def stem(self, operation: Convolution) -> Tensor:
         """(27, c_out) float32, for pixels of 0..255 less their mean."""
 
-        def for_bytes() -> Tensor:
-            scale = 1 / (255 * torch.tensor(DEVIATION, dtype=torch.float64))
-            return _rows((operation.weight.double() * scale.view(1, 3, 1, 1)).permute(2, 3, 1, 0))
+        def rows() -> Tensor:
+            return _rows(_for_bytes(operation).permute(2, 3, 1, 0))
 
-        return self._once(operation, for_bytes, torch.float32)
+        return self._once(operation, rows, torch.float32)
 
     def bias(self, biases: Sequence[Tensor], channels: int) -> Tensor:
         """(channels,) float32: the sum; zero of none."""
@@ -88,6 +102,10 @@ class Packing:
             if len(weights) == 1
             else self._once(("stacked", *weights), lambda: torch.cat(list(weights)))
         )
+
+    def _nhwc(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        packed = self._once((key, "NHWC"), lambda: make().permute(0, 2, 3, 1))
+        return packed.permute(0, 3, 1, 2)
 
     def _once(
         self, key: Hashable, make: Callable[[], Tensor], dtype: torch.dtype | None = None
@@ -106,6 +124,12 @@ def has_matrix_units(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype == torch.float32:
         return False
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _for_bytes(operation: Convolution) -> Tensor:
+    """The weight in float64, the deviations of the colours divided out."""
+    scale = 1 / (255 * torch.tensor(DEVIATION, dtype=torch.float64))
+    return operation.weight.double() * scale.view(1, 3, 1, 1)
 
 
 def _rows(weight: Tensor) -> Tensor:

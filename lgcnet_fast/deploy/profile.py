@@ -38,7 +38,7 @@ def profile(
     engine = FusedEngine(network, device, dtype)
     images = torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, device=device)
     engine.labels(images, None)
-    fused = engine.fused(batch, size)
+    fused = engine.network(batch, size)
     labels = images.new_empty((batch, *size))
     launches = [
         {

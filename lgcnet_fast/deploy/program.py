@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lgcnet_fast.deploy.operations import FoldedOperation
+from lgcnet_fast.deploy.operations import FoldedOperation, Sum
 
 IMAGE = "image"
 """Name of the network's input."""
@@ -49,6 +49,19 @@ class FoldedNetwork(nn.Module):
             for name in released:
                 del maps[name]
         return maps[self.steps[-1].name]
+
+
+def only_read_by_sums(steps: Sequence[Step]) -> set[str]:
+    """Maps whose one reader is a sum, which reads them once: they need not exist."""
+    readers: dict[str, list[Step]] = {}
+    for step in steps:
+        for name in step.inputs:
+            readers.setdefault(name, []).append(step)
+    return {
+        name
+        for name, read_by in readers.items()
+        if len(read_by) == 1 and isinstance(read_by[0].operation, Sum)
+    }
 
 
 def _needed(steps: Sequence[Step]) -> tuple[Step, ...]:

@@ -1,17 +1,19 @@
-"""Fused networks as CUDA graphs, one for each input size and batch, and their replay."""
+"""Networks in memory as CUDA graphs, one for each input size and batch, and their replay."""
 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lgcnet_fast.deploy.arena import Schedule
+from lgcnet_fast.deploy.arena import STREAMS, Schedule
 from lgcnet_fast.deploy.fused import Call, FusedNetwork
 from lgcnet_fast.deploy.lower import lower
 from lgcnet_fast.deploy.operations import Size
@@ -24,7 +26,23 @@ MOST_REPLAYS = 8
 Key = tuple[int, int, int, bool]
 
 
-class FusedEngine:
+class NetworkInMemory(Protocol):
+    """For images of one size and number; `image` takes them, `calls` start its launches."""
+
+    image: Tensor
+    calls: tuple[Call, ...]
+    schedule: Schedule
+
+    @property
+    def size(self) -> Size: ...
+
+    def write_labels(self, labels: Tensor) -> None: ...
+
+
+Network = TypeVar("Network", bound=NetworkInMemory)
+
+
+class GraphEngine(ABC, Generic[Network]):
     """Label maps of batches of images, through plans that are made when a size is first seen.
 
     Threads may share it: one at a time hands its work to the GPU, and work on different CUDA
@@ -33,10 +51,15 @@ class FusedEngine:
     """
 
     def __init__(self, network: FoldedNetwork, device: torch.device, dtype: torch.dtype) -> None:
-        self._network, self._device = network, device
-        self._packing = Packing(device, dtype)
-        self._replays: OrderedDict[Key, Replay] = OrderedDict()
+        self._network, self._device, self._dtype = network, device, dtype
+        self._replays: OrderedDict[Key, Replay[Network]] = OrderedDict()
         self._lock = threading.Lock()
+        with self._on_device():
+            self._turns = Turns() if device.type == "cuda" else None
+
+    @abstractmethod
+    def _in_memory(self, size: Size, batch: int, pixels: torch.dtype) -> Network:
+        """pixels: dtype of the images."""
 
     def labels(self, pixels: Tensor, size: Size | None) -> Tensor:
         """uint8 (N, H, W, 3) on the device to uint8 (N, H, W); size: of the network's input."""
@@ -46,7 +69,7 @@ class FusedEngine:
                 return self._replay((batch, height, width, False)).labels_of(pixels)
             return self._replay((batch, *size, True)).labels_of_resized(pixels)
 
-    def fused(self, batch: int, size: Size) -> FusedNetwork:
+    def network(self, batch: int, size: Size) -> Network:
         """The network in memory for images of this size, which its replay uses too."""
         with self._lock, self._on_device():
             return self._replay((batch, *size, False)).network
@@ -55,7 +78,7 @@ class FusedEngine:
         """Kernels start on the current GPU."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
-    def _replay(self, key: Key) -> Replay:
+    def _replay(self, key: Key) -> Replay[Network]:
         if key in self._replays:
             self._replays.move_to_end(key)
             return self._replays[key]
@@ -68,30 +91,54 @@ class FusedEngine:
     # What is made here is written to later, maybe outside inference mode.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _made(self, key: Key) -> Replay:
+    def _made(self, key: Key) -> Replay[Network]:
         batch, height, width, is_resized = key
-        plan = lower(self._network, (height, width), batch, self._packing)
         pixels = torch.float32 if is_resized else torch.uint8
-        return Replay(FusedNetwork(plan, self._device, pixels), with_labels=not is_resized)
+        network = self._in_memory((height, width), batch, pixels)
+        return Replay(network, not is_resized, self._turns)
 
 
-class Replay:
-    """A fused network that runs as one CUDA graph, to the labels or only to the logits."""
+class FusedEngine(GraphEngine[FusedNetwork]):
+    """The fused plan."""
 
-    def __init__(self, network: FusedNetwork, with_labels: bool) -> None:
+    def __init__(self, network: FoldedNetwork, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(network, device, dtype)
+        self._packing = Packing(device, dtype)
+
+    def _in_memory(self, size: Size, batch: int, pixels: torch.dtype) -> FusedNetwork:
+        return FusedNetwork(lower(self._network, size, batch, self._packing), self._device, pixels)
+
+
+class Turns:
+    """What the graphs of an engine share, as only one of them runs at a time.
+
+    Memory for what calls allocate, which so does not grow with the sizes that come and go; the
+    streams beside the main one, as memory is kept by stream; the end of the work before.
+    """
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.sides = [torch.cuda.Stream() for _ in range(STREAMS - 1)]
+        self.done = torch.cuda.Event()
+
+
+class Replay(Generic[Network]):
+    """A network that runs as one CUDA graph, to the labels or only to the logits.
+
+    turns: of the engine, on a GPU.
+    """
+
+    def __init__(self, network: Network, with_labels: bool, turns: Turns | None) -> None:
         self.network = network
-        device = network.image.device
         self._labels = network.image.new_empty(network.image.shape[:3], dtype=torch.uint8)
         last = [lambda: network.write_labels(self._labels)] if with_labels else []
         self._run: Callable[[], None] = _one_after_another([*network.calls, *last])
-        self._done: torch.cuda.Event | None = None
-        if device.type == "cuda":
+        self._turns = turns
+        if turns is not None:
             # Compiles and loads the kernels, which a capture must not.
             self._run()
-            self._graph = _captured(network, last)
+            self._graph = _captured(network, last, turns)
             self._run = self._graph.replay
-            self._done = torch.cuda.Event()
-            self._done.record()
 
     def labels_of(self, pixels: Tensor) -> Tensor:
         """uint8 (N, H, W, 3) of the network's size to uint8 (N, H, W)."""
@@ -105,7 +152,7 @@ class Replay:
     def labels_of_resized(self, pixels: Tensor) -> Tensor:
         """uint8 (N, H, W, 3) of any size to uint8 (N, H, W); resized as `network_input` does."""
         floats = pixels.permute(0, 3, 1, 2).float()
-        resized = F.interpolate(floats, self.network.plan.size, mode="bilinear")
+        resized = F.interpolate(floats, self.network.size, mode="bilinear")
         self._wait()
         self.network.image.copy_(resized.permute(0, 2, 3, 1))
         self._run()
@@ -116,17 +163,17 @@ class Replay:
 
     def finish(self) -> None:
         """Waits until the GPU needs the maps and the graph no more."""
-        if self._done is not None:
-            self._done.synchronize()
+        if self._turns is not None:
+            self._turns.done.synchronize()
 
     def _wait(self) -> None:
-        """For earlier work in these maps, which may be on another stream."""
-        if self._done is not None:
-            self._done.wait()
+        """For earlier work of the engine, which may be on another stream."""
+        if self._turns is not None:
+            self._turns.done.wait()
 
     def _record(self) -> None:
-        if self._done is not None:
-            self._done.record()
+        if self._turns is not None:
+            self._turns.done.record()
 
 
 def _one_after_another(calls: Sequence[Call]) -> Call:
@@ -137,25 +184,27 @@ def _one_after_another(calls: Sequence[Call]) -> Call:
     return run
 
 
-def _captured(network: FusedNetwork, last: Sequence[Call]) -> torch.cuda.CUDAGraph:
+def _captured(network: NetworkInMemory, last: Sequence[Call], turns: Turns) -> torch.cuda.CUDAGraph:
     """The launches of a network as a graph in which independent ones overlap, then `last`."""
     torch.cuda.synchronize(network.image.device)
     graph = torch.cuda.CUDAGraph()
     # Other threads may go on using the GPU meanwhile.
     with (
         torch.cuda.device(network.image.device),
-        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+        torch.cuda.graph(graph, turns.pool, capture_error_mode="thread_local"),
     ):
-        _overlapping(network.calls, network.schedule)
+        _overlapping(network.calls, network.schedule, turns.sides)
         for call in last:
             call()
     return graph
 
 
-def _overlapping(calls: Sequence[Call], order: Schedule) -> None:
+def _overlapping(
+    calls: Sequence[Call], order: Schedule, sides: Sequence[torch.cuda.Stream]
+) -> None:
     """Each call on the stream of its launch; afterwards the current stream has waited for all."""
     current = torch.cuda.current_stream()
-    sides = [torch.cuda.Stream() for _ in range(max(order.streams))]
+    sides = sides[: max(order.streams)]
     streams = [current, *sides]
     for side in sides:
         side.wait_stream(current)

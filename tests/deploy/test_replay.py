@@ -150,7 +150,7 @@ def test_graph_and_single_launches_give_the_same_bits(blueprint: Blueprint, dtyp
     assert isinstance(engine.runner, FusedEngine)
     image = pixels(SIZE).cuda()[None]
     labels = engine.batch_labels(image)
-    network = engine.runner.fused(1, SIZE)
+    network = engine.runner.network(1, SIZE)
     logits = network.logits().clone()
     network.arena.fill_(255)
     network.image.copy_(image)
