@@ -12,12 +12,14 @@ import torch
 from lgcnet_fast.deploy import Segmenter, replay
 from lgcnet_fast.deploy.blueprint import Blueprint, run_blueprint
 from lgcnet_fast.deploy.engine import Engine, ReferenceEngine
-from lgcnet_fast.deploy.replay import FusedEngine
+from lgcnet_fast.deploy.replay import FusedEngine, GraphEngine
 from lgcnet_fast.errors import BackendError, DataError
 from lgcnet_fast.ops import use_backend
 from tests.deploy.run_folders import SIZE, make_run_folder
 from tests.deploy.test_segmenter import picture
 
+GRAPHS = ("triton", "cuda")
+"""Backends whose engines are CUDA graphs."""
 ROUNDING = 2e-3
 """Share of pixels whose two best classes are as good as equal."""
 
@@ -144,10 +146,13 @@ def test_a_named_backend_serves_or_raises(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", GRAPHS)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_graph_and_single_launches_give_the_same_bits(blueprint: Blueprint, dtype: str) -> None:
-    engine = Engine(blueprint, torch.device("cuda"), dtype, backend="triton")
-    assert isinstance(engine.runner, FusedEngine)
+def test_graph_and_single_launches_give_the_same_bits(
+    blueprint: Blueprint, dtype: str, backend: str
+) -> None:
+    engine = Engine(blueprint, torch.device("cuda"), dtype, backend)
+    assert isinstance(engine.runner, GraphEngine)
     image = pixels(SIZE).cuda()[None]
     labels = engine.batch_labels(image)
     network = engine.runner.network(1, SIZE)
@@ -161,25 +166,27 @@ def test_graph_and_single_launches_give_the_same_bits(blueprint: Blueprint, dtyp
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", GRAPHS)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_gpu_equals_the_reference_on_the_cpu(own_size: Blueprint, dtype: str) -> None:
-    fused = Engine(own_size, torch.device("cuda"), dtype, backend="triton")
+def test_gpu_equals_the_reference_on_the_cpu(own_size: Blueprint, dtype: str, backend: str) -> None:
+    engine = Engine(own_size, torch.device("cuda"), dtype, backend)
     reference = Engine(own_size, torch.device("cpu"))
     for size in ((193, 257), (97, 130), (360, 480), (1, 1)):
         image = pixels(size)
-        wrong = (fused.labels(image).cpu() != reference.labels(image)).float().mean()
+        wrong = (engine.labels(image).cpu() != reference.labels(image)).float().mean()
         assert wrong <= (ROUNDING if dtype == "fp32" else 0.05), size
 
 
 @pytest.mark.gpu
-def test_frames_through_the_graph(blueprint: Blueprint) -> None:
-    check_stream(Engine(blueprint, torch.device("cuda"), "fp16", backend="triton"))
+@pytest.mark.parametrize("backend", GRAPHS)
+def test_frames_through_the_graph(blueprint: Blueprint, backend: str) -> None:
+    check_stream(Engine(blueprint, torch.device("cuda"), "fp16", backend))
 
 
 @pytest.mark.gpu
-def test_threads_on_streams_of_their_own(own_size: Blueprint) -> None:
-    device = torch.device("cuda")
-    engine = Engine(own_size, device, "fp16", backend="triton")
+@pytest.mark.parametrize("backend", GRAPHS)
+def test_threads_on_streams_of_their_own(own_size: Blueprint, backend: str) -> None:
+    engine = Engine(own_size, torch.device("cuda"), "fp16", backend)
     sizes = [(97, 129), (65, 97), (97, 129), (33, 200)]
     images = [pixels(sizes[i % 4], seed=i).cuda() for i in range(24)]
     expected = [engine.labels(image) for image in images]
@@ -198,8 +205,9 @@ def test_threads_on_streams_of_their_own(own_size: Blueprint) -> None:
 
 
 @pytest.mark.gpu
-def test_memory_stays_where_sizes_change(own_size: Blueprint) -> None:
-    engine = Engine(own_size, torch.device("cuda"), "fp16", backend="triton")
+@pytest.mark.parametrize("backend", GRAPHS)
+def test_memory_stays_where_sizes_change(own_size: Blueprint, backend: str) -> None:
+    engine = Engine(own_size, torch.device("cuda"), "fp16", backend)
     sizes = [(33 + 16 * i, 65 + 16 * i) for i in range(2 * replay.MOST_REPLAYS)]
 
     def serve() -> int:

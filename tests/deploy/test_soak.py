@@ -28,7 +28,10 @@ def memory_mb() -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "backend",
+    ["auto", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda"))],
+)
 def test_memory_stays_and_no_label_map_is_wrong(run_folder: Path, backend: str) -> None:
     segmenter = Segmenter.load(run_folder, backend=backend)
     expected = [segmenter(image) for image in IMAGES]
