@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lgcnet_fast.nn.mixed import MixedOp, Terms, edge_terms, node_sum
 from lgcnet_fast.nn.operations import CELL_OPS, cell_operation
-from lgcnet_fast.nn.primitives import FactorizedReduce, ReLUConvBN
+from lgcnet_fast.nn.primitives import FactorizedReduce, ReLUConvBN, Source
 
 CELL_NODES = ("i1", "i2", "x1", "x2")
 """i1 is the output of cell k - 2, i2 that of cell k - 1; the cell's output is concat(x1, x2)."""
@@ -64,20 +64,19 @@ class SearchCell(Cell):
 
     def forward(self, s0: Tensor, s1: Tensor, z: Tensor) -> Tensor:
         """s0: output of cell k - 2, s1: of cell k - 1; z: (5, 8). Returns (N, 2C, H', W')."""
-        terms = self._leave("i1", self.preprocess0(s0)) | self._leave("i2", self.preprocess1(s1))
-        outputs = []
-        rows = z.split([len(edges) for edges in _EDGES_INTO.values()])
-        for (node, edges), weights in zip(_EDGES_INTO.items(), rows, strict=True):
-            x = node_sum([terms[edge] for edge in edges], weights)
-            terms |= self._leave(node, x)
-            outputs.append(x)
-        return torch.cat(outputs, dim=1)
+        terms = self._leave("i1", Source(self.preprocess0(s0)))
+        terms |= self._leave("i2", Source(self.preprocess1(s1)))
+        rows1, rows2 = z.split([len(edges) for edges in _EDGES_INTO.values()])
+        x1 = Source(node_sum([terms[edge] for edge in _EDGES_INTO["x1"]], rows1))
+        terms |= self._leave("x1", x1)
+        x2 = node_sum([terms[edge] for edge in _EDGES_INTO["x2"]], rows2)
+        return torch.cat((x1.plain(), x2), dim=1)
 
-    def _leave(self, node: str, x: Tensor) -> dict[int, Terms]:
-        """What the edges that leave a node bring to their ends, by edge; x: the node's map."""
+    def _leave(self, node: str, source: Source) -> dict[int, Terms]:
+        """What the edges that leave a node bring to their ends, by edge; source: its map."""
         edges = _EDGES_FROM[node]
         mixed = [cast(MixedOp, self.edges[edge]) for edge in edges]
-        return dict(zip(edges, edge_terms(mixed, x), strict=True))
+        return dict(zip(edges, edge_terms(mixed, source), strict=True))
 
 
 class DerivedCell(Cell):

@@ -44,7 +44,7 @@ class MixedOp(nn.Module):
 
     def forward(self, weights: Tensor, x: Tensor, *inputs: object) -> Tensor:
         """weights: (options,), one row of Z; x, inputs: what the candidates take."""
-        return node_sum(edge_terms([self], x, *inputs), weights[None])
+        return node_sum(edge_terms([self], Source(x), *inputs), weights[None])
 
     def runs(self) -> Iterator[list[nn.Module]]:
         """The candidates, those of a stack together."""
@@ -62,7 +62,7 @@ class MixedOp(nn.Module):
             elif isinstance(run[0], SeparablePair):
                 maps += run[0].raw(next(stacks))
             elif isinstance(run[0], nn.Identity):
-                maps.append(source.x)
+                maps.append(source.plain())
             else:
                 raw = cast(Callable[..., Tensor], run[0].raw)
                 maps.append(raw(source, *inputs))
@@ -77,11 +77,10 @@ class MixedOp(nn.Module):
                 yield cast(list[DepthwiseSeparable], run)
 
 
-def edge_terms(edges: Sequence[MixedOp], x: Tensor, *inputs: object) -> list[Terms]:
-    """The terms of all edges that leave a node, which have the same candidates; x: its map."""
-    source = Source(x)
+def edge_terms(edges: Sequence[MixedOp], source: Source, *inputs: object) -> list[Terms]:
+    """The terms of all edges that leave a node, which have the same candidates; source: its map."""
     runs = [list(edge.separable_runs()) for edge in edges]
-    stacks = iter(_raw_stacks(runs, x) if any(runs) else ())
+    stacks = iter(_raw_stacks(runs, source.plain()) if any(runs) else ())
     return [edge.terms(source, stacks, *inputs) for edge in edges]
 
 

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from lgcnet_fast.ops import (
     Recomputable,
-    Rectified,
     max_pool,
     normalised,
+    readers,
     recomputable,
     recomputes,
     separable_branches,
@@ -32,11 +32,18 @@ class Source:
     """A map that candidates read, with what several of them need of it, computed once."""
 
     def __init__(self, x: Tensor) -> None:
-        self.x = x
-        self.rectified = Rectified(x)
-        """Applies a function to the ReLU that convolutions begin with."""
+        self.size = (x.shape[-2], x.shape[-1])
+        self._readers = readers(x)
         self.recomputable: list[Recomputable] = []
         """Raw maps that a node need not keep."""
+
+    def plain(self) -> Tensor:
+        """The map, for one more reader."""
+        return self._readers.plain()
+
+    def rectified(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """A function of the ReLU that convolutions begin with."""
+        return self._readers.rectified(function)
 
     def cheap(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x), a raw map that is cheaper to compute again than to keep."""
@@ -105,7 +112,7 @@ class PoolBN(nn.Sequential):
     def raw(self, source: Source) -> Tensor:
         if self.stride not in source.pooled:
             source.pooled[self.stride] = source.cheap(
-                partial(max_pool, stride=self.stride), source.x
+                partial(max_pool, stride=self.stride), source.plain()
             )
         return source.pooled[self.stride]
 
@@ -217,9 +224,8 @@ class GlobalPool(nn.Module):
         self.norm = nn.BatchNorm2d(c_out, affine=affine)
 
     def raw(self, source: Source) -> Tensor:
-        height, width = source.x.shape[-2:]
         pooled = source.rectified(self.pool)
-        return source.cheap(partial(upsample, size=(height, width)), self.conv(pooled))
+        return source.cheap(partial(upsample, size=source.size), self.conv(pooled))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.raw(Source(x)))
@@ -231,7 +237,7 @@ class Interpolate(nn.Module):
     norm = None
 
     def raw(self, source: Source, size: tuple[int, int]) -> Tensor:
-        return source.cheap(partial(upsample, size=size), source.x)
+        return source.cheap(partial(upsample, size=size), source.plain())
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return upsample(x, size)

@@ -6,20 +6,15 @@ from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.max_pool import max_pool
 from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, normalised
 from lgcnet_fast.ops.mixed_sum import mixed_sum
-from lgcnet_fast.ops.recompute import (
-    Recomputable,
-    Rectified,
-    recomputable,
-    recomputed,
-    recomputes,
-)
+from lgcnet_fast.ops.readers import Readers, readers
+from lgcnet_fast.ops.recompute import Recomputable, recomputable, recomputed, recomputes
 from lgcnet_fast.ops.running_statistics import gathered_running_statistics
 from lgcnet_fast.ops.separable_branches import separable_branches
 from lgcnet_fast.ops.upsample_loss import upsample_argmax, upsample_cross_entropy, upsample_ohem
 
 __all__ = [
+    "Readers",
     "Recomputable",
-    "Rectified",
     "concat_upsample",
     "explain",
     "gathered_running_statistics",
@@ -27,6 +22,7 @@ __all__ = [
     "mixed_norm_sum",
     "mixed_sum",
     "normalised",
+    "readers",
     "recomputable",
     "recomputed",
     "recomputes",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
 
 from lgcnet_fast.ops.backend import Implementation, Operation
 
@@ -47,38 +46,6 @@ def _identity(x: Tensor) -> tuple[Any, ...]:
     return x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()
 
 
-class Rectified:
-    """relu(x) for several functions, computed once.
-
-    The fused form keeps x for the backward pass, which others keep too, and rectifies it again for
-    every function; the reference keeps relu(x).
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-        self._recomputes = recomputes(x)
-
-    def __call__(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """function(relu(x))."""
-        if not self._recomputes:
-            return function(self._value)
-        with recomputed((self._value, self._again)):
-            return function(self._value)
-
-    @cached_property
-    def _value(self) -> Tensor:
-        if not self._recomputes:
-            return F.relu(self.x)
-        again = self._again
-        with saved_tensors_hooks(lambda kept: None, lambda kept: again()):
-            return F.relu(self.x)
-
-    @property
-    def _again(self) -> Callable[[], Tensor]:
-        x = self.x.detach()
-        return lambda: F.relu(x)
-
-
 def recomputes(x: Tensor) -> bool:
     """Whether maps like x are computed again rather than kept: not by the reference."""
     chosen: bool = _recomputes(x)
@@ -87,5 +54,5 @@ def recomputes(x: Tensor) -> bool:
 
 _form = Implementation(lambda x: True, lambda x: None)
 _recomputes = Operation(
-    "rectified", lambda x: False, triton=_form, cuda=_form, tuned_as="separable_branches"
+    "recomputes", lambda x: False, triton=_form, cuda=_form, tuned_as="separable_branches"
 )

@@ -31,6 +31,7 @@ from lgcnet_fast.kernels import (
     depthwise_backward,
     depthwise_input_grad,
     depthwise_weight_grad,
+    gradient_sum,
     max_pool,
     mixed_sum,
     mixed_sum_backward,
@@ -39,7 +40,7 @@ from lgcnet_fast.kernels import (
 )
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-BRANCHES, PLAIN = 18, 3
+BRANCHES, PLAIN, READERS = 18, 3, 8
 MAPS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "g_ptr", "out_ptr"}
 MAPS |= {f"x{index}_ptr" for index in range(4)}
 LISTS = {
@@ -48,6 +49,7 @@ LISTS = {
     "x_ptrs": PLAIN,
     "dx_ptrs": PLAIN,
     "map_ptrs": BRANCHES + PLAIN,
+    "g_ptrs": READERS,
 }
 OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 SCALARS = {"packed_dilations": "i64", "eps": "fp32"}
@@ -77,6 +79,8 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield mixed_sum_backward._gradient_sums_kernel, counts | reducing, 8
     yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming, 4
     yield common._sum_rows_kernel, {"BLOCK_ROWS": 256, "BLOCK_COLUMNS": 8}, 4
+    readers = {"K": READERS, "RELU": True, "ACC": tl.float32, "BLOCK": gradient_sum.BLOCK}
+    yield gradient_sum._gradient_sum_kernel, readers, gradient_sum.WARPS
     tile = {"ACC": tl.float32, "BLOCK_P": 8, "BLOCK_C": 64, "ROWS": 8}
     for stride in (1, 2):
         yield max_pool._forward_kernel, tile | {"STRIDE": stride}, 4

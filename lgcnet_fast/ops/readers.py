@@ -1,0 +1,130 @@
+"""A map that several operations read: its gradients are summed in one launch.
+
+Autograd adds the gradients that meet at a map pair by pair, and masks those that come through a
+ReLU by another launch. The fused form hands every reader its own alias of the map, so that all
+gradients arrive together: `lgcnet_fast::gradient_sum`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.nn import functional as F
+
+from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
+from lgcnet_fast.ops.recompute import recomputed
+
+AT_ONCE = 8
+"""Readers whose gradients are summed together; one that gives no gradient costs nothing."""
+
+
+class Readers:
+    """Hands out x and relu(x), which is computed once: the plain form, which keeps relu(x)."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def plain(self) -> Tensor:
+        """x, for one reader."""
+        return self.x
+
+    def rectified(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """function(relu(x))."""
+        return function(self._relu)
+
+    @cached_property
+    def _relu(self) -> Tensor:
+        return F.relu(self.x)
+
+
+class SummedReaders(Readers):
+    """The fused form: keeps x, which others keep too, and rectifies it again for every function.
+
+    The readers of relu(x) together are one reader of x, so that few gradients are in memory at
+    once.
+    """
+
+    def __init__(self, backend: str, x: Tensor) -> None:
+        super().__init__(x)
+        self._backend = backend
+        self._plain: list[Tensor] = []
+        self._rectified: list[Tensor] = []
+
+    def plain(self) -> Tensor:
+        if not self._plain:
+            self._plain += _FanOut.apply(self.x, False, self._backend)
+        return self._plain.pop()
+
+    def rectified(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        if not self._rectified:
+            self._rectified += _FanOut.apply(self.plain(), True, self._backend)
+        value = self._rectified.pop()
+        with recomputed((value, partial(F.relu, self.x.detach()))):
+            return function(value)
+
+
+class _FanOut(torch.autograd.Function):
+    """AT_ONCE aliases of x, or of relu(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, relu: bool, backend: str) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x)
+        ctx.relu, ctx.backend = relu, backend
+        ctx.set_materialize_grads(False)
+        value = F.relu(x) if relu else x
+        return tuple(value.detach() for _ in range(AT_ONCE))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        arrived = [g for g in gradients if g is not None]
+        if len(arrived) == 1 and not ctx.relu:
+            return arrived[0], None, None
+        arrived = [nhwc(g) for g in arrived]
+        return _gradient_sum(arrived, nhwc(x), ctx.relu, ctx.backend), None, None
+
+
+@custom_op("lgcnet_fast::gradient_sum", mutates_args=())
+def _gradient_sum(gradients: list[Tensor], x: Tensor, relu: bool, backend: str) -> Tensor:
+    """Gradient of x from those of its readers or, with `relu`, of the readers of relu(x)."""
+    if backend == "cuda":
+        return _pairwise_sum(gradients, x, relu)
+    from lgcnet_fast.kernels.gradient_sum import gradient_sum
+
+    return gradient_sum(gradients, x, relu)
+
+
+@_gradient_sum.register_fake
+def _(gradients: list[Tensor], x: Tensor, relu: bool, backend: str) -> Tensor:
+    return empty_nhwc(x, x.shape)
+
+
+def _pairwise_sum(gradients: Sequence[Tensor], x: Tensor, relu: bool) -> Tensor:
+    """By PyTorch's own kernels: the extension has none for it."""
+    total = gradients[0].clone() if len(gradients) == 1 else gradients[0] + gradients[1]
+    for g in gradients[2:]:
+        total += g
+    return torch.ops.aten.threshold_backward(total, x, 0) if relu else total
+
+
+def readers(x: Tensor) -> Readers:
+    """The readers of a map x: (N, C, H, W)."""
+    chosen: Readers = _readers(x)
+    return chosen
+
+
+_readers = Operation(
+    "readers",
+    Readers,
+    **{
+        backend: Implementation(partial(SummedReaders, backend), partial(dtype_refusal, "x"))
+        for backend in ("triton", "cuda")
+    },
+    tuned_as="separable_branches",
+)
