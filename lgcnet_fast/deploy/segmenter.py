@@ -46,8 +46,8 @@ class Segmenter:
     ) -> Segmenter:
         """From the folder of a finetuned run, or from a file of `save`.
 
-        device: auto, cpu, cuda or cuda:N; dtype: fp32, fp16 or bf16; backend: auto, triton or
-        reference. Raises `RunError` or `EngineError` for what is wrong with the path,
+        device: auto, cpu, cuda or cuda:N; dtype: fp32, fp16 or bf16; backend: auto, triton, cuda
+        or reference. Raises `RunError` or `EngineError` for what is wrong with the path,
         `DeviceError` with the device, `BackendError` where a named backend cannot serve.
         """
         path = Path(path)

@@ -24,6 +24,7 @@ from lgcnet_fast.space.genotype import load_genotype
 from lgcnet_fast.space.registry import make_space
 from tests.deploy.networks import genotype_of, small_space, sparse_genotype, trained
 from tests.deploy.test_arena import check
+from tests.native.truth import poisoned_memory
 
 SHORT = {"cells": 3, "reductions": [1, 2]}
 CPU = torch.device("cpu")
@@ -59,7 +60,8 @@ def assert_equal(
     # All bits set is NaN in every dtype.
     native.arena.fill_(255)
     native.image.copy_(image)
-    native.run()
+    with poisoned_memory():
+        native.run()
     labels = torch.full((batch, *size), 255, dtype=torch.uint8)
     native.write_labels(labels)
     expected = network(network_input(image, None))
