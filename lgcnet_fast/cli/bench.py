@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lgcnet_fast.cli.console import console
 from lgcnet_fast.cli.counting import counting
-from lgcnet_fast.cli.options import DeviceName, DtypeName, parse_size
+from lgcnet_fast.cli.options import BackendName, DeviceName, DtypeName, parse_size
 from lgcnet_fast.files import replacing
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 RUNTIMES = ("eager", "graph", "compile", "compile+graph", "deploy")
 LAYOUTS = ("nchw", "nhwc")
 COPIES = ("none", "in", "out", "both")
-BACKENDS = ("auto", "triton", "cuda", "reference")
-"""As in benchmark.harness, .plain, .case and ops, which cannot be imported here without torch."""
+"""As in benchmark.harness, .plain and .case, which cannot be imported here without torch."""
 PAPER_SIZE = (769, 1537)
 
 
@@ -65,14 +64,7 @@ def bench(
             help="Of plain PyTorch; repeatable.  [default: both]",
         ),
     ] = None,
-    backend: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(BACKENDS),
-            autocompletion=lambda: list(BACKENDS),
-            help="Kernels of deployed engines.",
-        ),
-    ] = "auto",
+    backend: BackendName = "auto",
     upsample: Annotated[
         bool,
         typer.Option("--upsample/--logits", help="End with labels at full size, or with logits."),

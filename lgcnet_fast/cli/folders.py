@@ -21,7 +21,7 @@ def open_runs(folder: Path) -> list[Run]:
     return [Run.open(path) for path in seed_folders(folder)]
 
 
-def read_run(folder: Path, device: str | None) -> Run:
+def read_run(folder: Path, device: str | None, backend: str) -> Run:
     """The run in `folder`, to predict with. Raises `RunError` if it holds several seeds."""
     seeds = seed_folders(folder)
-    return Run.read(seeds[0] if len(seeds) == 1 else folder, device)
+    return Run.read(seeds[0] if len(seeds) == 1 else folder, device, backend)

@@ -48,6 +48,16 @@ DtypeName = Annotated[
         help="Numbers that networks compute with.",
     ),
 ]
+BACKENDS = ("auto", "triton", "cuda", "reference")
+"""As in ops.backend, which cannot be imported here without torch."""
+BackendName = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(BACKENDS),
+        autocompletion=lambda: list(BACKENDS),
+        help="Kernels of deployed engines.",
+    ),
+]
 DeviceName = Annotated[
     str, typer.Option(metavar="auto|cpu|cuda:N", help="auto: the first GPU, else the CPU.")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lgcnet_fast.cli.counting import counting
-from lgcnet_fast.cli.options import RunFolder
+from lgcnet_fast.cli.options import DTYPES, BackendName, RunFolder
 
 FORMATS = ("pictures", "cityscapes")
 """As train.predict.FORMATS, which cannot be imported here without torch."""
@@ -30,6 +30,15 @@ def predict(
     device: Annotated[
         str | None, typer.Option(metavar="auto|cpu|cuda:N", help="[default: the run's]")
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(DTYPES),
+            autocompletion=lambda: list(DTYPES),
+            help="Numbers that the network computes with.  [default: the run's precision]",
+        ),
+    ] = None,
+    backend: BackendName = "auto",
 ) -> None:
     """Segment an image, all images below a folder, or a video with a trained run.
 
@@ -40,9 +49,10 @@ def predict(
         lgcnet predict runs/city/seed-0 leftImg8bit/test --out upload --format cityscapes
     """
     from lgcnet_fast.cli.folders import read_run
-    from lgcnet_fast.train import predict as prediction
+    from lgcnet_fast.train.predict import predict as predict_all
+    from lgcnet_fast.train.predictor import Predictor
 
-    predictor = prediction.Predictor.open(read_run(folder, device))
+    predictor = Predictor.open(read_run(folder, device, backend), dtype)
     with counting("predict") as progress:
-        done = prediction.predict(predictor, source, out, form, progress)
+        done = predict_all(predictor, source, out, form, progress)
     typer.echo(f"{done} predicted: {out}")

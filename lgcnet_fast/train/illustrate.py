@@ -8,8 +8,8 @@ from lgcnet_fast.data.dataset import image_and_label
 from lgcnet_fast.report.curves import draw_curves
 from lgcnet_fast.report.pictures import contact_sheet, save_picture
 from lgcnet_fast.train.metrics import read_metrics
-from lgcnet_fast.train.predict import Predictor
 from lgcnet_fast.train.predict_files import save_pictures
+from lgcnet_fast.train.predictor import UnfoldedEngine
 from lgcnet_fast.train.run import Run
 
 SAMPLES = 6
@@ -21,13 +21,13 @@ TRAINED_STAGES = ("search", "pretrain", "finetune")
 def illustrate(run: Run) -> Path:
     """Fills RUN/predictions with samples and a contact sheet, whose path is returned, and draws
     RUN/curves.png. Raises `RunError` if the run has no trained network."""
-    predictor = Predictor.open(run)
+    engine = UnfoldedEngine.open(run)
     dataset = run.dataset(run.config.data.val_split)
     count = min(SAMPLES, len(dataset))
     folder, rows = run.folder / "predictions", []
     for index in (place * len(dataset) // count for place in range(count)):
         image, label = image_and_label(dataset, index)
-        prediction = predictor.labels(image)
+        [prediction] = engine.stream([image])
         save_pictures(folder, dataset.stem(index), image, prediction, run.classes)
         rows.append((dataset.stem(index), image, (label, prediction)))
     sheet = folder / "contact_sheet.png"

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from lgcnet_fast.config import Size
-from lgcnet_fast.data.classes import CITYSCAPES, ClassSet
+from lgcnet_fast.data.classes import CITYSCAPES
 from lgcnet_fast.data.image_io import read_image
-from lgcnet_fast.data.normalise import network_input
-from lgcnet_fast.deploy.argmax import argmax_labels
 from lgcnet_fast.errors import ConfigError, DataError
-from lgcnet_fast.report.pictures import RGB, Labels, colourise, overlay, side_by_side
+from lgcnet_fast.report.pictures import RGB, colourise, overlay, side_by_side
 from lgcnet_fast.report.video import VIDEO_EXTENSIONS, VideoWriter, frame_rate, read_frames
-from lgcnet_fast.train.precision import Precision, placed
 from lgcnet_fast.train.predict_files import (
     InputImage,
     cityscapes_names,
@@ -26,36 +19,11 @@ from lgcnet_fast.train.predict_files import (
     save_labels,
     save_pictures,
 )
-from lgcnet_fast.train.run import Run
+from lgcnet_fast.train.predictor import Predictor
 
 FORMATS = ("pictures", "cityscapes")
 Progress = Callable[[int, int | None], None]
 """Called with the images or frames done and their total, None where unknown."""
-
-
-class Predictor:
-    """A trained network with its classes and input size."""
-
-    def __init__(
-        self, network: nn.Module, classes: ClassSet, size: Size | None, precision: Precision
-    ) -> None:
-        self.network = placed(network, precision.device).eval()
-        self.classes, self.size, self.precision = classes, size, precision
-
-    @classmethod
-    def open(cls, run: Run) -> Predictor:
-        """Raises `RunError` if the run has no trained network."""
-        precision = Precision(run.precision, run.device)
-        return cls(run.trained_network(), run.classes, run.config.evaluate.size, precision)
-
-    @torch.inference_mode()
-    def labels(self, image: RGB) -> Labels:
-        """Train ids uint8 (H, W) for RGB uint8 (H, W, 3), at the image's own resolution."""
-        height, width = image.shape[:2]
-        pixels = torch.from_numpy(image)[None].to(self.precision.device)
-        with self.precision.autocast():
-            logits = self.network(network_input(pixels, self.size))
-        return argmax_labels(logits.float(), (height, width))[0].cpu().numpy()
 
 
 def predict(predictor: Predictor, source: Path, out: Path, form: str, progress: Progress) -> int:
@@ -89,13 +57,11 @@ def _predict_images(
     form: str,
     progress: Progress,
 ) -> int:
-    faults = []
-    for done, item in enumerate(images, start=1):
-        try:
-            image = read_image(item.path)
-            labels = _labels(predictor, image, item.path)
-        except DataError as error:
-            faults.append(str(error))
+    faults: list[str] = []
+    readable = _readable(images, faults)
+    for (done, item), image, labels in predictor.labelled(readable):
+        if labels is None:
+            faults.append(str(_too_large(item.path, image)))
             continue
         if form == "cityscapes":
             save_label_ids(out, item.name, labels, predictor.classes)
@@ -110,6 +76,19 @@ def _predict_images(
     return len(images)
 
 
+def _readable(
+    images: Sequence[InputImage], faults: list[str]
+) -> Iterator[tuple[tuple[int, InputImage], RGB]]:
+    """The images that can be read, with their place among all; the others go to `faults`."""
+    for place, item in enumerate(images, start=1):
+        try:
+            image = read_image(item.path)
+        except DataError as error:
+            faults.append(str(error))
+            continue
+        yield (place, item), image
+
+
 def _predict_video(predictor: Predictor, source: Path, out: Path, progress: Progress) -> int:
     """NAME_overlay.mp4, NAME_side_by_side.mp4 and NAME_labels/, one PNG a frame."""
     refuse_between_inputs(source, out)
@@ -120,8 +99,10 @@ def _predict_video(predictor: Predictor, source: Path, out: Path, progress: Prog
         VideoWriter(out / f"{source.stem}_overlay.mp4", rate) as overlays,
         VideoWriter(out / f"{source.stem}_side_by_side.mp4", rate) as pairs,
     ):
-        for done, image in enumerate(read_frames(source), start=1):
-            labels = _labels(predictor, image, source)
+        frames = enumerate(read_frames(source), start=1)
+        for done, image, labels in predictor.labelled(frames):
+            if labels is None:
+                raise _too_large(source, image)
             overlays.write(overlay(image, labels, classes))
             pairs.write(side_by_side([image, colourise(labels, classes)]))
             save_labels(labels_folder / f"{done - 1:06}.png", labels, classes)
@@ -131,12 +112,9 @@ def _predict_video(predictor: Predictor, source: Path, out: Path, progress: Prog
     return done
 
 
-def _labels(predictor: Predictor, image: RGB, path: Path) -> Labels:
-    try:
-        return predictor.labels(image)
-    except torch.OutOfMemoryError:
-        height, width = image.shape[:2]
-        raise DataError(
-            f"{path}: {height}x{width} pixels (height x width) do not fit in the device's memory; "
-            "reduce the image, or train with evaluate.size set"
-        ) from None
+def _too_large(path: Path, image: RGB) -> DataError:
+    height, width = image.shape[:2]
+    return DataError(
+        f"{path}: {height}x{width} pixels (height x width) do not fit in the device's memory; "
+        "reduce the image, or train with evaluate.size set"
+    )

@@ -88,12 +88,13 @@ class Run:
         return cls(folder, config, config.seeds[0])
 
     @classmethod
-    def read(cls, folder: Path, device: str | None = None) -> Run:
+    def read(cls, folder: Path, device: str | None = None, backend: str = "auto") -> Run:
         """A finished run to predict with, on `device` or on that of its configuration.
 
-        The backend that trained it may not exist here; `auto` chooses.
+        The backend that trained it may not exist here.
         """
-        config = read_config(folder).model_copy(update={"backend": "auto", "strict_backend": False})
+        config = read_config(folder)
+        config = config.model_copy(update={"backend": backend, "strict_backend": False})
         if device is not None:
             config = config.model_copy(update={"device": device})
         return cls(folder, config, config.seeds[0], only_reading=True)
@@ -146,10 +147,13 @@ class Run:
         return read_genotype(self.folder)
 
     def trained_network(self) -> nn.Module:
-        """The derived network with its finetuned weights, on the CPU. Raises `RunError`."""
+        """The derived network with its finetuned weights, on the CPU, in eval mode.
+
+        Raises `RunError` if there is none.
+        """
         network = self.space.build(self.genotype(), self.num_classes)
         load_weights(network, self.weights_path("finetune"))
-        return network
+        return network.eval()
 
     # -- stages -----------------------------------------------------------------------------
 

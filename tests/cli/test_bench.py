@@ -10,6 +10,7 @@ from PIL import Image
 
 from lgcnet_fast.benchmark import harness
 from lgcnet_fast.cli import bench as command
+from lgcnet_fast.cli import options
 from lgcnet_fast.latency.timing import Protocol
 from tests.cli.conftest import call_well, refusal
 
@@ -111,4 +112,4 @@ def test_the_help_names_what_there_is() -> None:
 
     assert command.RUNTIMES == harness.RUNTIMES and command.LAYOUTS == plain.LAYOUTS
     assert command.COPIES == case.COPIES
-    assert command.BACKENDS == ("auto", *backend.BACKENDS)
+    assert options.BACKENDS == ("auto", *backend.BACKENDS)

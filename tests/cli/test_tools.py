@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lgcnet_fast.ops.backend import set_backend
 from tests.cli.conftest import call, call_well, refusal
 
 
@@ -86,6 +88,24 @@ def test_predict_mistakes(finished_run: Path, photos: Path, tmp_path: Path) -> N
     assert "another output" in refusal("predict", finished_run, photos, "--out", photos)
     (photos / "bad.png").write_bytes(b"bad")
     assert "bad.png" in refusal("predict", finished_run, photos / "bad.png", *out)
+
+
+@pytest.fixture
+def backend_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    yield
+    set_backend("auto")
+
+
+@pytest.mark.usefixtures("backend_restored")
+def test_predict_with_another_dtype_and_backend(
+    finished_run: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = ("--out", tmp_path / "out", "--device", "cpu")
+    call_well("predict", finished_run, photos, *out, "--dtype", "bf16", "--backend", "reference")
+    assert "--dtype int8" in refusal("predict", finished_run, photos, *out, "--dtype", "int8")
+    for backend, message in (("triton", "cannot serve here"), ("cudnn", "unknown backend")):
+        assert message in refusal("predict", finished_run, photos, *out, "--backend", backend)
 
 
 def test_predict_before_training_names_the_stage(config: Path, photos: Path) -> None:

@@ -17,7 +17,7 @@ from lgcnet_fast.deploy import Segmenter, argmax
 from lgcnet_fast.deploy.argmax import argmax_labels
 from lgcnet_fast.errors import ConfigError, DataError, DeviceError, UserError
 from lgcnet_fast.ops import upsample_argmax
-from lgcnet_fast.train.predict import Predictor
+from lgcnet_fast.train.predictor import UnfoldedEngine
 from lgcnet_fast.train.run import Run
 from tests.deploy.run_folders import SIZE, make_run_folder
 
@@ -35,9 +35,11 @@ def picture(size: tuple[int, int], seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_labels_are_those_of_predict(run_folder: Path, segmenter: Segmenter, size) -> None:
+def test_labels_are_those_of_the_unfolded_network(
+    run_folder: Path, segmenter: Segmenter, size
+) -> None:
     image = picture(size)
-    expected = Predictor.open(Run.read(run_folder)).labels(image)
+    [expected] = UnfoldedEngine.open(Run.read(run_folder)).stream([image])
     labels = segmenter(image)
     assert labels.dtype == np.uint8 and labels.shape == size
     # Folding rounds differently; a tie between two classes may fall the other way.
@@ -55,7 +57,7 @@ def test_a_run_at_the_size_of_each_image(tmp_path: Path) -> None:
     folder = make_run_folder(tmp_path / "run", size="image")
     segmenter = Segmenter.load(folder, device="cpu")
     assert segmenter.size is None
-    expected = Predictor.open(Run.read(folder)).labels(picture((49, 70)))
+    [expected] = UnfoldedEngine.open(Run.read(folder)).stream([picture((49, 70))])
     assert (segmenter(picture((49, 70))) != expected).mean() < 1e-3
     with pytest.raises(ConfigError, match="strict_size"):
         Segmenter.load(folder, device="cpu", strict_size=True)

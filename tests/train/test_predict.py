@@ -1,4 +1,4 @@
-"""Prediction: sizes, odd inputs, output files and their safety, the Cityscapes naming, videos."""
+"""Prediction: odd inputs, output files and their safety, the Cityscapes naming, videos."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lgcnet_fast.data.classes import CAMVID, CITYSCAPES
+from lgcnet_fast.data.classes import CAMVID, CITYSCAPES, ClassSet
 from lgcnet_fast.errors import ConfigError, DataError
 from lgcnet_fast.train.precision import Precision
-from lgcnet_fast.train.predict import Predictor, predict
+from lgcnet_fast.train.predict import predict
+from lgcnet_fast.train.predictor import Predictor, UnfoldedEngine
 
 
 class BrightnessNetwork(nn.Module):
@@ -25,7 +26,6 @@ class BrightnessNetwork(nn.Module):
     output_stride = 4
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen = tuple(x.shape)
         height, width = (-(-side // 4) for side in x.shape[-2:])
         bright = F.interpolate(x.mean(1, keepdim=True), (height, width))
         logits = torch.full((len(x), 19, height, width), -9.0)
@@ -33,14 +33,13 @@ class BrightnessNetwork(nn.Module):
         return logits
 
 
-def make_predictor(size: tuple[int, int] | None = None, **changes: object) -> Predictor:
-    arguments = {
-        "network": BrightnessNetwork(),
-        "classes": CITYSCAPES,
-        "size": size,
-        "precision": Precision("fp32", torch.device("cpu")),
-    }
-    return Predictor(**(arguments | changes))
+def make_predictor(
+    size: tuple[int, int] | None = None,
+    network: nn.Module | None = None,
+    classes: ClassSet = CITYSCAPES,
+) -> Predictor:
+    precision = Precision("fp32", torch.device("cpu"))
+    return Predictor(UnfoldedEngine(network or BrightnessNetwork(), size, precision), classes)
 
 
 def save(path: Path, size: tuple[int, int] = (24, 40), mode: str = "RGB") -> Path:
@@ -63,34 +62,6 @@ def files(folder: Path) -> set[str]:
 def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image)
-
-
-# -- networks and sizes ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("own", [(24, 40), (1, 1), (3, 500), (37, 61)])
-@pytest.mark.parametrize("size", [None, (17, 33)])
-def test_labels_have_the_size_of_the_image(
-    own: tuple[int, int], size: tuple[int, int] | None
-) -> None:
-    predictor = make_predictor(size)
-    labels = predictor.labels(np.zeros((*own, 3), np.uint8))
-    assert labels.shape == own and labels.dtype == np.uint8
-    assert predictor.network.seen == (1, 3, *(size or own))
-
-
-def test_the_network_is_in_eval_mode() -> None:
-    assert not make_predictor().network.training
-
-
-def test_out_of_memory_names_the_image(tmp_path: Path) -> None:
-    class Exhausted(BrightnessNetwork):
-        def forward(self, x: Tensor) -> Tensor:
-            raise torch.OutOfMemoryError("no memory")
-
-    source = save(tmp_path / "in" / "a.png")
-    with pytest.raises(DataError, match=r"a\.png: 24x40"):
-        run(source, tmp_path / "out", network=Exhausted())
 
 
 # -- pictures -------------------------------------------------------------------------------------
@@ -166,6 +137,36 @@ def test_a_damaged_image_is_named_and_the_others_are_done(tmp_path: Path) -> Non
     assert {"a_labels.png", "z_labels.png"} <= files(tmp_path / "out")
 
 
+class Exhausted(BrightnessNetwork):
+    """Larger images do not fit."""
+
+    def __init__(self, most_pixels: int = 2000) -> None:
+        super().__init__()
+        self.most_pixels = most_pixels
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x[0, 0].numel() > self.most_pixels:
+            raise torch.OutOfMemoryError("no memory")
+        return super().forward(x)
+
+
+def test_out_of_memory_names_the_image(tmp_path: Path) -> None:
+    source = save(tmp_path / "in" / "a.png", (50, 60))
+    with pytest.raises(DataError, match=r"^[^\n]*a\.png: 50x60"):
+        run(source, tmp_path / "out", network=Exhausted())
+
+
+def test_images_beside_one_that_does_not_fit_are_done(tmp_path: Path) -> None:
+    for name, size in (("a", (24, 40)), ("b", (50, 60)), ("c", (24, 40))):
+        save(tmp_path / "in" / f"{name}.png", size)
+    with pytest.raises(DataError, match=r"1 of 3 images(.|\n)*b\.png: 50x60"):
+        run(tmp_path / "in", tmp_path / "out", network=Exhausted())
+    assert {name for name in files(tmp_path / "out") if "labels" in name} == {
+        "a_labels.png",
+        "c_labels.png",
+    }
+
+
 # -- Cityscapes -----------------------------------------------------------------------------------
 
 
@@ -235,6 +236,11 @@ def test_videos_are_refused_where_they_cannot_work(tmp_path: Path, video: Path) 
         run(video, tmp_path / "out", "cityscapes")
     with pytest.raises(DataError, match="another output folder"):
         run(video, video.parent)
+
+
+def test_frames_that_do_not_fit_name_the_video(tmp_path: Path, video: Path) -> None:
+    with pytest.raises(DataError, match=r"clip\.mp4: 32x46 pixels"):
+        run(video, tmp_path / "out", network=Exhausted(most_pixels=1000))
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:200], lambda data: b"x"])
