@@ -47,17 +47,21 @@ class NativeCalls:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._dtype = dtype
+        # cuDNN's Winograd and FFT algorithms, the fast ones of float32, want NCHW. ReLU in front and
+        # bias behind pass over the maps anyway, so that changing the layout is no work of its own.
+        is_float32 = dtype == torch.float32
+        self._layout = torch.contiguous_format if is_float32 else torch.channels_last
         self._float32 = Packing(device, torch.float32)
         """Of the package's kernels, whatever the storage dtype."""
         self._stored = Packing(device, dtype)
 
     def first_convolution(self, operation: Convolution, image: Tensor, out: Tensor) -> Call:
         """Of an image (N, H, W, 3) in 0..255, uint8 or float32."""
-        filters = self._stored.image_filters(operation)
-        mean = mean_colour(image.device).flatten()
+        filters = self._stored.image_filters(operation, self._layout)
+        pixels, mean = image.permute(0, 3, 1, 2), mean_colour(image.device)
 
         def call() -> None:
-            centred = (image - mean).to(self._dtype).permute(0, 3, 1, 2)
+            centred = torch.sub(pixels, mean, out=self._temporary(pixels))
             self._convolve(operation, filters, centred, out, accumulate=False)
 
         return call
@@ -89,7 +93,7 @@ class NativeCalls:
             return partial(
                 pointwise_forward, seen, weight, self._bias(operation), **options, out=out
             )
-        filters = self._stored.filters(operation)
+        filters = self._stored.filters(operation, self._layout)
         return lambda: self._convolve(operation, filters, x, out, accumulate)
 
     @call.register
@@ -139,11 +143,12 @@ class NativeCalls:
 
     @call.register
     def _(self, operation: TransposedConvolution, x: Tensor, out: Tensor, accumulate: bool) -> Call:
-        filters, bias = self._stored.filters(operation), self._bias(operation)
+        filters = self._stored.filters(operation, self._layout)
+        bias = self._bias(operation)
 
         def call() -> None:
             height, width = (out.shape[axis] - (2 * x.shape[axis] - 1) for axis in (2, 3))
-            y = _transposed_convolution(F.relu(x), filters, (height, width))
+            y = _transposed_convolution(self._rectified(x), filters, (height, width))
             _put_with_bias(y, bias, out, accumulate)
 
         return call
@@ -155,11 +160,23 @@ class NativeCalls:
     def _convolve(
         self, operation: Convolution, filters: Tensor, x: Tensor, out: Tensor, accumulate: bool
     ) -> None:
-        x = F.relu(x) if operation.relu_before else x
+        x = self._rectified(x) if operation.relu_before else self._relaid(x)
         y = _convolution(x, filters, operation.stride, operation.padding, operation.dilation)
         _put_with_bias(y, self._bias(operation), out, accumulate)
         if operation.relu_after:
             out.relu_()
+
+    def _rectified(self, x: Tensor) -> Tensor:
+        """relu(x) as cuDNN is to see it."""
+        return torch.clamp_min(x, 0, out=self._temporary(x))
+
+    def _relaid(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=self._layout)
+
+    def _temporary(self, like: Tensor) -> Tensor:
+        return torch.empty(
+            like.shape, dtype=self._dtype, device=like.device, memory_format=self._layout
+        )
 
     def _bias(self, operation: FoldedOperation) -> Tensor:
         bias = operation.get_parameter("bias")

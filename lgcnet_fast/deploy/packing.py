@@ -73,13 +73,15 @@ class Packing:
             self._once((operation, "odd"), lambda: operation.odd[:, :, 0, 0].t()),
         )
 
-    def filters(self, operation: Convolution | TransposedConvolution) -> Tensor:
-        """As the operation has them, in NHWC."""
-        return self._nhwc(operation, lambda: operation.weight)
+    def filters(
+        self, operation: Convolution | TransposedConvolution, layout: torch.memory_format
+    ) -> Tensor:
+        """As the operation has them; layout: NCHW or NHWC."""
+        return self._laid_out((operation, layout), lambda: operation.weight, layout)
 
-    def image_filters(self, operation: Convolution) -> Tensor:
-        """(c_out, 3, k, k) in NHWC, for pixels of 0..255 less their mean."""
-        return self._nhwc((operation, "image"), lambda: _for_bytes(operation))
+    def image_filters(self, operation: Convolution, layout: torch.memory_format) -> Tensor:
+        """(c_out, 3, k, k), for pixels of 0..255 less their mean."""
+        return self._laid_out((operation, layout), lambda: _for_bytes(operation), layout)
 
     def stem(self, operation: Convolution) -> Tensor:
         """(27, c_out) float32, for pixels of 0..255 less their mean."""
@@ -103,9 +105,12 @@ class Packing:
             else self._once(("stacked", *weights), lambda: torch.cat(list(weights)))
         )
 
-    def _nhwc(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        packed = self._once((key, "NHWC"), lambda: make().permute(0, 2, 3, 1))
-        return packed.permute(0, 3, 1, 2)
+    def _laid_out(
+        self, key: Hashable, make: Callable[[], Tensor], layout: torch.memory_format
+    ) -> Tensor:
+        if layout == torch.contiguous_format:
+            return self._once(key, make)
+        return self._once(key, lambda: make().permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def _once(
         self, key: Hashable, make: Callable[[], Tensor], dtype: torch.dtype | None = None

@@ -1,6 +1,7 @@
 """Times every launch of a plan on a GPU, beside the time that its bytes take at least.
 
     python -m lgcnet_fast.deploy.profile reference 769 1537 fp16 --batch 1 --out profile.json
+    python -m lgcnet_fast.deploy.profile reference 769 1537 fp32 --backend cuda
 
 Each launch is timed alone, replayed from a CUDA graph with its maps in the cache. Their sum is
 then compared with the whole network: one graph in which launches follow each other, one in which
@@ -15,14 +16,20 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lgcnet_fast.deploy.fold import fold
-from lgcnet_fast.deploy.fused import FusedNetwork
-from lgcnet_fast.deploy.plan_summary import DTYPES, H200_BYTES_PER_SECOND, launch_costs
+from lgcnet_fast.deploy.plan import Plan
+from lgcnet_fast.deploy.plan_summary import (
+    DTYPES,
+    H200_BYTES_PER_SECOND,
+    LaunchCost,
+    launch_costs,
+)
 from lgcnet_fast.deploy.program import FoldedNetwork
-from lgcnet_fast.deploy.replay import FusedEngine
+from lgcnet_fast.deploy.replay import FusedEngine, GraphEngine, NetworkInMemory
 from lgcnet_fast.deploy.tune import microseconds
 from lgcnet_fast.space.genotype import load_genotype
 from lgcnet_fast.space.registry import registered_spaces
@@ -31,12 +38,15 @@ FRAMES = 200
 
 
 def profile(
-    network: FoldedNetwork, size: tuple[int, int], batch: int, dtype: torch.dtype
+    network: FoldedNetwork,
+    size: tuple[int, int],
+    batch: int,
+    dtype: torch.dtype,
+    backend: str = "triton",
 ) -> dict[str, object]:
     """Microseconds by launch and of the whole; to be run on an otherwise idle GPU."""
-    device = torch.device("cuda")
-    engine = FusedEngine(network, device, dtype)
-    images = torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, device=device)
+    engine, costs_of = _engine(network, dtype, backend)
+    images = torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, device="cuda")
     engine.labels(images, None)
     fused = engine.network(batch, size)
     labels = images.new_empty((batch, *size))
@@ -47,10 +57,11 @@ def profile(
             "us": microseconds(call),
             "floor_us": 1e6 * (cost.bytes_read + cost.bytes_written) / H200_BYTES_PER_SECOND,
         }
-        for cost, call in zip(launch_costs(fused.plan), fused.calls, strict=True)
+        for cost, call in zip(costs_of(fused.plan), fused.calls, strict=True)
     ]
     host_us, frame_us = _frames(lambda: engine.labels(images, None))
     return {
+        "backend": backend,
         "gpu": torch.cuda.get_device_name(),
         "size": size,
         "batch": batch,
@@ -63,8 +74,22 @@ def profile(
     }
 
 
-def _whole(fused: FusedNetwork, labels: torch.Tensor) -> None:
-    fused.run()
+def _engine(
+    network: FoldedNetwork, dtype: torch.dtype, backend: str
+) -> tuple[GraphEngine[Any], Callable[[Plan[Any]], list[LaunchCost]]]:
+    """And what tells the costs of its plans."""
+    device = torch.device("cuda")
+    if backend == "triton":
+        return FusedEngine(network, device, dtype), launch_costs
+    from lgcnet_fast.deploy.native_engine import NativeEngine
+    from lgcnet_fast.deploy.step_costs import node_costs
+
+    return NativeEngine(network, device, dtype), node_costs
+
+
+def _whole(fused: NetworkInMemory, labels: torch.Tensor) -> None:
+    for call in fused.calls:
+        call()
     fused.write_labels(labels)
 
 
@@ -90,13 +115,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("width", type=int)
     parser.add_argument("dtype", choices=sorted(DTYPES))
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--backend", choices=("triton", "cuda"), default="triton")
     parser.add_argument("--out", type=Path, help="JSON file")
     chosen = parser.parse_args(arguments)
 
     genotype = load_genotype(chosen.genotype)
     network = fold(registered_spaces()[genotype.space].build(genotype, 19).eval())
     size = (chosen.height, chosen.width)
-    found = profile(network, size, chosen.batch, DTYPES[chosen.dtype])
+    found = profile(network, size, chosen.batch, DTYPES[chosen.dtype], chosen.backend)
     if chosen.out is not None:
         chosen.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(_text(found))

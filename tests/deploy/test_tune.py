@@ -106,11 +106,15 @@ def test_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-def test_the_profile_of_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_the_profile_of_a_network(
+    backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from lgcnet_fast.deploy import profile
 
     out = tmp_path / "profile.json"
-    profile.main(["reference", "65", "129", "fp16", "--out", str(out)])
+    chosen = ["--backend", backend, "--out", str(out)]
+    profile.main(["reference", "65", "129", "fp16", *chosen])
     found = json.loads(out.read_text())
     assert all(row["us"] > 0 for row in found["launches"]) and found["host_us"] > 0
     assert "sum of" in capsys.readouterr().out

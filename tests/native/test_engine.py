@@ -11,11 +11,15 @@ from lgcnet_fast.data.normalise import network_input
 from lgcnet_fast.deploy.blueprint import Blueprint
 from lgcnet_fast.deploy.engine import Engine
 from lgcnet_fast.deploy.fold import fold
+from lgcnet_fast.deploy.lower import lower
 from lgcnet_fast.deploy.native_calls import NativeCalls, can_accumulate
 from lgcnet_fast.deploy.native_engine import NativeEngine, NativeNetwork
 from lgcnet_fast.deploy.operations import Resizing
+from lgcnet_fast.deploy.packing import Packing
 from lgcnet_fast.deploy.plan import Plan, dependencies
+from lgcnet_fast.deploy.plan_summary import launch_costs
 from lgcnet_fast.deploy.program import FoldedNetwork
+from lgcnet_fast.deploy.step_costs import node_costs
 from lgcnet_fast.deploy.step_plan import Node, plan_steps
 from lgcnet_fast.errors import BackendError
 from lgcnet_fast.nn.operations import FUSION_OPS
@@ -221,3 +225,17 @@ def test_nodes_wait_for_every_part_of_a_concatenation() -> None:
         for addend in node.addends:
             channels = sum(buffer.channels for buffer in addend.reads)
             assert addend.source is None or channels == addend.source.channels
+
+
+def test_costs_of_the_reference_network() -> None:
+    """Operations are those of the fused plan, whose launches compute the same."""
+    plan = reference_plan()
+    space = make_space({"name": "lgcnet"})
+    network = fold(space.build(load_genotype("reference"), 19).eval())
+    fused = launch_costs(lower(network, plan.size, 1, Packing(CPU, torch.float32)))
+    found, expected = (
+        sum(cost.operations for cost in costs) for costs in (node_costs(plan), fused)
+    )
+    assert 0.98 < found / expected < 1.02
+    for cost, node in zip(node_costs(plan), plan.launches, strict=True):
+        assert cost.bytes_written == plan.bytes_of(node.out) * len(node.addends)
