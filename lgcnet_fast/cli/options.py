@@ -55,7 +55,7 @@ BackendName = Annotated[
     typer.Option(
         metavar="|".join(BACKENDS),
         autocompletion=lambda: list(BACKENDS),
-        help="Kernels of deployed engines.",
+        help="Kernels of engines.",
     ),
 ]
 DeviceName = Annotated[
