@@ -1,0 +1,179 @@
+"""Whether a search with the kernels goes as one with the reference: losses step by step, in fp32.
+
+    python -m bench.trajectory --out FILE
+    python -m bench.trajectory --out FILE --ours cuda cuda-graph --size 256x512
+
+First the reference with several seeds, then ours, each in a process of its own and side by side on
+one GPU. With the same seed they share weights, noise and scenes: the losses of the first 20 steps
+may differ by 2 %. Later rounding alone drives them apart, so the mean of steps 150 to 200 must
+lie among those of the reference's seeds. Ours has the seed whose reference is the middle one: with
+an outer one, chance would decide.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from threading import Lock
+from typing import Any
+
+from bench.device import CUDA, require_gpu
+from bench.options import Deadline, image_size, parser
+from bench.process import Worker, WorkerFailed
+from bench.results_file import Rows, provenance
+
+TARGET = "bench.trajectory_server:TrajectoryServer"
+REFERENCE = "reference"
+OURS = ("triton", "triton-graph", "cuda", "cuda-graph")
+TOLERANCE = 0.02
+"""Relative, of the loss of each early step."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is trained on, and which steps are compared."""
+
+    space: dict[str, Any]
+    batch: int
+    size: tuple[int, int]
+    images: int
+    early: int
+    """So many steps are compared one by one."""
+    late: tuple[int, int]
+    """The mean over these steps is compared: from, to (excluded, and the last of all)."""
+    at_once: int
+    """Steps between two writings of the results."""
+
+
+DRY_SPACE = {"cells": 3, "reductions": [1, 2], "taps": [0, 1, 2], "widths": [4, 4, 8]}
+DRY = Course(DRY_SPACE, 2, (33, 33), images=4, early=1, late=(1, 2), at_once=1)
+
+Losses = list[float]
+
+
+class Trajectories:
+    """Runs subjects side by side; every row is on disk as it grows."""
+
+    def __init__(self, course: Course, rows: Rows, deadline: Deadline) -> None:
+        self._course, self._rows, self._deadline = course, rows, deadline
+        self._lock = Lock()
+
+    def run(self, subjects: Sequence[tuple[str, int]]) -> dict[tuple[str, int], Losses]:
+        """Losses of every subject and seed; those that failed or had no time are left out."""
+        with ThreadPoolExecutor(len(subjects)) as pool:
+            found = list(pool.map(lambda subject: self._run(*subject), subjects))
+        last = self._course.late[1]
+        return {
+            subject: losses
+            for subject, losses in zip(subjects, found, strict=True)
+            if len(losses) == last
+        }
+
+    def _run(self, subject: str, seed: int) -> Losses:
+        course, losses = self._course, Losses()
+        worker = Worker(TARGET, {} if CUDA else {"TRITON_INTERPRET": "1"})
+        failure = ""
+        data = {"batch": course.batch, "size": course.size, "images": course.images}
+        try:
+            self._ask(worker, "build", subject=subject, seed=seed, space=course.space, **data)
+            while len(losses) < course.late[1]:
+                steps = min(course.at_once, course.late[1] - len(losses))
+                losses += self._ask(worker, "run", steps=steps)
+                self._add(subject, seed, losses)
+        except WorkerFailed as error:
+            failure = str(error)
+            self._add(subject, seed, losses, failure=failure)
+        finally:
+            worker.end()
+        told = failure or f"{losses[0]:.4f} to {losses[-1]:.4f}"
+        print(f"{subject:<13} seed {seed}: {told}", flush=True)
+        return losses
+
+    def _ask(self, worker: Worker, call: str, **arguments: Any) -> Any:
+        return worker.ask(call, self._deadline.left, **arguments)
+
+    def _add(self, subject: str, seed: int, losses: Losses, **more: Any) -> None:
+        with self._lock:
+            self._rows.add({"subject": subject, "seed": seed, "losses": list(losses), **more})
+
+
+def middle_seed(references: Mapping[int, Losses], late: tuple[int, int]) -> int:
+    """The seed whose late mean is the median; of an even number, the lower of the middle two."""
+    order = sorted(references, key=lambda seed: fmean(references[seed][slice(*late)]))
+    return order[(len(order) - 1) // 2]
+
+
+def judge(
+    ours: Losses, seed: int, references: Mapping[int, Losses], course: Course
+) -> dict[str, Any]:
+    """How far ours is from the reference, and whether that is right."""
+    pairs = zip(ours[: course.early], references[seed][: course.early], strict=True)
+    difference = max(abs(a / b - 1) for a, b in pairs)
+    means = [fmean(losses[slice(*course.late)]) for losses in references.values()]
+    late = fmean(ours[slice(*course.late)])
+    return {
+        "early_difference": difference,
+        "late_mean": late,
+        "reference_late_means": means,
+        "right": difference <= TOLERANCE and min(means) <= late <= max(means),
+    }
+
+
+def main() -> None:
+    options = _options()
+    require_gpu(options.dry)
+    course = DRY if options.dry else _course(options)
+    origin = provenance(options.commit) | {"course": asdict(course)}
+    rows = Rows(options.out, origin, lambda row: (row["subject"], row["seed"]))
+    trajectories = Trajectories(course, rows, Deadline(options.seconds))
+    found = trajectories.run([(REFERENCE, seed) for seed in options.seeds])
+    references = {seed: losses for (_, seed), losses in found.items()}
+    if len(references) < len(options.seeds):
+        raise SystemExit("without all references there is nothing to compare with")
+    seed = middle_seed(references, course.late)
+    found = trajectories.run([(name, seed) for name in options.ours])
+    wrong = [name for name in options.ours if (name, seed) not in found]
+    for (name, _), losses in found.items():
+        verdict = judge(losses, seed, references, course)
+        rows.add({"subject": name, "seed": seed, "losses": losses, **verdict})
+        print(_told(name, verdict, course))
+        wrong += [] if verdict["right"] else [name]
+    if wrong:
+        raise SystemExit(f"not as the reference: {', '.join(wrong)}")
+
+
+def _told(name: str, verdict: Mapping[str, Any], course: Course) -> str:
+    means = verdict["reference_late_means"]
+    return (
+        f"{name:<13} first {course.early} steps within {verdict['early_difference']:.2e}; "
+        f"mean of steps {course.late[0]} to {course.late[1]} {verdict['late_mean']:.4f}, "
+        f"reference {min(means):.4f} to {max(means):.4f}: {'ok' if verdict['right'] else 'WRONG'}"
+    )
+
+
+def _course(options: argparse.Namespace) -> Course:
+    space = {"widths": options.widths}
+    return Course(
+        space, options.batch, options.size, options.images, early=20, late=(150, 200), at_once=10
+    )
+
+
+def _options() -> argparse.Namespace:
+    options = parser("losses of a search with the kernels against the reference's")
+    options.add_argument("--ours", choices=OURS, nargs="+", help="default: all that run here")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the reference")
+    options.add_argument("--batch", type=int, default=8)
+    options.add_argument("--size", type=image_size, default=image_size("128x256"))
+    options.add_argument("--images", type=int, default=256, help="built-in scenes")
+    options.add_argument("--widths", type=int, nargs=3, default=[16, 32, 64])
+    options.add_argument("--dry", action="store_true", help="a few tiny steps, also on the CPU")
+    found = options.parse_args()
+    found.ours = found.ours or (OURS if CUDA else OURS[:1])
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Losses of a search beside the reference's: dry runs, and what counts as right."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import trajectory
+from bench.trajectory import DRY, Course, judge, middle_seed
+
+COURSE = Course({}, 2, (33, 33), images=4, early=2, late=(2, 4), at_once=1)
+REFERENCES = {0: [3.0, 2.9, 2.0, 2.0], 1: [3.0, 2.9, 1.0, 1.0], 2: [3.0, 2.9, 1.4, 1.6]}
+
+
+def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    out = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["x", "--dry", "--seeds", "0", "1", "--out", str(out)])
+    trajectory.main()
+    return json.loads(out.read_text())["rows"]
+
+
+def test_the_reference_goes_as_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trajectory, "OURS", ("reference",))
+    first, again = dry_run(tmp_path, monkeypatch)
+    assert len(first["losses"]) == len(again["losses"]) == DRY.late[1]
+    assert again["right"] and again["early_difference"] == 0
+    assert again["late_mean"] in again["reference_late_means"]
+    assert first["losses"] != again["losses"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for the CPU")
+def test_interpreted_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = dry_run(tmp_path, monkeypatch)[-1]
+    assert ours["subject"] == "triton" and ours["right"]
+    assert ours["early_difference"] < 1e-4
+
+
+def test_ours_has_the_middle_seed() -> None:
+    assert middle_seed(REFERENCES, (2, 4)) == 2
+
+
+@pytest.mark.parametrize(
+    ("ours", "right"),
+    [
+        ([3.05, 2.9, 1.5, 1.5], True),
+        ([3.07, 2.9, 1.5, 1.5], False),
+        ([3.0, 2.9, 2.0, 2.1], False),
+        ([3.0, 2.9, float("nan"), 1.0], False),
+        ([float("nan"), 2.9, 1.5, 1.5], False),
+    ],
+)
+def test_verdict(ours: list[float], right: bool) -> None:
+    assert judge(ours, 2, REFERENCES, COURSE)["right"] is right
