@@ -47,8 +47,8 @@ class NativeCalls:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        # cuDNN's Winograd and FFT algorithms, the fast ones of float32, want NCHW. ReLU in front and
-        # bias behind pass over the maps anyway, so that changing the layout is no work of its own.
+        # cuDNN's Winograd and FFT algorithms, the fast ones of float32, want NCHW. ReLU in front
+        # and bias behind pass over the maps anyway, and change the layout on the way.
         is_float32 = dtype == torch.float32
         self._layout = torch.contiguous_format if is_float32 else torch.channels_last
         self._float32 = Packing(device, torch.float32)

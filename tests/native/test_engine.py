@@ -14,11 +14,17 @@ from lgcnet_fast.deploy.fold import fold
 from lgcnet_fast.deploy.lower import lower
 from lgcnet_fast.deploy.native_calls import NativeCalls, can_accumulate
 from lgcnet_fast.deploy.native_engine import NativeEngine, NativeNetwork
-from lgcnet_fast.deploy.operations import Resizing
+from lgcnet_fast.deploy.operations import (
+    Concatenation,
+    Convolution,
+    MaxPooling,
+    Resizing,
+    Sum,
+)
 from lgcnet_fast.deploy.packing import Packing
 from lgcnet_fast.deploy.plan import Plan, dependencies
 from lgcnet_fast.deploy.plan_summary import launch_costs
-from lgcnet_fast.deploy.program import FoldedNetwork
+from lgcnet_fast.deploy.program import IMAGE, FoldedNetwork, Step
 from lgcnet_fast.deploy.step_costs import node_costs
 from lgcnet_fast.deploy.step_plan import Node, plan_steps
 from lgcnet_fast.errors import BackendError
@@ -154,6 +160,29 @@ class TestEquality:
 
     def test_the_reference_network(self) -> None:
         assert_equal(reference_network(), (33, 49))
+
+    def test_maps_that_several_read(self) -> None:
+        """In two concatenations, twice in one, in a sum and elsewhere, joined maps joined again."""
+        steps = [
+            Step("a", convolution(3, 4), (IMAGE,), 1),
+            Step("b", convolution(4, 3, side=1), ("a",), 1),
+            Step("c", convolution(4, 4, side=1), ("a",), 1),
+            Step("a+c", Sum(), ("c", "a"), 1),
+            Step("twice", Concatenation(), ("a", "b", "a"), 1),
+            Step("all", Concatenation(), ("b", "twice", "a+c"), 1),
+            Step("pooled", MaxPooling(2), ("all",), 2),
+            Step("up", Resizing(), ("pooled",), 1),
+            Step("both", Sum(), ("up", "all"), 1),
+            Step("doubled", Sum(), ("both", "both"), 1),
+            Step("end", Concatenation(), ("doubled", "c"), 1),
+        ]
+        assert_equal(FoldedNetwork(steps).eval(), (5, 6), batch=2)
+
+
+def convolution(channels: int, outputs: int, side: int = 3) -> Convolution:
+    generator = torch.Generator().manual_seed(channels + outputs)
+    weight = torch.randn(outputs, channels, side, side, generator=generator) / 3
+    return Convolution(weight, torch.randn(outputs, generator=generator), relu_before=side == 1)
 
 
 def reference_network() -> FoldedNetwork:
