@@ -170,6 +170,17 @@ def copy_of_the_sources(folder: Path) -> Path:
     return Path(shutil.copytree(ROOT, folder / "copy", symlinks=True, ignore=ignore))
 
 
+def test_an_installation_fails_where_the_extension_was_asked_for(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--name"],
+        cwd=ROOT,
+        env={**os.environ, native_build.SWITCH: "1", "CUDA_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and f"no nvcc in {tmp_path}" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("with_cuda", [True, False])
 def test_sdist_and_wheel_work(tmp_path: Path, with_cuda: bool) -> None:
@@ -196,3 +207,30 @@ def test_sdist_and_wheel_work(tmp_path: Path, with_cuda: bool) -> None:
         assert found["record"]["architectures"] == "75;80+PTX"
     else:
         assert found["kernels"] == "no extension was compiled: LGCNET_FAST_BUILD_CUDA=0"
+    assert_holds_every_file(site)
+    assert_commands_work(site, dist)
+
+
+def assert_holds_every_file(site: Path) -> None:
+    """Everything in the package's folders that is not built or cached."""
+    package = ROOT / "lgcnet_fast"
+    wanted: set[Path] = set()
+    for folder in (package, package / "csrc", package / "kernels"):
+        wanted |= {path.relative_to(package) for path in folder.rglob("*") if path.is_file()}
+    built = {".so", ".pyc"}
+    missing = [
+        str(path)
+        for path in sorted(wanted)
+        if path.suffix not in built
+        and path.name != "build_record.json"
+        and not (site / "lgcnet_fast" / path).exists()
+    ]
+    assert not missing
+
+
+def assert_commands_work(site: Path, folder: Path) -> None:
+    """Those of the installed package, away from the sources."""
+    for command, expected in (("--help", "search"), ("doctor", "torch"), ("lut list", "titanxp")):
+        program = str(site / "bin" / "lgcnet")
+        environment = {"PYTHONPATH": str(site), "COLUMNS": "120"}
+        assert expected in run(program, *command.split(), folder=folder, **environment)
