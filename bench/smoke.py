@@ -68,6 +68,7 @@ def runs(folder: Path) -> Iterator[Run]:
             yield Run(f"deploy-{backend}", deploy)
     if CUDA:  # elsewhere the interpreter takes minutes
         yield Run("tune", ("bench.tune", "--dry", "--folder", str(folder)))
+        yield Run("trajectory", ("bench.trajectory", "--dry"))
 
 
 def main() -> None:
