@@ -1,6 +1,7 @@
 """Operations as pure functions: contract, plain-PyTorch reference and choice of the backend."""
 
 from lgcnet_fast.ops.backend import explain, set_backend, use_backend
+from lgcnet_fast.ops.cast_together import cast_together
 from lgcnet_fast.ops.concat_upsample import concat_upsample, sum_upsample, upsample
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.max_pool import max_pool
@@ -15,6 +16,7 @@ from lgcnet_fast.ops.upsample_loss import upsample_argmax, upsample_cross_entrop
 __all__ = [
     "Readers",
     "Recomputable",
+    "cast_together",
     "concat_upsample",
     "explain",
     "gathered_running_statistics",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from lgcnet_fast.nn.autocast_weights import cast_weights
 from lgcnet_fast.nn.cell import EDGES_PER_CELL, Cell, DerivedCell, SearchCell
 from lgcnet_fast.nn.fusion import (
     FUSION_WIDTH,
@@ -79,7 +80,7 @@ class Supernet(Network):
 
     def forward(self, x: Tensor, z: Arch) -> Tensor:
         """x: (N, 3, H, W); z: group -> (rows, options). Returns the logits at output stride."""
-        with gathered_running_statistics():
+        with gathered_running_statistics(), cast_weights(self):
             features = self.backbone(x, z["cells"])
             return self._logits(features, self._fusion_rows(z))
 

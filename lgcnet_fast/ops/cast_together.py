@@ -1,0 +1,72 @@
+"""Many weights cast in one launch, and their gradients in another.
+
+Autocast casts weight by weight, and so does its backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lgcnet_fast.ops.backend import Implementation, Operation
+
+
+def cast_together(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies in a half-precision dtype, differentiable; the reference leaves them to autocast.
+
+    weights: float32 and dense. Their gradients are float32, cast from those of the copies.
+    """
+    result: list[Tensor] = _operation(tuple(weights), dtype)
+    return result
+
+
+class _CastTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*weights)
+        ctx.set_materialize_grads(False)
+        copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(copies, list(weights))
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Like the weights in memory, as the optimiser wants them.
+        found = [
+            None if g is None else torch.empty_like(weight)
+            for g, weight in zip(gradients, ctx.saved_tensors, strict=True)
+        ]
+        torch._foreach_copy_(
+            [out for out in found if out is not None], [g for g in gradients if g is not None]
+        )
+        return None, *found
+
+
+def _reference(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return list(weights)
+
+
+def _run(backend: str, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return list(_CastTogether.apply(dtype, *weights))
+
+
+def _refuse(backend: str, weights: Sequence[Tensor], dtype: torch.dtype) -> str | None:
+    for index, weight in enumerate(weights):
+        if weight.dtype != torch.float32:
+            return f"weights[{index}] is {weight.dtype}, need torch.float32"
+    return None
+
+
+_operation = Operation(
+    "cast_together",
+    _reference,
+    **{
+        backend: Implementation(partial(_run, backend), partial(_refuse, backend))
+        for backend in ("triton", "cuda")
+    },
+    tuned_as="separable_branches",
+)
