@@ -16,7 +16,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as xml
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,26 +80,33 @@ def test(python: Path, checkout: Path, report: Path, jobs: int, arguments: Seque
         sys.exit("pytest wrote no report")
 
 
-def read_report(report: Path) -> dict[str, Any]:
-    """Numbers of tests, why some were skipped (reason: number of tests), which failed."""
-    skipped: Counter[str] = Counter()
-    failed: dict[str, str] = {}
-    passed = 0
+def read_report(report: Path, commit: str) -> dict[str, dict[str, str]]:
+    """By test: its outcome, the message of a failure or skip, and the commit."""
+    tests = {}
     for case in xml.parse(report).iter("testcase"):
-        fault, skip = find(case, "failure", "error"), find(case, "skipped")
-        if fault is not None:
-            message = fault.get("message", "").splitlines() or [""]
-            failed[f"{case.get('classname')}::{case.get('name')}"] = message[0][:300]
-        elif skip is not None:
-            skipped[skip.get("message", "")] += 1
-        else:
-            passed += 1
+        outcome, told = "passed", find(case, "failure", "error", "skipped")
+        if told is not None:
+            outcome = "skipped" if told.tag == "skipped" else "failed"
+        message = "" if told is None else told.get("message", "").partition("\n")[0][:300]
+        name = f"{case.get('classname')}::{case.get('name')}"
+        tests[name] = {"outcome": outcome, "message": message, "commit": commit}
+    return tests
+
+
+def summary(tests: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """Numbers of tests, why some were skipped, which failed, and what commits they are of."""
+
+    def having(outcome: str) -> dict[str, str]:
+        return {name: one["message"] for name, one in tests.items() if one["outcome"] == outcome}
+
+    passed, failed, skipped = map(having, ("passed", "failed", "skipped"))
     return {
-        "passed": passed,
+        "passed": len(passed),
         "failed": len(failed),
-        "skipped": skipped.total(),
-        "skip_reasons": dict(skipped.most_common()),
+        "skipped": len(skipped),
+        "skip_reasons": dict(Counter(skipped.values()).most_common()),
         "failures": failed,
+        "tests_by_commit": dict(Counter(one["commit"] for one in tests.values())),
     }
 
 
@@ -112,6 +119,9 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True, help="outside the repository")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument(
+        "--again", action="store_true", help="only what failed last time; the rest stays as it was"
+    )
     parser.add_argument("tests", nargs="*", default=["tests"], help="folders or files")
     options = parser.parse_args()
     folder = options.folder.resolve()
@@ -119,15 +129,20 @@ def main() -> int:
         parser.error(f"--folder {options.folder}: lies in the repository")
     folder.mkdir(parents=True, exist_ok=True)
     checkout, report = folder / "checkout", folder / "report.xml"
+    earlier = folder / "outcomes.json"
     commit = check_out(checkout)
     python = install(folder / "environment", checkout)
-    test(python, checkout, report, options.jobs, options.tests)
+    arguments = [*options.tests, *(["--last-failed"] if options.again else [])]
+    test(python, checkout, report, options.jobs, arguments)
+    tests = json.loads(earlier.read_text(encoding="utf-8")) if options.again else {}
+    tests |= read_report(report, commit)
+    earlier.write_text(json.dumps(tests), encoding="utf-8")
     result = {
         "device": "CPU",
         "commit": commit,
-        "command": f"python tools/oldest_torch.py {' '.join(options.tests)}",
+        "command": " ".join(["python tools/oldest_torch.py", *arguments]),
         "versions": versions(python),
-        **read_report(report),
+        **summary(tests),
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped")
