@@ -20,8 +20,6 @@ STOCK = "graph-nhwc" if CUDA else "eager-nchw"
 def test_frame(dtype: str, backend: str, guard: Any) -> None:
     if dtype == "fp16" and not CUDA:
         pytest.skip("fp16: too slow on the CPU to mean anything")
-    if backend == "cuda":
-        pytest.skip("the deploy engine has no cuda form")
     case = {"size": SIZE, "dtype": dtype}
     server = DeployServer(PROTOCOL if CUDA else BRIEF)
     arguments = {"genotype": GENOTYPE, "space": SPACE, "ours": backend}
