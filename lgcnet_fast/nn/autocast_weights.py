@@ -20,8 +20,9 @@ def cast_weights(network: nn.Module) -> Iterator[None]:
     What autograd records leads to the float32 parameters, which are back in place afterwards.
     """
     places = list(_convolution_parameters(network))
-    device = places[0][0][places[0][1]].device.type if places else "cpu"
-    if not places or not torch.is_autocast_enabled(device):
+    # Tensors without data ("meta") know no autocast.
+    device = places[0][0][places[0][1]].device.type if places else "meta"
+    if device == "meta" or not torch.is_autocast_enabled(device):
         yield
         return
     weights = [parameters[name] for parameters, name in places]

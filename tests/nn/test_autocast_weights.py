@@ -64,3 +64,10 @@ def test_branches_and_single_precision_are_left_alone(device: torch.device) -> N
             assert model[1].weight.dtype == torch.bfloat16
         with cast_weights(model):
             assert model[1].weight.dtype == torch.float32
+
+
+def test_networks_without_data_are_left_alone() -> None:
+    network = nn.Conv2d(2, 2, 1, device="meta")
+    weight = network.weight
+    with cast_weights(network):
+        assert network.weight is weight
