@@ -115,18 +115,16 @@ def _resize_strip(
     mask = pixel < width
     columns = _columns(pixel, w, C, width, ACC)
     upper = _row_resized(row_pointer(x_ptr, batch, first, h, w * C), columns, channel, mask)
-    start = first_output(first, h, height)
     for i in range(first, tl.minimum(first + ROWS, h)):
         next_ptr = row_pointer(x_ptr, batch, tl.minimum(i + 1, h - 1), h, w * C)
         lower = _row_resized(next_ptr, columns, channel, mask)
-        end = first_output(i + 1, h, height)
-        for row in range(start, end):
+        # Not carried from row to row: Triton loses a carried value that only bounds a nested loop.
+        for row in range(first_output(i, h, height), first_output(i + 1, h, height)):
             f = beyond(row, i, h, height, ACC)
             value = (1 - f) * upper + f * lower
             target = row_pointer(y_ptr, batch, row, height, width * pitch) + pixel * pitch + channel
             tl.store(target, value.to(y_ptr.dtype.element_ty), mask=mask)
         upper = lower
-        start = end
 
 
 @triton.jit(do_not_specialize=["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "height", "width"])

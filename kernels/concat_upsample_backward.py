@@ -119,11 +119,10 @@ def _gather_strip(
     mask = pixel < w
     taps = _column_taps(pixel, w, width, pitch, TAPS, ACC)
     upper = tl.zeros(channel.shape, ACC)
-    start = first_output(first - 1, h, height)
     for row in range(first - 1, tl.minimum(first + ROWS, h)):
         lower = tl.zeros(channel.shape, ACC)
-        end = first_output(row + 1, h, height)
-        for output in range(start, end):
+        # Not carried from row to row: Triton loses a carried value that only bounds a nested loop.
+        for output in range(first_output(row, h, height), first_output(row + 1, h, height)):
             row_ptr = row_pointer(grad_ptr, batch, output, height, width * pitch)
             gathered = _gathered_row(row_ptr, channel, taps, mask)
             f = beyond(output, row, h, height, ACC)
@@ -132,7 +131,6 @@ def _gather_strip(
         target = row_pointer(x_grad_ptr, batch, row, h, w * C) + pixel * C + channel
         tl.store(target, upper.to(x_grad_ptr.dtype.element_ty), mask=mask & (row >= first))
         upper = lower
-        start = end
 
 
 @triton.jit(do_not_specialize=["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "height", "width"])
