@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.backend import Implementation, Operation, current_backend, use_backend
 
 Recomputable = tuple[Tensor, Callable[[], Tensor]]
 """A map, and how to compute it again: without gradients, from tensors that are kept anyway."""
@@ -19,18 +19,23 @@ Recomputable = tuple[Tensor, Callable[[], Tensor]]
 @contextmanager
 def recomputed(*maps: Recomputable) -> Iterator[None]:
     """What operations in the `with` block need of these maps for their backward pass is computed
-    again there, not kept. Blocks do not nest.
+    again there, not kept, by the backend of the `with` block. Blocks do not nest.
     """
     if not maps:
         yield
         return
     ways = {_identity(value): again for value, again in maps}
+    choice = current_backend()
 
     def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
         return ways.get(_identity(kept), kept)
 
     def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept()
+        if isinstance(kept, Tensor):
+            return kept
+        # The backward pass has threads of its own, which know of no `use_backend`.
+        with use_backend(*choice):
+            return kept()
 
     with saved_tensors_hooks(pack, unpack):
         yield

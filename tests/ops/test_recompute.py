@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
+import pytest
 import torch
 from torch import Tensor
 
+from lgcnet_fast.nn.mixed import MixedOp
+from lgcnet_fast.nn.primitives import GlobalPool
+from lgcnet_fast.ops.backend import Operation, current_backend, use_backend
 from lgcnet_fast.ops.recompute import recomputed
 
 
@@ -24,3 +30,40 @@ def test_only_the_value_is_computed_again() -> None:
     assert calls == [False]
     wanted = torch.autograd.grad((x.exp() * w + w.square()).sum(), (x, w))
     torch.testing.assert_close(found, wanted)
+
+
+def test_it_is_computed_again_by_the_backend_that_computed_it() -> None:
+    x, seen = torch.randn(3, requires_grad=True), []
+    value = x.exp()
+
+    def again() -> Tensor:
+        seen.append(current_backend())
+        return x.detach().exp()
+
+    with use_backend("triton", strict=True), recomputed((value, again)):
+        out = value * x
+    backward = threading.Thread(target=out.sum().backward)
+    backward.start()
+    backward.join()
+    assert seen == [("triton", True)]
+    assert current_backend().name == "auto"
+
+
+def test_maps_of_a_node_come_again_from_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = GlobalPool(4, 4, bins=1, affine=False).double()
+    node, x = MixedOp({"gp1": pool}), torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    x.requires_grad_()
+    z = torch.ones(1, dtype=torch.float64)
+    ran, backend = [], Operation.backend
+
+    def watched(self: Operation, arguments: tuple[object, ...]) -> str:
+        name = backend(self, arguments)
+        ran.append((self.name, name))
+        return name
+
+    monkeypatch.setattr(Operation, "backend", watched)
+    with use_backend("triton"):
+        out = node(z, x)
+    ran.clear()
+    out.square().sum().backward()
+    assert ran == [("upsample", "triton")]
