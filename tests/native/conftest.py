@@ -103,6 +103,13 @@ def device(launcher: Launcher) -> torch.device:
     return torch.device(launcher.device_type)
 
 
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference rounds no factor to TF32, which cuDNN does unless told not to."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def cuda_backend(emulated: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the `cuda` backend serve CPU tensors."""
