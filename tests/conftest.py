@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+import torch
 
 GAPS = ("'InterpreterBuilder' object has no attribute", "Unsupported lhs dtype fp64")
 """Of the interpreter of Triton 3.3, that of torch 2.7: it misses operations of one bit, and
@@ -38,3 +39,15 @@ def pytest_runtest_call() -> Generator[None, object, object]:
         if gap is None:
             raise
         pytest.skip(f"the interpreter of Triton 3.3: {gap}")
+
+
+@pytest.fixture
+def without_tf32() -> Iterator[None]:
+    """Products of float32 on a GPU are those of float32; cuDNN rounds to TF32 unless told not to."""
+    modules = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [module.allow_tf32 for module in modules]
+    for module in modules:
+        module.allow_tf32 = False
+    yield
+    for module, allowed in zip(modules, before, strict=True):
+        module.allow_tf32 = allowed

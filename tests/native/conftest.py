@@ -104,10 +104,8 @@ def device(launcher: Launcher) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference rounds no factor to TF32, which cuDNN does unless told not to."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def exact_reference(without_tf32: None) -> None:
+    """What the kernels are compared with rounds no factor."""
 
 
 @pytest.fixture

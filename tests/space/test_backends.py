@@ -83,11 +83,8 @@ def test_compiled_kernels_are_exact() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_single_precision_is_as_close_as_the_reference(
-    backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+@pytest.mark.usefixtures("without_tf32")
+def test_single_precision_is_as_close_as_the_reference(backend: str) -> None:
     given = case(LARGE, 129)
     truth = step("reference", torch.float64, *given)
     plain = distance(step("reference", torch.float32, *given), truth)
