@@ -26,7 +26,7 @@ LAYERS = (
     {"doctor"},
     {"stack"},
     {"config"},
-    {"errors", "files"},
+    {"errors", "files", "recording"},
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 

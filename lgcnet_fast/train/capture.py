@@ -7,7 +7,6 @@ which the graph advances as the recorded operations would.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.errors import RunError
+from lgcnet_fast.recording import recording
 from lgcnet_fast.train.run import Run
 
 log = logging.getLogger(__name__)
@@ -115,26 +115,8 @@ class CudaRecorder:
 
     def record(self, function: Callable[[], Result]) -> Callable[[], Result]:
         graph = torch.cuda.CUDAGraph()
-        for generator in self._generators:
-            graph.register_generator_state(generator)
-        # The garbage of former stages must not be freed while recording.
-        gc.collect()
-        result, failure = None, None
-        try:
-            # The outer context restores the stream, which a failed capture leaves set. Loaders go
-            # on allocating pinned memory in their threads: `thread_local` lets them.
-            with (
-                torch.cuda.stream(self._stream),
-                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
-            ):
-                try:
-                    result = function()
-                except Exception as error:
-                    failure = error
-                    raise
-        except RuntimeError as error:
-            # Ending a failed capture fails as well, which says nothing about the cause.
-            raise failure or error from None
+        with recording(graph, self._stream, self._generators):
+            result = function()
 
         def replay() -> Result:
             graph.replay()
