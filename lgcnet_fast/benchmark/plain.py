@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from lgcnet_fast.config import Size
 from lgcnet_fast.data.normalise import DEVIATION, MEAN
 from lgcnet_fast.errors import ConfigError, DeviceError
 from lgcnet_fast.ops import use_backend
+from lgcnet_fast.recording import recording
 
 LAYOUTS = ("nchw", "nhwc")
 PLAIN_RUNTIMES = ("eager", "graph", "compile", "compile+graph")
@@ -23,7 +25,10 @@ CAPTURE_WARM_UP = 3
 """Runs before a capture: libraries choose their algorithms and allocate."""
 
 TensorFrame = Callable[[], Tensor]
-"""Runs one batch; returns labels or logits, in memory that the next frame may overwrite."""
+"""Runs one batch; returns labels or logits, in memory that the next frame may overwrite.
+
+Whoever reads a result that lies on the host waits for the device first.
+"""
 
 
 class Normalisation(nn.Module):
@@ -128,24 +133,32 @@ def _inference(frame: TensorFrame) -> TensorFrame:
     return run
 
 
-def captured(frame: TensorFrame, device: torch.device) -> TensorFrame:
-    """`frame` as one CUDA graph; its result stays in the same memory."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(CAPTURE_WARM_UP):
-                frame()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            result = frame()
+@dataclass(frozen=True)
+class CapturedFrame:
+    """A frame as one CUDA graph; its result stays in the same memory."""
 
-    def replay() -> Tensor:
-        graph.replay()
-        return result
+    graph: torch.cuda.CUDAGraph
+    result: Tensor
+    frame: TensorFrame
+    """Owns the weights and images that the graph reads where they were."""
 
-    return replay
+    def __call__(self) -> Tensor:
+        self.graph.replay()
+        return self.result
+
+
+def captured(frame: TensorFrame, device: torch.device) -> CapturedFrame:
+    """Runs `frame` a few times, then records it."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    current = torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(CAPTURE_WARM_UP):
+            frame()
+    current.wait_stream(stream)
+    with recording(graph, stream):
+        result = frame()
+    return CapturedFrame(graph, result, frame)
 
 
 def with_copies(frame: TensorFrame, images: Tensor, case: Case) -> TensorFrame:
