@@ -14,6 +14,7 @@ from lgcnet_fast.nn.cell import SearchCell
 from lgcnet_fast.nn.fusion import search_fusion_cell
 from lgcnet_fast.nn.fusion_graphs import FUSION_GRAPHS
 from lgcnet_fast.ops import gathered_running_statistics, use_backend
+from lgcnet_fast.recording import recording
 
 pytestmark = [
     pytest.mark.gpu,
@@ -130,7 +131,7 @@ def test_a_captured_step_never_waits_and_repeats_the_eager_one(
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            eager = [x.clone() for x in both_ways()]
+            eager = [x.detach().clone() for x in both_ways()]
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -140,7 +141,7 @@ def test_a_captured_step_never_waits_and_repeats_the_eager_one(
     torch.cuda.current_stream().wait_stream(side)
     before = [x.clone() for x in module.buffers()]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recording(graph, side):
         captured = both_ways()
     assert all(torch.equal(*pair) for pair in zip(before, module.buffers(), strict=True))
     graph.replay()
