@@ -12,6 +12,7 @@ from triton.errors import TritonError
 
 from bench.device import CUDA, DEVICE
 from bench.rounds import alternate, median
+from lgcnet_fast.recording import recording
 
 COLD_BYTES = 256 * 2**20
 """Inputs rotate through this much memory, several times the L2 cache of a data-centre GPU."""
@@ -75,7 +76,7 @@ def _captured(calls: Sequence[Call]) -> Callable[[], float]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recording(graph, stream):
         outputs = [call() for call in calls]
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
