@@ -1,4 +1,7 @@
-"""What older Tritons cannot interpret is skipped with the reason; on a GPU nothing is."""
+"""What older Tritons cannot interpret is skipped with the reason; on a GPU nothing is.
+
+Also fixtures that tests of several folders share.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def pytest_runtest_call() -> Generator[None, object, object]:
 
 @pytest.fixture
 def without_tf32() -> Iterator[None]:
-    """Products of float32 on a GPU are those of float32; cuDNN rounds to TF32 unless told not to."""
+    """Products on a GPU are those of float32: cuDNN rounds factors to TF32 unless told not to."""
     modules = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [module.allow_tf32 for module in modules]
     for module in modules:
