@@ -35,6 +35,7 @@ def hardest_pixels_loss(
     with torch.no_grad():
         ranked = loss.where(valid, -1).flatten().topk(math.ceil(keep * loss.numel())).values
         wanted = (valid.sum() * keep).ceil().long()
-        hardest = ranked[(wanted - 1).clamp(min=0)]
+        # `take`: indexing by a scalar tensor reads it on the host.
+        hardest = ranked.take((wanted - 1).clamp(min=0))
         hard = valid & ((loss > -math.log(threshold)) | (loss >= hardest))
     return loss.where(hard, 0).sum() / hard.sum().clamp(min=1)

@@ -16,6 +16,7 @@ from lgcnet_fast.latency.predict import uniform_arch
 from lgcnet_fast.ops import upsample_cross_entropy, upsample_ohem
 from lgcnet_fast.space.lgcnet import LGCNet
 from lgcnet_fast.space.registry import make_space
+from tests.train.tape import Tape
 
 SIZE = (33, 49)
 
@@ -72,3 +73,15 @@ def test_losses_are_those_of_the_package() -> None:
         expected = upsample_ohem(logits, labels, threshold, 1 / 16)
         found = hardest_pixels_loss(logits, labels, threshold, 1 / 16)
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_can_be_captured(dtype: torch.dtype) -> None:
+    """Nothing waits for the device, forward or backward."""
+    logits = torch.randn(2, 5, 9, 13, dtype=dtype, requires_grad=True)
+    labels = torch.randint(5, (2, *SIZE))
+    with Tape():
+        for in_float32 in (True, False):
+            loss = resized_cross_entropy(logits, labels, in_float32)
+            loss = loss + hardest_pixels_loss(logits, labels, 0.7, 1 / 16, in_float32)
+            torch.autograd.grad(loss, logits)
