@@ -92,8 +92,7 @@ class ReLUConvBN(nn.Sequential):
         return source.rectified(self[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.norm(self.raw(Source(x)))
-        return y
+        return _norm_of(self.norm, self.raw(Source(x)))
 
 
 class PoolBN(nn.Sequential):
@@ -139,7 +138,7 @@ class DepthwiseSeparable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ((y,),) = raw_branches([self], x)
-        return self.norm(y.flatten(0, 1) if y.ndim == 5 else y)
+        return _norm_of(self.norm, y)
 
 
 def raw_branches(
@@ -207,7 +206,7 @@ class FactorizedReduce(nn.Module):
         return torch.cat((self.even(rectified), self.odd(shifted)), dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.raw(Source(x)))
+        return _norm_of(self.norm, self.raw(Source(x)))
 
 
 class GlobalPool(nn.Module):
@@ -228,7 +227,7 @@ class GlobalPool(nn.Module):
         return source.cheap(partial(upsample, size=source.size), self.conv(pooled))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.raw(Source(x)))
+        return _norm_of(self.norm, self.raw(Source(x)))
 
 
 class Interpolate(nn.Module):
@@ -255,4 +254,12 @@ class Deconvolution(nn.Module):
         return source.rectified(partial(self.conv, output_size=list(size)))
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.norm(self.raw(Source(x), size))
+        return _norm_of(self.norm, self.raw(Source(x), size))
+
+
+def _norm_of(norm: nn.Module, y: Tensor) -> Tensor:
+    """norm(y), where y is a map or a stack of a single one; fused where the norm is not affine."""
+    if norm.affine:
+        out: Tensor = norm(y.flatten(0, 1) if y.ndim == 5 else y)
+        return out
+    return normalised([y], norm, lambda x: x)
