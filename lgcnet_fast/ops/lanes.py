@@ -1,0 +1,83 @@
+"""Independent work of an operation side by side in a CUDA graph: every job on a stream of its own.
+
+Kernels on small maps leave most of a GPU idle, and one stream runs them one after another. While a
+graph is captured, `side_by_side` forks the current stream and joins it again, so that the graph
+holds the jobs as parallel branches. Whoever calls it, autograd for one, sees the current stream
+only. Elsewhere the jobs run one after another: launching is what takes the time there.
+
+What makes this safe with torch's allocator, which reuses memory on the stream that it was
+allocated on as soon as Python drops it, whatever other streams still do with it:
+
+1. The caller launches nothing until `side_by_side` returns. It holds what the jobs read until then,
+   so that none of that is freed while a job may still read it.
+2. No job reads or writes what another one writes.
+3. A stream belongs to one job at a time: a job that calls `side_by_side` shares out its own
+   streams only. All of them have joined the job's first stream when it ends.
+
+So memory that a stream takes again was last used by that stream itself, or by one that has joined
+the point from which the stream was forked since. `record_stream` is not needed, which would keep
+memory until the capture ends. What a job returns may be used and dropped like any other tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+LANES = 6
+"""Streams among which jobs are shared out, the current one included: cuBLAS takes a workspace on
+each (see train/memory.py)."""
+
+_own: ContextVar[tuple[torch.cuda.Stream, ...] | None] = ContextVar("lanes", default=None)
+"""The streams of the job that is running, the one that it runs on first."""
+
+
+def side_by_side(device: torch.device, jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """What the jobs return, in order. They work on `device`, as the module's rules say.
+
+    Where there are more jobs than streams, some jobs follow each other on a stream.
+    """
+    streams = _own.get() or _streams(device)
+    lanes = min(len(streams), len(jobs))
+    if lanes < 2:
+        return [job() for job in jobs]
+    shares = [streams[lane::lanes] for lane in range(lanes)]
+    fork = streams[0].record_event()
+    for share in shares[1:]:
+        share[0].wait_event(fork)
+    results = [_run(job, shares[index % lanes]) for index, job in enumerate(jobs)]
+    for share in shares[1:]:
+        streams[0].wait_stream(share[0])
+    return results
+
+
+def _run(job: Callable[[], T], streams: tuple[torch.cuda.Stream, ...]) -> T:
+    token = _own.set(streams)
+    try:
+        with torch.cuda.stream(streams[0]):
+            return job()
+    finally:
+        _own.reset(token)
+
+
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+    """The current stream and those beside it; none unless a graph is captured."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return ()
+    beside = _side_streams(device)
+    if not torch.cuda.is_current_stream_capturing():
+        return ()
+    current = torch.cuda.current_stream(device)
+    # Torch hands out streams from a pool, so that the current one may be among them.
+    return current, *(stream for stream in beside if stream != current)
+
+
+@cache
+def _side_streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+    """Made by the first call, which comes before any capture."""
+    return tuple(torch.cuda.Stream(device) for _ in range(LANES - 1))

@@ -1,0 +1,153 @@
+"""Jobs side by side: on streams that only remember their order, and in a real CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+
+from lgcnet_fast.ops import lanes
+from lgcnet_fast.ops.lanes import LANES, side_by_side
+
+ANYWHERE = torch.device("cpu")
+
+
+class Stream:
+    """Knows which launches are done before its next one."""
+
+    def __init__(self) -> None:
+        self.done: set[str] = set()
+
+    def record_event(self) -> frozenset[str]:
+        return frozenset(self.done)
+
+    def wait_event(self, event: frozenset[str]) -> None:
+        self.done |= event
+
+    def wait_stream(self, other: Stream) -> None:
+        self.done |= other.done
+
+
+class Device:
+    """Streams, the current one, and what every launch came after."""
+
+    def __init__(self) -> None:
+        self.streams = tuple(Stream() for _ in range(LANES))
+        self.current = self.streams[0]
+        self.before: dict[str, set[str]] = {}
+        self.stream_of: dict[str, Stream] = {}
+
+    def launch(self, name: str) -> str:
+        self.before[name] = set(self.current.done)
+        self.stream_of[name] = self.current
+        self.current.done.add(name)
+        return name
+
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        outer, self.current = self.current, stream
+        yield
+        self.current = outer
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    device = Device()
+    monkeypatch.setattr(lanes, "_streams", lambda _: device.streams)
+    monkeypatch.setattr(torch.cuda, "stream", device.on)
+    return device
+
+
+def test_jobs_fork_from_the_current_stream_and_join_it(device: Device) -> None:
+    device.launch("first")
+    names = ["a", "b", "c"]
+    assert side_by_side(ANYWHERE, [partial(device.launch, name) for name in names]) == names
+    device.launch("last")
+    assert all(device.before[name] == {"first"} for name in names)
+    assert device.before["last"] == {"first", *names}
+    assert len({device.stream_of[name] for name in names}) == 3
+
+
+def test_more_jobs_than_streams_follow_each_other(device: Device) -> None:
+    names = [str(index) for index in range(2 * LANES + 1)]
+    assert side_by_side(ANYWHERE, [partial(device.launch, name) for name in names]) == names
+    assert device.before["0"] == set() and device.before[str(LANES)] == {"0"}
+    assert device.launch("last") and device.before["last"] == set(names)
+
+
+@pytest.mark.parametrize("outer", range(1, LANES + 2))
+@pytest.mark.parametrize("inner", [1, 2, 5])
+def test_memory_is_taken_again_after_its_last_use(outer: int, inner: int, device: Device) -> None:
+    """A job reads what its own jobs left on their streams, and then the next jobs take these.
+
+    Whatever comes on a stream must follow the reading of everything that was allocated there.
+    """
+    readers: dict[Stream, set[str]] = {stream: set() for stream in device.streams}
+
+    def take(name: str) -> str:
+        device.launch(name)
+        assert readers[device.current] <= device.before[name]
+        return name
+
+    def job(name: str) -> list[str]:
+        for round_ in range(2):
+            parts = [partial(take, f"{name} {round_} {part}") for part in range(inner)]
+            taken = side_by_side(ANYWHERE, parts)
+            reader = device.launch(f"{name} {round_} read")
+            assert set(taken) <= device.before[reader]
+            for part in taken:
+                readers[device.stream_of[part]].add(reader)
+        return taken
+
+    for step in range(2):
+        found = side_by_side(ANYWHERE, [partial(job, f"{step} {index}") for index in range(outer)])
+        reader = device.launch(f"{step} read")
+        for part in (part for parts in found for part in parts):
+            assert part in device.before[reader]
+            readers[device.stream_of[part]].add(reader)
+
+
+def test_without_streams_jobs_run_in_order() -> None:
+    seen: list[int] = []
+    assert side_by_side(ANYWHERE, [partial(seen.append, index) for index in range(3)]) == [None] * 3
+    assert seen == [0, 1, 2]
+    assert side_by_side(ANYWHERE, []) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_graph_computes_what_eager_jobs_do() -> None:
+    """Long jobs that allocate and free, regions after each other, more jobs than streams."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 300, device="cuda") / 300**0.5
+    jobs = LANES + 2
+
+    def chain(start: torch.Tensor, factor: float) -> torch.Tensor:
+        y = start * factor
+        for _ in range(10):
+            y = torch.tanh(y @ x)
+        halves = side_by_side(x.device, [lambda: y.relu() @ x, lambda: (-y).relu() @ x])
+        return halves[0] - halves[1]
+
+    def work() -> torch.Tensor:
+        total = x
+        for _ in range(3):
+            parts = [partial(chain, total, 1.0 + index) for index in range(jobs)]
+            total = torch.stack(side_by_side(x.device, parts)).mean(0)
+        return total
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        eager = work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = work()
+    for _ in range(3):
+        captured.zero_()
+        graph.replay()
+        torch.testing.assert_close(captured, eager)
