@@ -15,6 +15,7 @@ from lgcnet_fast.benchmark.subjects import import_network, open_subject, short_n
 from lgcnet_fast.deploy.blueprint import Blueprint, save_blueprint
 from lgcnet_fast.deploy.fold import fold
 from lgcnet_fast.errors import ConfigError, EngineError, GenotypeError
+from lgcnet_fast.ops import use_backend
 from lgcnet_fast.space.genotype import load_genotype
 from tests.benchmark import nets
 
@@ -110,6 +111,12 @@ def test_settled_networks_keep_their_scale():
     assert 0.2 < after < 2 and before < after / 2
     assert all(not module.training for module in network.modules())
     assert all(m.momentum == 0.1 for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_batch_norms_settle_whatever_backend_is_set():
+    network = random_network(load_genotype("reference"), 4)
+    with use_backend("cuda", strict=True):  # which serves no tensor of the CPU
+        settle_batch_norms(network)
 
 
 def test_names_tell_nothing_about_folders():
