@@ -72,7 +72,7 @@ class PlainSeparable(DepthwiseSeparable):
 
 class PlainGlobalPool(GlobalPool):
     def forward(self, x: Tensor) -> Tensor:
-        pooled = self.conv(self.pool(F.relu(x)))
+        pooled = self.conv(F.adaptive_avg_pool2d(F.relu(x), self.bins))
         return self.norm(resize(pooled, (x.shape[-2], x.shape[-1])))
 
 

@@ -81,9 +81,7 @@ def _(module: FactorizedReduce, kept: list[int]) -> FoldedOperation:
 @fold_module.register
 def _(module: GlobalPool, kept: list[int]) -> FoldedOperation:
     weight, bias = _folded(module.conv.weight, module.norm)
-    bins = module.pool.output_size
-    assert isinstance(bins, int)
-    return PooledConvolution(weight[:, kept], bias, bins)
+    return PooledConvolution(weight[:, kept], bias, module.bins)
 
 
 @fold_module.register

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from lgcnet_fast.ops import (
     Recomputable,
+    average_pool,
     max_pool,
     normalised,
     readers,
@@ -218,12 +219,12 @@ class GlobalPool(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, bins: int, affine: bool = True) -> None:
         super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(bins)
+        self.bins = bins
         self.conv = nn.Conv2d(c_in, c_out, 1, bias=False)
         self.norm = nn.BatchNorm2d(c_out, affine=affine)
 
     def raw(self, source: Source) -> Tensor:
-        pooled = source.rectified(self.pool)
+        pooled = source.rectified(partial(average_pool, bins=self.bins))
         return source.cheap(partial(upsample, size=source.size), self.conv(pooled))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,142 @@
+"""Average pooling: fused form against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from lgcnet_fast.errors import BackendError, OperandError
+from lgcnet_fast.ops import average_pool, use_backend
+from lgcnet_fast.ops.average_pool import ALIGNMENT, _windows
+from lgcnet_fast.ops.constants import separate_constants
+
+SHAPES = [(2, 3, 8, 10), (1, 17, 7, 11), (2, 8, 5, 3), (1, 4, 1, 1), (3, 1, 1, 6)]
+
+
+def case(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    torch.manual_seed(0)
+    images, channels, height, width = shape
+    values = torch.randn(images, height, width, channels, dtype=torch.float64).relu()
+    return values.to(device, dtype).movedim(-1, 1).requires_grad_()
+
+
+def outcome(backend: str, x: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    with use_backend(backend):
+        y = average_pool(x, bins)
+    torch.manual_seed(1)
+    g = torch.randn(y.shape, dtype=torch.float64).to(y)
+    return y, *torch.autograd.grad(y, x, g)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bins", [1, 2, 5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fused_equals_float64(
+    shape: tuple[int, ...], bins: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    x = case(shape, device, dtype)
+    found = outcome("triton", x, bins)
+    exact = outcome("reference", x.detach().double().requires_grad_(), bins)
+    for value, wanted in zip(found, exact, strict=True):
+        assert value.dtype == dtype and value.shape == wanted.shape
+        assert value.is_contiguous(memory_format=torch.channels_last)
+        # Values are rounded at most three times.
+        error = (value.double() - wanted).abs().max()
+        assert error <= 3 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+@pytest.mark.parametrize("bins", [1, 2, 5])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_gradients_by_finite_differences(backend: str, bins: int, device: torch.device) -> None:
+    x = case((2, 3, 4, 7), device, torch.float64)
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(lambda x: average_pool(x, bins), x)
+
+
+@pytest.mark.parametrize("bins", [1, 2])
+def test_great_values_do_not_overflow(bins: int, device: torch.device) -> None:
+    x = torch.full((1, 2, 30, 41), 60000.0, dtype=torch.float16, device=device)
+    with use_backend("triton"):
+        y = average_pool(x, bins)
+    torch.testing.assert_close(y, torch.full_like(y, 60000.0), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bins", [1, 2])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_autocast_keeps_the_dtype(
+    backend: str, bins: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    x = case((1, 3, 6, 7), device, dtype)
+    with torch.autocast(device.type, torch.bfloat16):
+        found = outcome(backend, x, bins)
+    assert all(value.dtype == dtype for value in found)
+    torch.testing.assert_close(found, outcome(backend, x, bins))
+
+
+def test_other_layouts_and_expanded_gradients(device: torch.device) -> None:
+    x = torch.randn(2, 3, 6, 8, dtype=torch.float64, device=device)[:, :, ::2].requires_grad_()
+    for bins in (1, 2):
+        found, wanted = (
+            torch.autograd.grad(_pooled(backend, x, bins).sum(), x)
+            for backend in ("triton", "reference")
+        )
+        torch.testing.assert_close(found, wanted)
+
+
+def _pooled(backend: str, x: Tensor, bins: int) -> Tensor:
+    with use_backend(backend):
+        return average_pool(x, bins)
+
+
+def test_nothing_is_kept(device: torch.device) -> None:
+    x = case((1, 3, 6, 7), device, torch.float32)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for bins in (1, 5):
+            outcome("triton", x, bins)
+    assert not kept
+
+
+def test_windows_are_those_of_adaptive_pooling(device: torch.device) -> None:
+    windows = _windows(7, 11, 5, torch.float64, device)
+    assert windows.members.stride(1) % ALIGNMENT == 0
+    positions = torch.eye(77, dtype=torch.float64, device=device).view(77, 1, 7, 11)
+    shares = F.adaptive_avg_pool2d(positions, 5).flatten(1).T
+    torch.testing.assert_close(windows.members * windows.scale, shares)
+
+
+def test_without_data(device: torch.device) -> None:
+    with FakeTensorMode(), separate_constants(), use_backend("triton"):
+        for bins in (1, 2):
+            x = torch.rand(2, 3, 5, 6, device=device, requires_grad=True)
+            y = average_pool(x, bins)
+            assert y.shape == (2, 3, bins, bins)
+            assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_bad_arguments_are_named(backend: str) -> None:
+    with use_backend(backend):
+        for x, bins, message in (
+            (torch.rand(3, 4, 5), 1, "x: shape"),
+            (torch.rand(0, 3, 4, 5), 1, "x: empty"),
+            (torch.ones(1, 3, 4, 5, dtype=torch.int64), 1, "x: dtype"),
+            (torch.rand(1, 3, 4, 5), 0, "bins: 0"),
+        ):
+            with pytest.raises(OperandError, match=message):
+                average_pool(x, bins)
+
+
+def test_an_exotic_dtype_is_refused(device: torch.device) -> None:
+    x = torch.rand(1, 2, 3, 3, device=device).to(torch.float8_e4m3fn)
+    with use_backend("triton"), pytest.raises(BackendError, match="x is torch.float8_e4m3fn"):
+        average_pool(x, 2)
