@@ -11,9 +11,15 @@ import json
 import os
 import sys
 import traceback
+from contextlib import suppress
 
 
 def main() -> None:
+    with suppress(BrokenPipeError):  # Whoever asked has gone.
+        _serve()
+
+
+def _serve() -> None:
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as channel:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         module, _, name = sys.argv[1].partition(":")

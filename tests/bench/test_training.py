@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from bench import finetune_step, search_step
-from bench.process import WorkerFailed, Workers
+from bench.process import ROOT, WorkerFailed, Workers
 from bench.training import search
 from bench.training.case import TrainingCase
 from bench.training.command import TINY_SIZE, TINY_SPACE
@@ -59,6 +60,18 @@ def test_a_failing_call_is_told_and_survived() -> None:
         assert process.ask("repeat", 100, text="still here") == "still here"
         with pytest.raises(WorkerFailed, match="exit code 3"):
             process.ask("leave", 100, code=3)
+
+
+def test_a_worker_that_nobody_listens_to_ends_quietly() -> None:
+    command = [sys.executable, "-m", "bench.worker", "tests.bench.echo:Echo"]
+    request = {"call": "repeat", "arguments": {"text": "anyone?"}}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+        process.stdout.close()
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.close()
+        assert "Error" not in process.stderr.read()
+    assert process.returncode == 0
 
 
 def test_stock_and_ours_train_alike() -> None:
