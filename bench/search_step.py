@@ -12,14 +12,14 @@ results of several commands.
 from __future__ import annotations
 
 from bench.training.case import TrainingCase
-from bench.training.command import TINY_SPACE, grid, run, training_parser
+from bench.training.command import TINY_SUPERNET, grid, run, training_parser
 
 
 def main() -> None:
     parser = training_parser("the step of the search", batch=16, size="256x512")
     parser.add_argument("--widths", type=int, nargs=3, default=[32, 64, 128])
     options = parser.parse_args()
-    space = TINY_SPACE if options.dry else {"widths": options.widths}
+    space = TINY_SUPERNET if options.dry else {"widths": options.widths}
     cases = [TrainingCase(batch, size, options.precision, space) for batch, size in grid(options)]
     run("search", options, cases)
 

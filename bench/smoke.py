@@ -8,6 +8,7 @@ Each runs in a process of its own; its output goes to FOLDER. The times mean not
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -15,12 +16,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from bench.device import CUDA
 
 KERNELS = Path(__file__).parent / "kernels"
 BACKENDS = ("triton", "cuda") if CUDA else ("reference",)
-STOCK = ("eager-nchw", "graph-nhwc") if CUDA else ("eager-nchw",)
+STOCK = ("graph-nhwc",) if CUDA else ("eager-nchw",)
 STEPS = ("--dry", "--rounds", "1", "--steps", "1", "--precision", "fp32", "--stock", *STOCK)
 
 
@@ -36,18 +38,29 @@ class Run:
         command = [sys.executable, "-m", *self.arguments, "--out", str(out)]
         begun = time.monotonic()
         with (folder / f"{self.name}.log").open("w+", encoding="utf-8") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
             try:
-                done = subprocess.run(command, stdout=log, stderr=log, timeout=seconds)
-                code: int | str = done.returncode
+                code = process.wait(seconds)
+                verdict = f"{code}: {_last_line(log)}" if code else "ok"
             except subprocess.TimeoutExpired:
-                code = f"more than {seconds:.0f} s"
-            log.seek(0)
-            last = (log.read().strip().splitlines() or [""])[-1]
-        took = time.monotonic() - begun
-        return (
-            code == 0,
-            f"{self.name:<34} {took:6.1f} s  {'ok' if code == 0 else f'{code}: {last}'}",
-        )
+                verdict = f"more than {seconds:.0f} s: {_last_line(log)}"
+                _end(process)
+        return verdict == "ok", f"{self.name:<34} {time.monotonic() - begun:6.1f} s  {verdict}"
+
+
+def _last_line(log: TextIO) -> str:
+    log.seek(0)
+    return (log.read().strip().splitlines() or [""])[-1]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupted, a measurement ends the processes that it has started."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def runs(folder: Path) -> Iterator[Run]:
@@ -63,9 +76,8 @@ def runs(folder: Path) -> Iterator[Run]:
     for backend in BACKENDS:
         for step in ("search_step", "finetune_step"):
             yield Run(f"{step}-{backend}", (f"bench.{step}", *STEPS, "--ours", f"ours-{backend}"))
-        if backend != "cuda":  # which the deploy engine has not
-            deploy = ("bench.deploy", "--dry", "--ours", backend, "--stock", *STOCK)
-            yield Run(f"deploy-{backend}", deploy)
+        deploy = ("bench.deploy", "--dry", "--ours", backend, "--stock", *STOCK)
+        yield Run(f"deploy-{backend}", deploy)
     if CUDA:  # elsewhere the interpreter takes minutes
         yield Run("tune", ("bench.tune", "--dry", "--folder", str(folder)))
         yield Run("trajectory", ("bench.trajectory", "--dry"))

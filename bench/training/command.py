@@ -13,6 +13,8 @@ from bench.training.case import OURS, STOCK, TrainingCase
 from bench.training.compare import Comparison, Plan, identity
 
 TINY_SPACE = {"cells": 5, "reductions": (1, 3), "widths": (8, 8, 8)}
+TINY_SUPERNET = {**TINY_SPACE, "cells": 3, "reductions": (1, 2), "taps": (0, 1, 2)}
+"""A supernet has kernels enough to compile with fewer cells."""
 TINY_SIZE = (64, 64)
 
 
