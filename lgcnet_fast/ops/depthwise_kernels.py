@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lgcnet_fast.ops.lanes import side_by_side
 from lgcnet_fast.ops.maps import empty_nhwc
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
@@ -58,8 +59,14 @@ def depthwise_gradients(
     for_input = _tuned(InputGradConfig.default(x.shape[1], stride), "input_grad", *launch)
     default = WeightGradConfig.default(tuple(dy.shape), dilations, stride)
     for_weight = _tuned(default, "weight_grad", *launch)
-    dx = depthwise_multi_input_grad(dy, *launch, relu=True, config=for_input)
-    return dx, depthwise_multi_weight_grad(dy, *launch, relu=True, config=for_weight)
+    dx, dw = side_by_side(
+        x.device,
+        [
+            lambda: depthwise_multi_input_grad(dy, *launch, relu=True, config=for_input),
+            lambda: depthwise_multi_weight_grad(dy, *launch, relu=True, config=for_weight),
+        ],
+    )
+    return dx, dw
 
 
 def _gradients_of_one(

@@ -1,7 +1,7 @@
 """`separable_branches` by kernels, registered with torch: `lgcnet_fast::separable_branches`.
 
 It takes the backend of the depthwise kernels (see depthwise_kernels.py). The pointwise products are
-one batched matrix product a stack: in NHWC memory a depthwise map is a (positions, C) matrix. The
+one batched matrix product an edge: in NHWC memory a depthwise map is a (positions, C) matrix. The
 backward pass computes the depthwise maps again, multiplies for the pointwise gradients and for
 those of the depthwise maps, and ends in the gradients of x and of the depthwise weights.
 
@@ -12,9 +12,9 @@ until the end of each pass, none between them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +22,21 @@ from torch.library import custom_op
 
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, filtered_maps
+from lgcnet_fast.ops.lanes import side_by_side
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
+
+
+class Settings(NamedTuple):
+    """What the branches of all maps have in common."""
+
+    dilations: list[int]
+    stride: int
+    backend: str
 
 
 def refuse(
     backend: str,
-    x: Tensor,
+    xs: Sequence[Tensor],
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
     dilations: Sequence[int],
@@ -35,14 +44,14 @@ def refuse(
     stacks: Sequence[int],
 ) -> str | None:
     """Why the kernels of `backend` cannot serve these arguments of `separable_branches`."""
-    if backend == "cuda" and x.dtype == torch.float64:
+    if backend == "cuda" and xs[0].dtype == torch.float64:
         return "its kernels have no float64"
-    return dtype_refusal("x", x)
+    return dtype_refusal("x", xs[0])
 
 
 def run(
     backend: str,
-    x: Tensor,
+    xs: Sequence[Tensor],
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
     dilations: Sequence[int],
@@ -50,29 +59,101 @@ def run(
     stacks: Sequence[int],
 ) -> list[list[Tensor]]:
     """`separable_branches`, see there: one stack of maps in each list."""
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    maps: list[Tensor] = _separable_branches(
-        nhwc(x.to(dtype)),
-        _stacked(depthwise),
-        _stacked(pointwise).flatten(2),
-        list(dilations),
-        stride,
-        list(stacks),
-        backend,
-    )
+    xs = [nhwc(x.to(computed_dtype(x))) for x in xs]
+    settings = Settings(list(dilations), stride, backend)
+    maps = _SeparableBranches.apply(settings, stacks, len(xs), *xs, *depthwise, *pointwise)
     return [[stack] for stack in maps]
 
 
-def _stacked(weights: Sequence[Tensor]) -> Tensor:
-    return weights[0][None] if len(weights) == 1 else torch.stack(list(weights))
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """That of the products of x: autocast's where it is enabled."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
-def _windows(depthwise: Tensor, branches: int) -> Tensor:
-    """Weights (B, C, 1, 3, 3) as the kernels take them: (edges, branches an edge, 3, 3, C)."""
-    windows = depthwise.flatten(2).transpose(1, 2).contiguous()
-    return windows.view(-1, branches, 3, 3, windows.shape[-1])
+class _SeparableBranches(torch.autograd.Function):
+    """The maps side by side; their stacks are parts of one product an edge."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, settings: Settings, stacks: Sequence[int], maps: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        xs, weights = tensors[:maps], tensors[maps:]
+        half = len(weights) // 2
+        windows, matrices = stacked_windows(weights[:half]), stacked_matrices(weights[half:], xs[0])
+        branches = half // maps
+        shares = zip(xs, windows.split(branches), matrices.split(branches), strict=True)
+        jobs = [partial(_separable_branches, *share, *settings) for share in shares]
+        edges = [edge for found in side_by_side(xs[0].device, jobs) for edge in found]
+        ctx.save_for_backward(*xs, windows, matrices)
+        ctx.settings = settings
+        ctx.like = [(weight.dtype, weight.shape) for weight in (weights[0], weights[half])]
+        return tuple(_stacks(edges, stacks))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        *xs, windows, matrices = ctx.saved_tensors
+        branches = len(windows) // len(xs)
+        shares = zip(
+            _of_each_map([nhwc(g) for g in gradients], branches),
+            xs,
+            windows.split(branches),
+            matrices.split(branches),
+            strict=True,
+        )
+        jobs = [partial(separable_branches_backward, *share, *ctx.settings) for share in shares]
+        dxs, *found = zip(*side_by_side(xs[0].device, jobs), strict=True)
+        weights = [
+            gradient
+            for of_maps, like in zip(found, ctx.like, strict=True)
+            for of_map in of_maps
+            for gradient in weight_gradients(of_map, *like)
+        ]
+        return None, None, None, *dxs, *weights
+
+
+def stacked_windows(depthwise: Sequence[Tensor]) -> Tensor:
+    """Weights (C, 1, 3, 3) as the kernels take them: (B, 3, 3, C)."""
+    windows = torch.stack([weight.flatten(1).t() for weight in depthwise])
+    return windows.unflatten(1, (3, 3))
+
+
+def stacked_matrices(pointwise: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Weights (C_out, C, 1, 1) in the dtype of x: (B, C_out, C)."""
+    matrices = x.new_empty(len(pointwise), *pointwise[0].shape[:2])
+    torch._foreach_copy_(list(matrices.unbind()), [weight.flatten(1) for weight in pointwise])
+    return matrices
+
+
+def weight_gradients(found: Tensor, dtype: torch.dtype, shape: torch.Size) -> Sequence[Tensor]:
+    """Those of stacked weights, each as its parameter (dtype, shape) wants it."""
+    return found.to(dtype).view(-1, *shape).unbind()
+
+
+def _stacks(edges: Sequence[Tensor], stacks: Sequence[int]) -> Iterator[Tensor]:
+    """The maps of edge after edge (B, N, C_out, H', W') as stacks of neighbours, views."""
+    counts = iter(stacks)
+    for edge in edges:
+        first = 0
+        while first < len(edge):
+            count = next(counts)
+            yield edge[first : first + count]
+            first += count
+
+
+def _of_each_map(gradients: Sequence[Tensor], branches: int) -> Iterator[list[Tensor]]:
+    """The gradients of the stacks of map after map, each of which has so many branches."""
+    following = iter(gradients)
+    for _ in range(sum(map(len, gradients)) // branches):
+        own: list[Tensor] = []
+        while sum(map(len, own)) < branches:
+            own.append(next(following))
+        yield own
+
+
+def _by_edge(windows: Tensor, dilations: Sequence[int]) -> Tensor:
+    return windows.unflatten(0, (-1, len(dilations)))
 
 
 def _matrices(stack: Tensor) -> Tensor:
@@ -90,7 +171,7 @@ def _output_shape(x: Tensor, pointwise: Tensor, stride: int) -> tuple[int, int, 
     "lgcnet_fast::separable_branches",
     mutates_args=(),
     schema="(Tensor x, Tensor depthwise, Tensor pointwise, int[] dilations, int stride, "
-    "int[] stacks, str backend) -> Tensor[]",
+    "str backend) -> Tensor[]",
 )
 def _separable_branches(
     x: Tensor,
@@ -98,20 +179,19 @@ def _separable_branches(
     pointwise: Tensor,
     dilations: Sequence[int],
     stride: int,
-    stacks: Sequence[int],
     backend: str,
 ) -> list[Tensor]:
-    """depthwise: (B, C, 1, 3, 3), pointwise: (B, C_out, C); a stack (b, N, C_out, H', W') each."""
-    windows = _windows(depthwise, len(dilations))
-    filtered = _matrices(filtered_maps(backend, x, windows, dilations, stride))
-    shape = _output_shape(x, pointwise, stride)
-    products = pointwise.to(x.dtype).split(stacks)
-    outputs = []
-    for matrices, weights in zip(filtered.split(stacks), products, strict=True):
-        out = empty_nhwc(x, (len(weights), *shape))
-        torch.bmm(matrices, weights.transpose(1, 2), out=_matrices(out))
-        outputs.append(out)
-    return outputs
+    """depthwise: (B, 3, 3, C), pointwise: (B, C_out, C) like x; the maps of each edge."""
+    filtered = filtered_maps(backend, x, _by_edge(depthwise, dilations), dilations, stride)
+    shape = (len(dilations), *_output_shape(x, pointwise, stride))
+    edges = [empty_nhwc(x, shape) for _ in filtered]
+    products = zip(filtered, pointwise.split(len(dilations)), edges, strict=True)
+    jobs = [
+        partial(torch.bmm, _matrices(maps), weights.transpose(1, 2), out=_matrices(out))
+        for maps, weights, out in products
+    ]
+    side_by_side(x.device, jobs)
+    return edges
 
 
 @_separable_branches.register_fake
@@ -121,11 +201,10 @@ def _(
     pointwise: Tensor,
     dilations: Sequence[int],
     stride: int,
-    stacks: Sequence[int],
     backend: str,
 ) -> list[Tensor]:
-    shape = _output_shape(x, pointwise, stride)
-    return [empty_nhwc(x, (count, *shape)) for count in stacks]
+    shape = (len(dilations), *_output_shape(x, pointwise, stride))
+    return [empty_nhwc(x, shape) for _ in pointwise.split(len(dilations))]
 
 
 @custom_op(
@@ -134,7 +213,7 @@ def _(
     schema="(Tensor[] gradients, Tensor x, Tensor depthwise, Tensor pointwise, int[] dilations, "
     "int stride, str backend) -> (Tensor, Tensor, Tensor)",
 )
-def _separable_branches_backward(
+def separable_branches_backward(
     gradients: list[Tensor],
     x: Tensor,
     depthwise: Tensor,
@@ -143,29 +222,35 @@ def _separable_branches_backward(
     stride: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, depthwise and pointwise from those of the stacks."""
-    windows = _windows(depthwise, len(dilations))
-    stacks = [len(g) for g in gradients]
+    """Gradients of x, depthwise (as (B, C, 3, 3)) and pointwise from those of stacks of maps.
+
+    Those of the weights are in the accumulator's dtype.
+    """
+    windows, stacks = _by_edge(depthwise, dilations), [len(g) for g in gradients]
     filtered = filtered_maps(backend, x, windows, dilations, stride)
-    d_pointwise = torch.empty_like(pointwise, dtype=_accumulator(x.dtype))
-    for g, maps, out in zip(
-        gradients, filtered.flatten(0, 1).split(stacks), d_pointwise.split(stacks), strict=True
-    ):
-        _product_gradient(g, maps, out)
-    # The gradients of the depthwise maps take the place of the maps, now that these have served.
-    d_filtered = filtered
-    products = pointwise.to(x.dtype).split(stacks)
-    for g, weights, out in zip(
-        gradients, products, _matrices(d_filtered).split(stacks), strict=True
-    ):
-        torch.bmm(_matrices(g), weights, out=out)
-    dx, d_windows = depthwise_gradients(backend, d_filtered, x, windows, dilations, stride)
-    d_depthwise = d_windows.flatten(0, 1).flatten(1, 2).transpose(1, 2).contiguous()
-    d_depthwise = d_depthwise.view_as(depthwise).to(depthwise.dtype)
-    return dx, d_depthwise, d_pointwise.to(pointwise.dtype)
+    parts = _parts(gradients[0])
+    products = x.new_empty(len(pointwise), parts, *pointwise.shape[1:])
+    every = zip(
+        gradients,
+        filtered.flatten(0, 1).split(stacks),
+        pointwise.split(stacks),
+        products.split(stacks),
+        strict=True,
+    )
+    side_by_side(x.device, [partial(_product_gradients, *one) for one in every])
+    dtype = _accumulator(x.dtype)
+    (dx, d_windows), (d_pointwise,) = side_by_side(
+        x.device,
+        [
+            lambda: depthwise_gradients(backend, filtered, x, windows, dilations, stride),
+            lambda: (products.sum(1, dtype=dtype),),
+        ],
+    )
+    d_depthwise = d_windows.flatten(0, 1).movedim(-1, 1).contiguous()
+    return dx, d_depthwise, d_pointwise
 
 
-@_separable_branches_backward.register_fake
+@separable_branches_backward.register_fake
 def _(
     gradients: list[Tensor],
     x: Tensor,
@@ -175,23 +260,35 @@ def _(
     stride: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = empty_nhwc(x, x.shape)
-    return dx, torch.empty_like(depthwise), torch.empty_like(pointwise)
+    branches, c_out, channels = pointwise.shape
+    dtype = _accumulator(x.dtype)
+    return (
+        empty_nhwc(x, x.shape),
+        x.new_empty(branches, channels, 3, 3, dtype=dtype),
+        x.new_empty(branches, c_out, channels, dtype=dtype),
+    )
 
 
-def _product_gradient(g: Tensor, maps: Tensor, out: Tensor) -> None:
-    """out (b, C_out, C): sum over the positions of g times the depthwise maps, both stacks of b.
+def _product_gradients(g: Tensor, maps: Tensor, weights: Tensor, products: Tensor) -> None:
+    """Of a stack of b products: those of the weights, in parts, and of the depthwise maps.
 
-    The positions far outnumber the entries of the result, so they are cut into parts, whose
-    products run side by side and are added in the accumulator's dtype.
+    g: (b, N, C_out, H', W'). The positions far outnumber the entries of a weight's gradient, so
+    they are cut into parts, whose `products` (b, parts, C_out, C) run side by side and are yet to
+    be added. The gradients of the maps take the place of the maps, once these have served.
     """
-    images, _, height, width = g.shape[-4:]
-    parts = images * _row_groups(height, width)
-    products = torch.bmm(
+    parts = products.shape[1]
+    torch.bmm(
         _matrices(g).unflatten(1, (parts, -1)).flatten(0, 1).transpose(1, 2),
         _matrices(maps).unflatten(1, (parts, -1)).flatten(0, 1),
+        out=products.flatten(0, 1),
     )
-    torch.sum(products.unflatten(0, (-1, parts)), 1, dtype=out.dtype, out=out)
+    torch.bmm(_matrices(g), weights, out=_matrices(maps))
+
+
+def _parts(g: Tensor) -> int:
+    """Into how many equal parts the positions of a stack's maps are cut."""
+    images, _, height, width = g.shape[-4:]
+    return images * _row_groups(height, width)
 
 
 def _row_groups(height: int, width: int) -> int:
@@ -208,19 +305,6 @@ def _accumulator(storage: torch.dtype) -> torch.dtype:
     return torch.float64 if storage == torch.float64 else torch.float32
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, depthwise, pointwise, ctx.dilations, ctx.stride, _, ctx.backend = inputs
-    ctx.save_for_backward(x, depthwise, pointwise)
-
-
-def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
-    gradients = [nhwc(g) for g in gradients]
-    settings = (ctx.dilations, ctx.stride, ctx.backend)
-    found = _separable_branches_backward(gradients, *ctx.saved_tensors, *settings)
-    return *found, None, None, None, None
-
-
-_separable_branches.register_autograd(_backward, setup_context=_keep)
 FORMS = {
     backend: Implementation(partial(run, backend), partial(refuse, backend))
     for backend in ("triton", "cuda")

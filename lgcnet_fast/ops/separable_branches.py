@@ -1,8 +1,9 @@
-"""Depthwise-separable branches of one map: the bodies of `sep3` and `dil3_*` of several edges."""
+"""Depthwise-separable branches of maps: the bodies of `sep3` and `dil3_*` of several edges."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ MAX_DILATIONS = 7
 
 
 def separable_branches(
-    x: Tensor,
+    x: Tensor | Sequence[Tensor],
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
     dilations: Sequence[int],
@@ -26,10 +27,11 @@ def separable_branches(
 ) -> list[list[Tensor]]:
     """`pointwise[b] * (depthwise[b] * relu(x))` of every branch, without batch norms.
 
-    x: (N, C, H, W). depthwise: weights (C, 1, 3, 3), pointwise: weights (C_out, C, 1, 1), one a
-    branch; padding is the dilation. dilations: 1 to 7 of them, each 1 to 255; where there are more
-    branches they repeat, so that edge after edge can list its branches. stacks: numbers of
-    neighbouring branches that go on together, all of them by default.
+    x: (N, C, H, W), or several maps of one shape, which have equal shares of the branches, map
+    after map. depthwise: weights (C, 1, 3, 3), pointwise: weights (C_out, C, 1, 1), one a branch;
+    padding is the dilation. dilations: 1 to 7 of them, each 1 to 255; where there are more branches
+    they repeat, so that edge after edge can list its branches. stacks: numbers of neighbouring
+    branches of an edge that go on together, all of the edge's by default.
 
     Returns the maps of each stack in a list: one map (N, C_out, ceil(H / stride), ceil(W / stride))
     a branch, or a single stack (B, N, C_out, ...) of them, as suits the backend. `mixed_norm_sum`
@@ -37,21 +39,24 @@ def separable_branches(
     come out in it.
 
     Differentiable in x and the weights. The fused form reads x once for all branches; for the
-    backward pass it keeps x and copies of the weights, and computes the depthwise maps anew. The
-    reference keeps three maps a branch: the ReLU of x, the depthwise map and its result.
+    backward pass it keeps x and copies of the weights, and computes the depthwise maps anew. Where
+    a CUDA graph is captured, it serves several maps side by side. The reference keeps three maps a
+    branch: the ReLU of x, the depthwise map and its result.
 
     Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
     cannot serve.
     """
-    stacks = (len(depthwise),) if stacks is None else tuple(stacks)
-    arguments = (x, tuple(depthwise), tuple(pointwise), tuple(dilations), stride, stacks)
+    xs = (x,) if isinstance(x, Tensor) else tuple(x)
+    if stacks is None:
+        stacks = [len(dilations)] * (len(depthwise) // max(1, len(dilations)))
+    arguments = (xs, tuple(depthwise), tuple(pointwise), tuple(dilations), stride, tuple(stacks))
     _check(*arguments)
     result: list[list[Tensor]] = _operation(*arguments)
     return result
 
 
 def _reference(
-    x: Tensor,
+    xs: Sequence[Tensor],
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
     dilations: Sequence[int],
@@ -59,9 +64,12 @@ def _reference(
     stacks: Sequence[int],
 ) -> list[list[Tensor]]:
     branches = iter(enumerate(zip(depthwise, pointwise, strict=True)))
+    share = len(depthwise) // len(xs)
     return [
         [
-            relu_depthwise_separable(x, *weights, stride, dilations[branch % len(dilations)])
+            relu_depthwise_separable(
+                xs[branch // share], *weights, stride, dilations[branch % len(dilations)]
+            )
             for branch, weights in (next(branches) for _ in range(count))
         ]
         for count in stacks
@@ -69,7 +77,7 @@ def _reference(
 
 
 def _check(
-    x: Tensor,
+    xs: Sequence[Tensor],
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
     dilations: Sequence[int],
@@ -77,7 +85,15 @@ def _check(
     stacks: Sequence[int],
 ) -> None:
     """Raises `OperandError`."""
-    check_map("x", x)
+    if not xs:
+        raise OperandError("x: no maps")
+    for index, x in enumerate(xs):
+        name = "x" if len(xs) == 1 else f"x[{index}]"
+        check_map(name, x)
+        check_shape(name, x, tuple(xs[0].shape))
+        check_beside(name, x, "the first", xs[0])
+        if x.dtype != xs[0].dtype:
+            raise OperandError(f"{name}: {x.dtype}, the first is {xs[0].dtype}")
     if stride not in (1, 2):
         raise OperandError(f"stride: {stride}, need 1 or 2")
     if not 1 <= len(dilations) <= MAX_DILATIONS:
@@ -85,12 +101,18 @@ def _check(
     if any(not 1 <= dilation <= 255 for dilation in dilations):
         raise OperandError(f"dilations: {tuple(dilations)}, each must be 1 to 255")
     branches = len(depthwise)
-    if branches == 0 or branches % len(dilations):
-        raise OperandError(f"depthwise: {branches} weights for {len(dilations)} dilations")
+    if branches == 0 or branches % (len(xs) * len(dilations)):
+        raise OperandError(
+            f"depthwise: {branches} weights for {len(xs)} maps and {len(dilations)} dilations"
+        )
     if len(pointwise) != branches:
         raise OperandError(f"pointwise: {len(pointwise)} weights for {branches} branches")
-    if min(stacks) < 1 or sum(stacks) != branches:
-        raise OperandError(f"stacks: {tuple(stacks)} do not divide {branches} branches")
+    ends = set(accumulate(stacks))
+    if min(stacks) < 1 or not ends >= set(range(len(dilations), branches + 1, len(dilations))):
+        raise OperandError(f"stacks: {stacks} do not divide edges of {len(dilations)} branches")
+    if sum(stacks) != branches:
+        raise OperandError(f"stacks: {stacks} do not divide {branches} branches")
+    x = xs[0]
     channels, c_out = x.shape[1], pointwise[0].shape[0]
     for name, weights, shape in (
         ("depthwise", depthwise, (channels, 1, 3, 3)),

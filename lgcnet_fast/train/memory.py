@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lgcnet_fast.config import RunConfig
 from lgcnet_fast.ops.backend import suppose, use_backend
 from lgcnet_fast.ops.constants import separate_constants
+from lgcnet_fast.ops.lanes import LANES
 from lgcnet_fast.space.genotype import Genotype
 from lgcnet_fast.space.registry import make_space
 from lgcnet_fast.train.finetune import Finetuner
@@ -29,7 +30,8 @@ from lgcnet_fast.train.search import Searcher, SearchNetwork
 WITHOUT_DATA = torch.device("cpu")
 """Where tensors without data say they are; their backends are chosen as for another device."""
 CUBLAS_WORKSPACE = 2 * 32 * 2**20
-"""Bytes that cuBLAS takes on GPUs from Hopper on, for the forward and for the backward thread."""
+"""Bytes that cuBLAS takes on a stream of GPUs from Hopper on, for the forward and for the backward
+thread."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ def step_memory(
     the batch is shared out.
     """
     on_gpu = device.type == "cuda"
+    captured = on_gpu and config.cuda_graph and processes == 1
+    # Fused operations share out their work among streams where a graph is captured.
+    streams = LANES if captured and config.backend != "reference" else 1
     backend = use_backend(config.backend, config.strict_backend)
     with separate_constants(), suppose(device), backend, FakeTensorMode(), LiveBytes() as live:
         trainer = _trainer(config, stage, num_classes, Precision(precision, WITHOUT_DATA), genotype)
@@ -85,10 +90,10 @@ def step_memory(
     return StepMemory(
         parameters=2 * own if stage == "finetune" and config.finetune.ema is not None else own,
         optimiser=resident - own,
-        batch=delivered * (2 if on_gpu and config.cuda_graph and processes == 1 else 1),
+        batch=delivered * (2 if captured else 1),
         gradients=gradient_bytes,
         activations=live.peak - resident - delivered - gradient_bytes,
-        workspace=CUBLAS_WORKSPACE if on_gpu else 0,
+        workspace=CUBLAS_WORKSPACE * streams if on_gpu else 0,
     )
 
 

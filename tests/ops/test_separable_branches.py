@@ -14,6 +14,9 @@ from lgcnet_fast.ops.fused_separable_branches import (
     POSITIONS_A_PART,
     _row_groups,
     _separable_branches,
+    separable_branches_backward,
+    stacked_matrices,
+    stacked_windows,
 )
 
 
@@ -25,6 +28,8 @@ class Case:
     stride: int = 1
     stacks: tuple[int, ...] | None = None
     edges: int = 1
+    """Of all maps together."""
+    maps: int = 1
 
     @property
     def branches(self) -> int:
@@ -32,8 +37,8 @@ class Case:
 
     def build(
         self, device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """x in NHWC memory, depthwise and pointwise weights."""
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Maps in NHWC memory, depthwise and pointwise weights."""
         torch.manual_seed(0)
         images, channels, height, width = self.shape
 
@@ -42,13 +47,15 @@ class Case:
 
         depthwise = [leaf(channels, 1, 3, 3) for _ in range(self.branches)]
         pointwise = [leaf(self.c_out, channels, 1, 1) for _ in range(self.branches)]
-        x = leaf(images, height, width, channels).movedim(-1, 1)
-        for tensor in (x, *depthwise, *pointwise):
+        xs = [leaf(images, height, width, channels).movedim(-1, 1) for _ in range(self.maps)]
+        for tensor in (*xs, *depthwise, *pointwise):
             tensor.requires_grad_()
-        return x, depthwise, pointwise
+        return xs, depthwise, pointwise
 
-    def __call__(self, x: Tensor, *weights: Tensor) -> list[list[Tensor]]:
+    def __call__(self, *inputs: Tensor) -> list[list[Tensor]]:
+        xs, weights = inputs[: self.maps], inputs[self.maps :]
         depthwise, pointwise = weights[: self.branches], weights[self.branches :]
+        x = xs if self.maps > 1 else xs[0]
         return separable_branches(x, depthwise, pointwise, self.dilations, self.stride, self.stacks)
 
 
@@ -60,6 +67,8 @@ CASES = [
     Case((2, 4, 6, 6), 3, (1,), stride=2),
     Case((1, 2, 5, 5), 3, (2,), stride=2),
     Case((1, 3, 1, 1), 1, (1, 2, 3, 4, 5, 6, 7), stride=2, stacks=(3, 4)),
+    Case((2, 3, 4, 3), 2, (1, 2), stacks=(1, 1, 2, 1, 1, 1, 1), edges=4, maps=2),
+    Case((1, 2, 3, 5), 3, (2, 1), stride=2, edges=3, maps=3),
 ]
 
 
@@ -87,19 +96,20 @@ def assert_as_good(found: list[Tensor], other: list[Tensor], truth: list[Tensor]
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference_is_one_branch_after_the_other(case: Case) -> None:
-    x, depthwise, pointwise = case.build(torch.device("cpu"))
-    maps = flat(case(x, *depthwise, *pointwise))
+    xs, depthwise, pointwise = case.build(torch.device("cpu"))
+    maps = flat(case(*xs, *depthwise, *pointwise))
     assert len(maps) == case.branches
     for branch, y in enumerate(maps):
         dilation = case.dilations[branch % len(case.dilations)]
+        x = xs[branch * case.maps // case.branches]
         weights = depthwise[branch], pointwise[branch]
         assert torch.equal(y, relu_depthwise_separable(x, *weights, case.stride, dilation))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fused_equals_reference(case: Case, device: torch.device) -> None:
-    x, depthwise, pointwise = case.build(device)
-    inputs = [x, *depthwise, *pointwise]
+    xs, depthwise, pointwise = case.build(device)
+    inputs = [*xs, *depthwise, *pointwise]
     reference, fused = (results(case, inputs, backend) for backend in ("reference", "triton"))
     for found, wanted in zip(fused, reference, strict=True):
         assert found.dtype == wanted.dtype
@@ -110,10 +120,11 @@ def test_fused_equals_reference(case: Case, device: torch.device) -> None:
 def test_stacks_are_dense_nhwc_and_gradients_fit_their_parameters(
     case: Case, device: torch.device
 ) -> None:
-    x, depthwise, pointwise = case.build(device)
+    xs, depthwise, pointwise = case.build(device)
     with use_backend("triton"):
-        stacks = case(x, *depthwise, *pointwise)
-    assert [y.shape[0] for (y,) in stacks] == list(case.stacks or [case.branches])
+        stacks = case(*xs, *depthwise, *pointwise)
+    counts = case.stacks or [len(case.dilations)] * case.edges
+    assert [y.shape[0] for (y,) in stacks] == list(counts)
     assert all(y.movedim(-3, -1).is_contiguous() for (y,) in stacks)
     sum(y.square().sum() for (y,) in stacks).backward()
     # Otherwise each parameter would cost a copy of its gradient.
@@ -123,8 +134,8 @@ def test_stacks_are_dense_nhwc_and_gradients_fit_their_parameters(
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=str)
 def test_autocast(case: Case, device: torch.device) -> None:
-    x, depthwise, pointwise = case.build(device)
-    inputs = [x, *depthwise, *pointwise]
+    xs, depthwise, pointwise = case.build(device)
+    inputs = [*xs, *depthwise, *pointwise]
     precise = [tensor.detach().double().requires_grad_() for tensor in inputs]
     truth = results(case, precise, "reference")
     reference = results(case, inputs, "reference", autocast=True)
@@ -136,8 +147,8 @@ def test_autocast(case: Case, device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
     case = CASES[2]
-    x, depthwise, pointwise = case.build(device, dtype)
-    inputs = [x, *depthwise, *pointwise]
+    xs, depthwise, pointwise = case.build(device, dtype)
+    inputs = [*xs, *depthwise, *pointwise]
     precise = [tensor.detach().double().requires_grad_() for tensor in inputs]
     truth = results(case, precise, "reference")
     reference, fused = (results(case, inputs, backend) for backend in ("reference", "triton"))
@@ -147,21 +158,21 @@ def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradients_by_finite_differences(stride: int, backend: str, device: torch.device) -> None:
-    case = Case((1, 2, 2, 3), 1, (1, 2), stride, stacks=(1, 1))
-    x, depthwise, pointwise = case.build(device, torch.float64)
+    case = Case((1, 2, 2, 3), 1, (1, 2), stride, stacks=(1, 1, 2), edges=2, maps=2)
+    xs, depthwise, pointwise = case.build(device, torch.float64)
 
     def joined(*inputs: Tensor) -> Tensor:
         return torch.cat(flat(case(*inputs)))
 
     with use_backend(backend):
-        inputs = (x, *depthwise, *pointwise)
+        inputs = (*xs, *depthwise, *pointwise)
         assert torch.autograd.gradcheck(joined, inputs, fast_mode=True)
 
 
 def test_a_stack_that_nothing_reads(device: torch.device) -> None:
     case = CASES[0]
-    x, depthwise, pointwise = case.build(device)
-    inputs = [x, *depthwise, *pointwise]
+    xs, depthwise, pointwise = case.build(device)
+    inputs = [*xs, *depthwise, *pointwise]
     gradients = []
     for backend in ("reference", "triton"):
         with use_backend(backend):
@@ -173,24 +184,20 @@ def test_a_stack_that_nothing_reads(device: torch.device) -> None:
 
 
 def test_same_inputs_same_bits(device: torch.device) -> None:
-    x, depthwise, pointwise = CASES[0].build(device)
-    once, twice = (results(CASES[0], [x, *depthwise, *pointwise], "triton") for _ in range(2))
+    xs, depthwise, pointwise = CASES[0].build(device)
+    once, twice = (results(CASES[0], [*xs, *depthwise, *pointwise], "triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
 def test_registration(device: torch.device) -> None:
-    x, depthwise, pointwise = Case((1, 2, 3, 4), 3, (1, 2)).build(device)
-    weights = torch.stack(depthwise), torch.stack(pointwise).flatten(2)
+    case = Case((1, 2, 3, 4), 3, (1, 2), edges=2)
+    (x,), depthwise, pointwise = ([w.detach() for w in group] for group in case.build(device))
+    weights = stacked_windows(depthwise), stacked_matrices(pointwise, x)
     for stride in (1, 2):
-        arguments = (
-            x,
-            *(w.detach().requires_grad_() for w in weights),
-            [1, 2],
-            stride,
-            [1, 1],
-            "triton",
-        )
-        torch.library.opcheck(_separable_branches, arguments)
+        settings = (x, *weights, [1, 2], stride, "triton")
+        torch.library.opcheck(_separable_branches, settings)
+        stacks = [torch.ones_like(edge) for edge in _separable_branches(*settings)]
+        torch.library.opcheck(separable_branches_backward, (stacks, *settings))
 
 
 @pytest.mark.parametrize("height, width", [(64, 128), (193, 193), (49, 97), (16, 32), (1, 1)])
@@ -210,18 +217,23 @@ def test_parts_of_a_weight_gradient_are_long_and_equal(height: int, width: int) 
         ({"stride": 3}, "stride: 3, need 1 or 2"),
         ({"dilations": ()}, "dilations: 0 of them"),
         ({"dilations": (1, 0)}, r"dilations: \(1, 0\), each must be 1 to 255"),
-        ({"dilations": (1, 2, 3)}, "depthwise: 2 weights for 3 dilations"),
+        ({"x": []}, "x: no maps"),
+        ({"x": [torch.rand(2, 3, 5, 7), torch.rand(2, 3, 5, 6)]}, r"x\[1\]: shape"),
+        ({"x": [torch.rand(2, 3, 5, 7)] * 2}, "depthwise: 2 weights for 2 maps and 2 dilations"),
+        ({"dilations": (1, 2, 3)}, "depthwise: 2 weights for 1 maps and 3 dilations"),
         ({"depthwise": []}, "depthwise: 0 weights"),
         ({"pointwise": [torch.rand(4, 3, 1, 1)]}, "pointwise: 1 weights for 2 branches"),
         ({"pointwise": [torch.rand(4, 5, 1, 1)] * 2}, r"pointwise\[0\]: shape"),
         ({"depthwise": [torch.rand(3, 1, 5, 5)] * 2}, r"depthwise\[0\]: shape"),
         ({"depthwise": [torch.rand(3, 1, 3, 3).double()] * 2}, r"depthwise\[0\]: torch.float64"),
-        ({"stacks": (1,)}, r"stacks: \(1,\) do not divide 2 branches"),
+        ({"stacks": (1,)}, r"stacks: \(1,\) do not divide edges of 2 branches"),
+        ({"stacks": (2, 1)}, r"stacks: \(2, 1\) do not divide 2 branches"),
+        ({"dilations": (1,), "stacks": (2,)}, "do not divide edges of 1 branches"),
         ({"stacks": (2, 0)}, "stacks"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, object], message: str, backend: str) -> None:
-    x, depthwise, pointwise = Case((2, 3, 5, 7), 4, (1, 2)).build(torch.device("cpu"))
+    (x,), depthwise, pointwise = Case((2, 3, 5, 7), 4, (1, 2)).build(torch.device("cpu"))
     arguments = {"x": x, "depthwise": depthwise, "pointwise": pointwise, "dilations": (1, 2)}
     with use_backend(backend), pytest.raises(OperandError, match=message):
         separable_branches(**(arguments | change))

@@ -7,6 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lgcnet_fast.ops import upsample_cross_entropy
+from lgcnet_fast.ops.lanes import LANES
 from lgcnet_fast.space.genotype import load_genotype
 from lgcnet_fast.space.sampling import probabilities
 from lgcnet_fast.train import finetune as finetune_module
@@ -98,6 +99,9 @@ def test_components_and_total(new_run):
     assert on_gpu.batch == 2 * on_cpu.batch
     assert (on_cpu.workspace, on_gpu.workspace) == (0, CUBLAS_WORKSPACE)
     assert on_gpu.activations == on_cpu.activations
+    fused = config.model_copy(update={"backend": "triton"})
+    on_streams = step_memory(fused, "search", CLASSES, "fp32", GPU)
+    assert on_streams.workspace == LANES * CUBLAS_WORKSPACE
     # SGD keeps one number a weight, Adam two.
     assert 0 < on_cpu.optimiser < 3 * on_cpu.parameters
     assert on_cpu.total == sum(
