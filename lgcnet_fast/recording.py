@@ -50,7 +50,6 @@ def recording(
 def _without_collection() -> Iterator[None]:
     """Graphs and kernels among the garbage cannot be freed while something is recorded."""
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

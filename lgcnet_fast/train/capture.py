@@ -7,6 +7,7 @@ which the graph advances as the recorded operations would.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -114,6 +115,8 @@ class CudaRecorder:
         return result
 
     def record(self, function: Callable[[], Result]) -> Callable[[], Result]:
+        # What former stages have left would take memory beside that of the graph.
+        gc.collect()
         graph = torch.cuda.CUDAGraph()
         with recording(graph, self._stream, self._generators):
             result = function()
