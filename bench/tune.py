@@ -43,7 +43,15 @@ from lgcnet_fast.ops.tuning import FOLDER, TuningTable, read_table, table_path, 
 FAMILIES = ("depthwise", "mixed_sum", "max_pool", "concat_upsample", "upsample_loss", "infer_tile")
 ENGINE, ENGINE_SIZE = "deploy_engine", (769, 1537)
 FOLLOWERS = dict.fromkeys(
-    ("average_pool", "cast_together", "normalised", "readers", "recomputes"), "mixed_norm_sum"
+    (
+        "average_pool",
+        "cast_together",
+        "interleaved_convolution",
+        "normalised",
+        "readers",
+        "recomputes",
+    ),
+    "mixed_norm_sum",
 )
 """Operations without a benchmark of their own, and those with which they belong."""
 GAIN = 0.97

@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lgcnet_fast.ops import (
     Recomputable,
     average_pool,
+    interleaved_convolution,
     max_pool,
     normalised,
     readers,
@@ -200,11 +199,8 @@ class FactorizedReduce(nn.Module):
         self.norm = nn.BatchNorm2d(c_out, affine=affine)
 
     def raw(self, source: Source) -> Tensor:
-        return source.rectified(self._reduced)
-
-    def _reduced(self, rectified: Tensor) -> Tensor:
-        shifted = F.pad(rectified, (-1, 1, -1, 1))
-        return torch.cat((self.even(rectified), self.odd(shifted)), dim=1)
+        weights = {"even": self.even.weight, "odd": self.odd.weight}
+        return source.rectified(partial(interleaved_convolution, **weights))
 
     def forward(self, x: Tensor) -> Tensor:
         return _norm_of(self.norm, self.raw(Source(x)))

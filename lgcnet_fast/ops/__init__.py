@@ -5,6 +5,7 @@ from lgcnet_fast.ops.backend import explain, set_backend, use_backend
 from lgcnet_fast.ops.cast_together import cast_together
 from lgcnet_fast.ops.concat_upsample import concat_upsample, sum_upsample, upsample
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
+from lgcnet_fast.ops.interleaved_convolution import interleaved_convolution
 from lgcnet_fast.ops.max_pool import max_pool
 from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, normalised
 from lgcnet_fast.ops.mixed_sum import mixed_sum
@@ -22,6 +23,7 @@ __all__ = [
     "concat_upsample",
     "explain",
     "gathered_running_statistics",
+    "interleaved_convolution",
     "max_pool",
     "mixed_norm_sum",
     "mixed_sum",

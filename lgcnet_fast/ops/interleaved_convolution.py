@@ -1,0 +1,95 @@
+"""1x1 convolutions of the even and of the odd pixels: a factorised reduction but its batch norm.
+
+The fused form is a single convolution of stride 2 whose larger kernel holds both weights, one in
+each corner, and zeros. The map is neither shifted nor padded, and the halves of the output need
+not be put together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lgcnet_fast.errors import OperandError
+from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
+from lgcnet_fast.ops.operands import check_beside, check_map
+
+
+def interleaved_convolution(x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, A + B, ceil(H / 2), ceil(W / 2)), also under autocast.
+
+    even: (A, C, 1, 1), weight of the first channels, which see the pixels (2i, 2j); odd: (B, C, 1,
+    1), of those that see the pixels (2i + 1, 2j + 1), which are 0 beyond an odd size.
+
+    The fused form keeps x for the backward pass, the reference also a shifted copy.
+
+    Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
+    cannot serve.
+    """
+    check_map("x", x)
+    for name, weight in (("even", even), ("odd", odd)):
+        if weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 1, 1):
+            raise OperandError(
+                f"{name}: shape {tuple(weight.shape)}, need (c_out, {x.shape[1]}, 1, 1)"
+            )
+        check_beside(name, weight, "x", x)
+    result: Tensor = _operation(x, even, odd)
+    return result
+
+
+class _Corners(torch.autograd.Function):
+    """The weight (A + B, C, k, k) of the single convolution: k = 2, or 3 for an odd side."""
+
+    @staticmethod
+    def forward(ctx: Any, even: Tensor, odd: Tensor, kernel: int) -> Tensor:
+        ctx.save_for_backward(even, odd)
+        ctx.kernel = kernel
+        channels = len(even) + len(odd), even.shape[1]
+        weight = empty_nhwc(even, (*channels, kernel, kernel)).zero_()
+        for corner, values in zip(_corners(weight, len(even)), (even, odd), strict=True):
+            corner.copy_(values)
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        even, odd = ctx.saved_tensors
+        # Like the weights in memory, as the optimiser wants them.
+        own = [torch.empty_like(weight) for weight in (even, odd)]
+        for values, corner in zip(own, _corners(gradient, len(even)), strict=True):
+            values.copy_(corner)
+        return own[0], own[1], None
+
+
+def _corners(weight: Tensor, even: int) -> tuple[Tensor, Tensor]:
+    """Where the first `even` outputs see pixel (2i, 2j), and the others (2i + 1, 2j + 1)."""
+    kernel = weight.shape[-1]
+    first, second = slice(kernel - 2, kernel - 1), slice(kernel - 1, kernel)
+    return weight[:even, :, first, first], weight[even:, :, second, second]
+
+
+def _reference(x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+    shifted = F.pad(x, (-1, 1, -1, 1))
+    return torch.cat((F.conv2d(x, even, stride=2), F.conv2d(shifted, odd, stride=2)), dim=1)
+
+
+def _run(x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+    # Beyond an odd side there must be zeros, which padding adds on both sides.
+    padding = 1 if x.shape[-2] % 2 or x.shape[-1] % 2 else 0
+    weight = _Corners.apply(even, odd, 2 + padding)
+    return F.conv2d(nhwc(x), weight, stride=2, padding=padding)
+
+
+def _refuse(x: Tensor, even: Tensor, odd: Tensor) -> str | None:
+    if even.dtype != odd.dtype:
+        return f"even is {even.dtype}, odd is {odd.dtype}"
+    return dtype_refusal("x", x)
+
+
+_form = Implementation(_run, _refuse)
+_operation = Operation(
+    "interleaved_convolution", _reference, triton=_form, cuda=_form, tuned_as="separable_branches"
+)
