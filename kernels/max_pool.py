@@ -81,7 +81,8 @@ def _tap(x, column, W, C, OFFSET: tl.constexpr, mask, ACC: tl.constexpr):
     return tl.load(x + OFFSET * C, mask=inside, other=float("-inf")).to(ACC)
 
 
-@triton.jit(do_not_specialize=["N"])
+# Widths of 1 must not become constants either, which have no 64-bit form.
+@triton.jit(do_not_specialize=["N", "W", "WO"])
 def _forward_kernel(
     x_ptr, y_ptr, N, H, W, HO, WO, C,
     STRIDE: tl.constexpr, ACC: tl.constexpr,
@@ -143,7 +144,7 @@ def _windows_of_row(x, column, W, C, mask, ACC: tl.constexpr):
     return maxima, wins
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "W"])
 def _backward_kernel(
     x_ptr, dy_ptr, dx_ptr, N, H, W, C,
     ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -208,7 +209,7 @@ def _store_pair(dx, even, odd, column, mask, W, C):
     tl.store(dx + C, odd.to(dx.dtype.element_ty), mask=mask & (column + 1 < W))
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "W", "WO"])
 def _backward_stride_2_kernel(
     x_ptr, dy_ptr, dx_ptr, N, H, W, HO, WO, C,
     ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,

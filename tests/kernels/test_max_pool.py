@@ -49,8 +49,12 @@ def reference(x: Tensor, stride: int) -> Tensor:
 
 
 def reference_gradient(x: Tensor, dy: Tensor, stride: int) -> Tensor:
-    """In float64, so that the sums of dy are exact; the winners are those of x's own values."""
-    x = x.double().requires_grad_()
+    """In float64, so that the sums of dy are exact; the winners are those of x's own values.
+
+    In NCHW: for channels_last PyTorch's CUDA kernel takes pixel 0 of the map for the winner of a
+    window in which all is minus infinity, and so loses its gradient.
+    """
+    x = x.double().clone(memory_format=torch.contiguous_format).requires_grad_()
     return torch.autograd.grad(reference(x, stride), x, dy.double())[0]
 
 
