@@ -7,21 +7,55 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.kernels.carried_bounds import carried_bounds
 
 MOST_SHARED = {75: 48 * 1024, 80: 80 * 1024, 90: 112 * 1024}
 """Bytes a block: without an opt-in, and for two blocks a multiprocessor."""
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "storage"), [(75, "fp16"), (80, "bf16"), (90, "bf16")])
 def test_kernels_compile_without_spills(arch: int, storage: str) -> None:
+    rows = compiled(str(SCRIPT), str(arch), storage)
+    assert [row for row in rows if row["stack"] > 0 or row["shared"] > MOST_SHARED[arch]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_smallest_maps_compile(arch: int) -> None:
+    rows = compiled("-m", "tests.kernels.compile_launches", str(arch))
+    assert len(rows) >= 20
+    assert [row for row in rows if row["carried_bounds"]] == []
+
+
+def compiled(*script: str) -> list[dict[str, Any]]:
+    """The lines of a script that compiles kernels."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), str(arch), storage]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, *script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert rows
-    assert [row for row in rows if row["stack"] > 0 or row["shared"] > MOST_SHARED[arch]] == []
+    return rows
+
+
+LOOPS = """
+    %start_1 = scf.for %i = %first to %0 step %c1_i32 iter_args(%start_2 = %start_0) -> (i32)  : i32 {
+      %end_3 = arith.muli %i, %scale : i32
+      %next = arith.addi %BOUND, %c1_i32 : i32
+      scf.for %row = %next to %end_3 step %c1_i32  : i32 {
+      }
+      scf.yield %end_3 : i32
+    }
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(("bound", "count"), [("i", 0), ("first", 0), ("start_2", 1)])
+def test_a_loop_bounded_by_a_carried_value_is_found(bound: str, count: int) -> None:
+    assert len(carried_bounds(LOOPS.replace("BOUND", bound))) == count

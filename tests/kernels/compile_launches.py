@@ -1,0 +1,151 @@
+"""Compiles every kernel of training for the arguments of real launches, without a GPU.
+
+    python -m tests.kernels.compile_launches 90
+
+The maps are as small as they can be: what is 1 becomes a constant of the compiled kernel. Prints a
+JSON line a kernel: its loops that `carried_bounds` finds. Needs an interpreter in which Triton
+compiles, so not one with TRITON_INTERPRET set.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from lgcnet_fast.kernels import (
+    concat_pointwise,
+    concat_pointwise_backward,
+    concat_upsample,
+    concat_upsample_backward,
+    conv3,
+    depthwise,
+    depthwise_backward,
+    depthwise_input_grad,
+    depthwise_weight_grad,
+    gradient_sum,
+    max_pool,
+    mixed_sum,
+    mixed_sum_backward,
+    pointwise,
+    upsample_argmax,
+    upsample_loss,
+)
+from tests.kernels.carried_bounds import carried_bounds
+
+SHAPES = ((2, 1, 1, 1), (2, 3, 1, 2), (2, 16, 2, 1))
+Launch = Callable[[Tensor], object]
+
+
+class StandIn:
+    """A driver of a GPU that is not there, as far as compiling needs one."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def a_map(shape: tuple[int, ...]) -> Tensor:
+    images, channels, height, width = shape
+    return torch.zeros(images, height, width, channels).movedim(-1, 1)
+
+
+def pool(x: Tensor) -> None:
+    for stride in (1, 2):
+        max_pool.max_pool_backward(x, max_pool.max_pool_forward(x, stride), stride)
+
+
+def depthwise_filters(x: Tensor) -> None:
+    for stride in (1, 2):
+        for dilations in ((1,), (2,), (1, 4)):
+            weights = torch.zeros(1, len(dilations), 3, 3, x.shape[1])
+            arguments = (x, weights, dilations, stride)
+            dy = depthwise.depthwise_multi(*arguments)
+            depthwise_input_grad.depthwise_multi_input_grad(dy, *arguments)
+            depthwise_weight_grad.depthwise_multi_weight_grad(dy, *arguments)
+        weight = torch.zeros(3, 3, x.shape[1])
+        dy = depthwise.depthwise(x, weight, 2, stride)
+        depthwise_backward.depthwise_backward(dy, x, weight, 2, stride)
+
+
+def mixture(x: Tensor) -> None:
+    weight = torch.ones(1)
+    statistics = mixed_sum.batch_statistics([x])
+    mixed_sum.mixed_sum([x], weight, statistics, [x], weight)
+    sums = mixed_sum_backward.mixed_sum_gradient_sums(x, [x], statistics, [x])
+    mixed_sum_backward.mixed_sum_grad(x, [x], weight, statistics, sums, weight)
+    gradient_sum.gradient_sum([x, x], x, relu=True)
+
+
+def products(x: Tensor) -> None:
+    channels = x.shape[1]
+    pointwise.pointwise([x], torch.zeros(1, channels, channels))
+    for stride in (1, 2):
+        conv3.conv3(x, a_map((channels, channels, 3, 3)), stride)
+
+
+def concatenations(x: Tensor) -> None:
+    sizes = ((1, 1), (2, 1), (3, 5))
+    size, channels = (x.shape[2], x.shape[3]), x.shape[1]
+    for target in sizes:
+        out = concat_upsample.concat_upsample_forward([x, x], target)
+        concat_upsample_backward.concat_upsample_backward(out, [channels] * 2, [size] * 2)
+        concat_upsample.sum_upsample_forward([x, x], target)
+        weight = torch.zeros(channels, 2 * channels)
+        y, _ = concat_pointwise.concat_pointwise([x, x], weight, target)
+        arguments = (y, [x, x], weight, target)
+        concat_pointwise_backward.concat_pointwise_input_grad(*arguments)
+        concat_pointwise_backward.concat_pointwise_weight_grad(*arguments)
+
+
+def losses(x: Tensor) -> None:
+    for size in ((1, 1), (3, 5)):
+        upsample_argmax.upsample_argmax_forward(x, size)
+        target = torch.zeros(x.shape[0], *size, dtype=torch.uint8)
+        loss, sums = upsample_loss.upsample_cross_entropy_forward(x, target, ignore_index=1)
+        upsample_loss.upsample_ohem_forward(x, target)
+        upsample_loss.upsample_loss_backward(sums, loss, x)
+
+
+FAMILIES: tuple[Launch, ...] = (
+    pool, depthwise_filters, mixture, products, concatenations, losses
+)  # fmt: skip
+
+
+def main() -> None:
+    arch = int(sys.argv[1])
+    driver.set_active(StandIn(arch))
+    torch.cuda.get_device_capability = lambda device=None: divmod(arch, 10)
+    launch = triton.JITFunction.run
+    at_risk: dict[str, set[str]] = {}
+
+    def compile_only(kernel: Any, *arguments: Any, **options: Any) -> Any:
+        compiled = launch(kernel, *arguments, **(options | {"warmup": True}))
+        at_risk.setdefault(kernel.fn.__name__, set()).update(carried_bounds(compiled.asm["ttir"]))
+        return compiled
+
+    triton.JITFunction.run = compile_only
+    for shape in SHAPES:
+        for family in FAMILIES:
+            family(a_map(shape))
+    for name, loops in at_risk.items():
+        print(json.dumps({"kernel": name, "carried_bounds": sorted(loops)}))
+
+
+if __name__ == "__main__":
+    main()
