@@ -85,11 +85,11 @@ def run(
     normed = [y for y, own in with_norms if own[0] is not None]
     plain = [y for y, own in with_norms if own[0] is None]
     kept = [norm for norm in norms if norm is not None]
-    statistics, training = _statistics(backend, normed, kept, len(plain))
+    statistics, training = norm_statistics(backend, normed, kept, len(plain))
     picked = [o for o, norm in zip(options, norms, strict=True) if norm is not None]
     picked += [o for o, norm in zip(options, norms, strict=True) if norm is None]
     weights = _picked(z, tuple(picked))
-    result: Tensor = _mixed_sum(normed, plain, weights, statistics, training, backend)
+    result: Tensor = mixed_sum(normed, plain, weights, statistics, training, backend)
     return result
 
 
@@ -105,17 +105,17 @@ def run_normalised(
 ) -> T:
     """`normalised`, see there."""
     ys = [nhwc(y) for y in ys]
-    statistics, training = _statistics(backend, ys, [norm], plain=0)
+    statistics, training = norm_statistics(backend, ys, [norm], plain=0)
     one = constant((1.0,), statistics.device)
-    x = _mixed_sum(ys, [], one, statistics, training, backend)
+    x = mixed_sum(ys, [], one, statistics, training, backend)
     raw = [y.detach() for y in ys]
-    again = partial(_mixed_sum, raw, [], one, statistics, training, backend)
+    again = partial(mixed_sum, raw, [], one, statistics, training, backend)
     with recomputed((x, again)):
         return function(x)
 
 
 @torch.no_grad()
-def _statistics(
+def norm_statistics(
     backend: str, ys: Sequence[Tensor], norms: Sequence[Any], plain: int
 ) -> tuple[Tensor, bool]:
     """(3, K, C) of the K maps of ys, beside `plain` others; and whether they are the batch's."""
@@ -197,7 +197,7 @@ def _(ys: list[Tensor], eps: float, plain: int, backend: str) -> Tensor:
 
 
 @custom_op("lgcnet_fast::mixed_norm_sum", mutates_args=())
-def _mixed_sum(
+def mixed_sum(
     ys: list[Tensor], xs: list[Tensor], z: Tensor, statistics: Tensor, training: bool, backend: str
 ) -> Tensor:
     """Of K normalised maps ys and J plain ones xs; z: (K + J,), statistics: (3, K, C)."""
@@ -209,7 +209,7 @@ def _mixed_sum(
     return out
 
 
-@_mixed_sum.register_fake
+@mixed_sum.register_fake
 def _(
     ys: list[Tensor], xs: list[Tensor], z: Tensor, statistics: Tensor, training: bool, backend: str
 ) -> Tensor:
@@ -217,7 +217,7 @@ def _(
 
 
 @custom_op("lgcnet_fast::mixed_norm_sum_backward", mutates_args=())
-def _mixed_sum_backward(
+def mixed_sum_backward(
     g: Tensor,
     ys: list[Tensor],
     xs: list[Tensor],
@@ -251,7 +251,7 @@ def _no_sums(sums: Any) -> Any:
     return type(sums)(*zeros)
 
 
-@_mixed_sum_backward.register_fake
+@mixed_sum_backward.register_fake
 def _(
     g: Tensor,
     ys: list[Tensor],
@@ -276,14 +276,14 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     *maps, z, statistics = ctx.saved_tensors
     ys, xs = maps[: ctx.counts[0]], maps[ctx.counts[0] :]
     with_z = ctx.needs_input_grad[2]
-    gradients = _mixed_sum_backward(
+    gradients = mixed_sum_backward(
         nhwc(g), ys, xs, z, statistics, ctx.training, with_z, ctx.backend
     )
     dys, dxs = gradients[: len(ys)], gradients[len(ys) : len(maps)]
     return dys, dxs, gradients[-1] if with_z else None, None, None, None
 
 
-_mixed_sum.register_autograd(_backward, setup_context=_keep)
+mixed_sum.register_autograd(_backward, setup_context=_keep)
 MIXED_NORM_SUM, NORMALISED = (
     {
         backend: Implementation(partial(run_form, backend), partial(refuse_form, backend))

@@ -84,7 +84,7 @@ class _SeparableBranches(torch.autograd.Function):
         windows, matrices = stacked_windows(weights[:half]), stacked_matrices(weights[half:], xs[0])
         branches = half // maps
         shares = zip(xs, windows.split(branches), matrices.split(branches), strict=True)
-        jobs = [partial(_separable_branches, *share, *settings) for share in shares]
+        jobs = [partial(separable_branches_forward, *share, *settings) for share in shares]
         edges = [edge for found in side_by_side(xs[0].device, jobs) for edge in found]
         ctx.save_for_backward(*xs, windows, matrices)
         ctx.settings = settings
@@ -173,7 +173,7 @@ def _output_shape(x: Tensor, pointwise: Tensor, stride: int) -> tuple[int, int, 
     schema="(Tensor x, Tensor depthwise, Tensor pointwise, int[] dilations, int stride, "
     "str backend) -> Tensor[]",
 )
-def _separable_branches(
+def separable_branches_forward(
     x: Tensor,
     depthwise: Tensor,
     pointwise: Tensor,
@@ -194,7 +194,7 @@ def _separable_branches(
     return edges
 
 
-@_separable_branches.register_fake
+@separable_branches_forward.register_fake
 def _(
     x: Tensor,
     depthwise: Tensor,

@@ -50,7 +50,7 @@ def separable_branches(
     if stacks is None:
         stacks = [len(dilations)] * (len(depthwise) // max(1, len(dilations)))
     arguments = (xs, tuple(depthwise), tuple(pointwise), tuple(dilations), stride, tuple(stacks))
-    _check(*arguments)
+    check_branches(*arguments)
     result: list[list[Tensor]] = _operation(*arguments)
     return result
 
@@ -76,7 +76,7 @@ def _reference(
     ]
 
 
-def _check(
+def check_branches(
     xs: Sequence[Tensor],
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],

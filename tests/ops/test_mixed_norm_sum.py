@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lgcnet_fast.errors import BackendError, OperandError
 from lgcnet_fast.ops import explain, mixed_norm_sum, normalised, use_backend
-from lgcnet_fast.ops.fused_mixed_norm_sum import _batch_statistics, _mixed_sum
+from lgcnet_fast.ops.fused_mixed_norm_sum import _batch_statistics, mixed_sum
 
 
 def random_map(*shape: int, dtype: torch.dtype = torch.float32, device: object = "cpu") -> Tensor:
@@ -206,7 +206,7 @@ def test_registration(device: torch.device) -> None:
     weights = torch.rand(4, device=device, requires_grad=True)
     torch.library.opcheck(_batch_statistics, ([y.detach() for y in ys], 1e-5, 0, "triton"))
     for training in (True, False):
-        torch.library.opcheck(_mixed_sum, (ys, [x], weights, statistics, training, "triton"))
+        torch.library.opcheck(mixed_sum, (ys, [x], weights, statistics, training, "triton"))
 
 
 def test_gradients_only_where_wanted(device: torch.device) -> None:

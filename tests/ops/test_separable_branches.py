@@ -13,8 +13,8 @@ from lgcnet_fast.ops import relu_depthwise_separable, separable_branches, use_ba
 from lgcnet_fast.ops.fused_separable_branches import (
     POSITIONS_A_PART,
     _row_groups,
-    _separable_branches,
     separable_branches_backward,
+    separable_branches_forward,
     stacked_matrices,
     stacked_windows,
 )
@@ -195,8 +195,8 @@ def test_registration(device: torch.device) -> None:
     weights = stacked_windows(depthwise), stacked_matrices(pointwise, x)
     for stride in (1, 2):
         settings = (x, *weights, [1, 2], stride, "triton")
-        torch.library.opcheck(_separable_branches, settings)
-        stacks = [torch.ones_like(edge) for edge in _separable_branches(*settings)]
+        torch.library.opcheck(separable_branches_forward, settings)
+        stacks = [torch.ones_like(edge) for edge in separable_branches_forward(*settings)]
         torch.library.opcheck(separable_branches_backward, (stacks, *settings))
 
 

@@ -1,0 +1,141 @@
+"""`second_stages` by the kernels of `mixed_norm_sum` and `separable_branches`.
+
+Two launches take the statistics of all edges. The rest of an edge is a job beside those of the
+others: normalise, depthwise, pointwise, and in the backward pass the same in reverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lgcnet_fast.ops import fused_separable_branches
+from lgcnet_fast.ops.backend import Implementation
+from lgcnet_fast.ops.constants import constant
+from lgcnet_fast.ops.fused_mixed_norm_sum import mixed_sum, mixed_sum_backward, norm_statistics
+from lgcnet_fast.ops.fused_mixed_norm_sum import refuse as refuse_norms
+from lgcnet_fast.ops.fused_separable_branches import (
+    computed_dtype,
+    separable_branches_backward,
+    separable_branches_forward,
+    stacked_matrices,
+    stacked_windows,
+    weight_gradients,
+)
+from lgcnet_fast.ops.lanes import side_by_side
+from lgcnet_fast.ops.maps import nhwc
+
+
+def refuse(
+    backend: str,
+    ys: Sequence[Tensor],
+    norms: Sequence[nn.Module],
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+) -> str | None:
+    """Why the kernels of `backend` cannot serve these arguments of `second_stages`."""
+    branches = (ys, depthwise, pointwise, (1,), 1, (1,) * len(ys))
+    of_norms = refuse_norms(backend, ys, ys[0], norms, range(len(ys)))
+    return of_norms or fused_separable_branches.refuse(backend, *branches)
+
+
+def run(
+    backend: str,
+    ys: Sequence[Tensor],
+    norms: Sequence[nn.Module],
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+) -> list[list[Tensor]]:
+    """`second_stages`, see there: a stack of one map in each list."""
+    ys = [nhwc(y.to(computed_dtype(y))) for y in ys]
+    statistics, training = norm_statistics(backend, ys, norms, plain=0)
+    settings = Settings(training, backend)
+    maps = _SecondStages.apply(settings, statistics, len(ys), *ys, *depthwise, *pointwise)
+    return [[y] for y in maps]
+
+
+class Settings(NamedTuple):
+    """What the edges have in common."""
+
+    training: bool
+    """Whether the statistics are the batch's."""
+    backend: str
+
+
+class _SecondStages(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, settings: Settings, statistics: Tensor, edges: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """statistics: (3, edges, C)."""
+        ys, weights = tensors[:edges], tensors[edges:]
+        windows, matrices = (
+            stacked_windows(weights[:edges]),
+            stacked_matrices(weights[edges:], ys[0]),
+        )
+        one = constant((1.0,), statistics.device)
+        kept = (*ys, windows, matrices, statistics, one)
+        jobs = [partial(_stage, settings, *edge) for edge in _edges(kept)]
+        maps = side_by_side(statistics.device, jobs)
+        ctx.save_for_backward(*kept)
+        ctx.settings = settings
+        ctx.like = [(weight.dtype, weight.shape) for weight in (weights[0], weights[edges])]
+        return tuple(maps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors
+        jobs = [
+            partial(_stage_gradients, ctx.settings, nhwc(g), *edge)
+            for g, edge in zip(gradients, _edges(kept), strict=True)
+        ]
+        dys, *found = zip(*side_by_side(gradients[0].device, jobs), strict=True)
+        weights = [
+            gradient
+            for of_edges, like in zip(found, ctx.like, strict=True)
+            for of_edge in of_edges
+            for gradient in weight_gradients(of_edge, *like)
+        ]
+        return None, None, None, *dys, *weights
+
+
+def _edges(kept: Sequence[Tensor]) -> Sequence[tuple[Tensor, ...]]:
+    """(y, window, matrix, statistics, one) of each edge; one: its weight in the mixed sum."""
+    *ys, windows, matrices, statistics, one = kept
+    every = zip(ys, windows.split(1), matrices.split(1), statistics.split(1, dim=1), strict=True)
+    return [(*edge, one) for edge in every]
+
+
+def _stage(
+    settings: Settings, y: Tensor, window: Tensor, matrix: Tensor, statistics: Tensor, one: Tensor
+) -> Tensor:
+    x = mixed_sum([y], [], one, statistics, *settings)
+    (out,) = separable_branches_forward(x, window, matrix, [1], 1, settings.backend)
+    return out
+
+
+def _stage_gradients(
+    settings: Settings,
+    g: Tensor,
+    y: Tensor,
+    window: Tensor,
+    matrix: Tensor,
+    statistics: Tensor,
+    one: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of y, window and matrix."""
+    training, backend = settings
+    x = mixed_sum([y], [], one, statistics, training, backend)
+    dx, *weights = separable_branches_backward([g], x, window, matrix, [1], 1, backend)
+    (dy,) = mixed_sum_backward(dx, [y], [], one, statistics, training, False, backend)
+    return dy, *weights
+
+
+FORMS = {
+    backend: Implementation(partial(run, backend), partial(refuse, backend))
+    for backend in ("triton", "cuda")
+}
