@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -64,19 +64,22 @@ class SearchCell(Cell):
 
     def forward(self, s0: Tensor, s1: Tensor, z: Tensor) -> Tensor:
         """s0: output of cell k - 2, s1: of cell k - 1; z: (5, 8). Returns (N, 2C, H', W')."""
-        terms = self._leave("i1", Source(self.preprocess0(s0)))
-        terms |= self._leave("i2", Source(self.preprocess1(s1)))
+        first, second = Source(self.preprocess0(s0)), Source(self.preprocess1(s1))
+        terms = self._leave({"i1": first, "i2": second})
         rows1, rows2 = z.split([len(edges) for edges in _EDGES_INTO.values()])
         x1 = Source(node_sum([terms[edge] for edge in _EDGES_INTO["x1"]], rows1))
-        terms |= self._leave("x1", x1)
+        terms |= self._leave({"x1": x1})
         x2 = node_sum([terms[edge] for edge in _EDGES_INTO["x2"]], rows2)
         return torch.cat((x1.plain(), x2), dim=1)
 
-    def _leave(self, node: str, source: Source) -> dict[int, Terms]:
-        """What the edges that leave a node bring to their ends, by edge; source: its map."""
-        edges = _EDGES_FROM[node]
-        mixed = [cast(MixedOp, self.edges[edge]) for edge in edges]
-        return dict(zip(edges, edge_terms(mixed, source), strict=True))
+    def _leave(self, sources: Mapping[str, Source]) -> dict[int, Terms]:
+        """What the edges that leave some nodes bring to their ends, by edge; sources: the maps."""
+        leaving = [
+            (source, [cast(MixedOp, self.edges[edge]) for edge in _EDGES_FROM[node]])
+            for node, source in sources.items()
+        ]
+        numbers = [edge for node in sources for edge in _EDGES_FROM[node]]
+        return dict(zip(numbers, edge_terms(leaving), strict=True))
 
 
 class DerivedCell(Cell):

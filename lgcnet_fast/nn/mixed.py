@@ -1,7 +1,8 @@
 """The mixed operation: every candidate of an edge, weighted by one row of Z (equation 3).
 
-Candidates are computed up to their batch norms, those of all edges that leave a node together. The
-batch norms and the weighted sum of all edges that end in a node are then one operation.
+Candidates are computed up to their batch norms, those of all edges that leave a node together, and
+of several nodes where these are there at once. The batch norms and the weighted sum of all edges
+that end in a node are then one operation.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from lgcnet_fast.nn.primitives import DepthwiseSeparable, SeparablePair, Source, raw_branches
-from lgcnet_fast.ops import Recomputable, mixed_norm_sum, recomputed
+from lgcnet_fast.nn.primitives import DepthwiseSeparable, SeparablePair, Source
+from lgcnet_fast.ops import Recomputable, mixed_norm_sum, recomputed, separable_branches
+from lgcnet_fast.ops.second_stages import second_stages
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class MixedOp(nn.Module):
 
     def forward(self, weights: Tensor, x: Tensor, *inputs: object) -> Tensor:
         """weights: (options,), one row of Z; x, inputs: what the candidates take."""
-        return node_sum(edge_terms([self], Source(x), *inputs), weights[None])
+        return node_sum(edge_terms([(Source(x), [self])], *inputs), weights[None])
 
     def runs(self) -> Iterator[list[nn.Module]]:
         """The candidates, those of a stack together."""
@@ -52,15 +54,13 @@ class MixedOp(nn.Module):
             yield [self.candidates[name] for name in names]
 
     def terms(self, source: Source, stacks: Iterator[list[Tensor]], *inputs: object) -> Terms:
-        """stacks: the raw maps of the edge's `separable_runs`."""
+        """stacks: the raw maps of the edge's runs of depthwise-separable candidates."""
         maps: list[Tensor] = []
         norms: list[nn.Module | None] = []
         for run in self.runs():
             norms += [getattr(candidate, "norm", None) for candidate in run]
-            if _is_branch(run[0]):
+            if _is_separable(run[0]):
                 maps += next(stacks)
-            elif isinstance(run[0], SeparablePair):
-                maps += run[0].raw(next(stacks))
             elif isinstance(run[0], nn.Identity):
                 maps.append(source.plain())
             else:
@@ -68,20 +68,20 @@ class MixedOp(nn.Module):
                 maps.append(raw(source, *inputs))
         return Terms(maps, norms, self.options, source.recomputable)
 
-    def separable_runs(self) -> Iterator[list[DepthwiseSeparable]]:
-        """The depthwise-separable convolutions that read the edge's input."""
-        for run in self.runs():
-            if isinstance(run[0], SeparablePair):
-                yield [run[0].stages()[0]]
-            elif _is_branch(run[0]):
-                yield cast(list[DepthwiseSeparable], run)
 
+def edge_terms(leaving: Sequence[tuple[Source, Sequence[MixedOp]]], *inputs: object) -> list[Terms]:
+    """The terms of all edges that leave some nodes, node after node.
 
-def edge_terms(edges: Sequence[MixedOp], source: Source, *inputs: object) -> list[Terms]:
-    """The terms of all edges that leave a node, which have the same candidates; source: its map."""
-    runs = [list(edge.separable_runs()) for edge in edges]
-    stacks = iter(_raw_stacks(runs, source.plain()) if any(runs) else ())
-    return [edge.terms(source, stacks, *inputs) for edge in edges]
+    leaving: the map of each node and its edges, as many as those of the others and with the same
+    candidates.
+    """
+    runs = [
+        [run for run in edge.runs() if _is_separable(run[0])]
+        for _, edges in leaving
+        for edge in edges
+    ]
+    stacks = iter(_raw_stacks([source for source, _ in leaving], runs) if any(runs) else ())
+    return [edge.terms(source, stacks, *inputs) for source, edges in leaving for edge in edges]
 
 
 def node_sum(edges: Sequence[Terms], z: Tensor) -> Tensor:
@@ -96,12 +96,50 @@ def node_sum(edges: Sequence[Terms], z: Tensor) -> Tensor:
         )
 
 
-def _raw_stacks(edges: Sequence[list[list[DepthwiseSeparable]]], x: Tensor) -> list[list[Tensor]]:
-    """The raw maps of every run of every edge, all computed at once."""
-    dilations = [branch.depthwise.dilation[0] for run in edges[0] for branch in run]
+def _raw_stacks(
+    sources: Sequence[Source], edges: Sequence[Sequence[list[nn.Module]]]
+) -> list[list[Tensor]]:
+    """The raw maps of every run of every edge, all computed together.
+
+    edges: runs of depthwise-separable candidates, of as many edges for every source.
+    """
     runs = [run for edge in edges for run in edge]
-    branches = [branch for run in runs for branch in run]
-    return raw_branches(branches, x, dilations, [len(run) for run in runs])
+    firsts = [_first_stages(run) for run in runs]
+    branches = [branch for first in firsts for branch in first]
+    stacks = separable_branches(
+        [source.plain() for source in sources],
+        [branch.depthwise.weight for branch in branches],
+        [branch.pointwise.weight for branch in branches],
+        [branch.depthwise.dilation[0] for branch in branches[: len(branches) // len(edges)]],
+        branches[0].depthwise.stride[0],
+        [len(first) for first in firsts],
+    )
+    pairs = {
+        index: run[0].stages()
+        for index, run in enumerate(runs)
+        if isinstance(run[0], SeparablePair)
+    }
+    if pairs:
+        seconds = second_stages(
+            [stacks[index] for index in pairs],
+            [first.norm for first, _ in pairs.values()],
+            [second.depthwise.weight for _, second in pairs.values()],
+            [second.pointwise.weight for _, second in pairs.values()],
+        )
+        for index, maps in zip(pairs, seconds, strict=True):
+            stacks[index] = maps
+    return stacks
+
+
+def _first_stages(run: list[nn.Module]) -> list[DepthwiseSeparable]:
+    """What reads the edge's input."""
+    if isinstance(run[0], SeparablePair):
+        return [run[0].stages()[0]]
+    return cast(list[DepthwiseSeparable], run)
+
+
+def _is_separable(candidate: nn.Module) -> bool:
+    return isinstance(candidate, (DepthwiseSeparable, SeparablePair))
 
 
 def _is_branch(candidate: nn.Module) -> bool:
