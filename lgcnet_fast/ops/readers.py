@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
-from lgcnet_fast.ops.recompute import recomputed
+from lgcnet_fast.ops.recompute import recomputed, remembered
 
 AT_ONCE = 8
 """Readers whose gradients are summed together; one that gives no gradient costs nothing."""
@@ -44,7 +44,7 @@ class Readers:
 
 
 class SummedReaders(Readers):
-    """The fused form: keeps x, which others keep too, and rectifies it again for every function.
+    """The fused form: keeps x, which others keep too, and rectifies it again when going backward.
 
     The readers of relu(x) together are one reader of x, so that few gradients are in memory at
     once.
@@ -55,6 +55,7 @@ class SummedReaders(Readers):
         self._backend = backend
         self._plain: list[Tensor] = []
         self._rectified: list[Tensor] = []
+        self._again = remembered(F.relu, x)
 
     def plain(self) -> Tensor:
         if not self._plain:
@@ -65,7 +66,7 @@ class SummedReaders(Readers):
         if not self._rectified:
             self._rectified += _FanOut.apply(self.plain(), True, self._backend)
         value = self._rectified.pop()
-        with recomputed((value, partial(F.relu, self.x.detach()))):
+        with recomputed((value, self._again)):
             return function(value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from lgcnet_fast.ops.backend import Implementation, Operation, current_backend, use_backend
 
 Recomputable = tuple[Tensor, Callable[[], Tensor]]
-"""A map, and how to compute it again: without gradients, from tensors that are kept anyway."""
+"""A map, and how to compute it again: without gradients, from tensors that are kept anyway.
+
+If several operations keep the map, the way should be `remembered`."""
 
 
 @contextmanager
@@ -42,8 +44,17 @@ def recomputed(*maps: Recomputable) -> Iterator[None]:
 
 
 def recomputable(function: Callable[[Tensor], Tensor], x: Tensor) -> Recomputable:
-    """function(x), which is cheap, and the way to compute it again from x."""
-    return function(x), partial(function, x.detach())
+    """function(x), which is cheap, and the way to compute it again from x, `remembered`."""
+    return function(x), remembered(function, x)
+
+
+def remembered(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    """Computes function(x) when it is first called, and holds it from then on.
+
+    Autograd drops what an operation kept as soon as its gradients are computed: the value dies with
+    the last operation that kept it.
+    """
+    return cache(partial(function, x.detach()))
 
 
 def _identity(x: Tensor) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -111,3 +112,23 @@ def test_relu_is_not_kept(fake: bool, device: torch.device) -> None:
             gc.collect()
             assert (seen[0]() is not None) is kept
             out.sum().backward()
+
+
+def test_relu_is_computed_again_once(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all convolutions together, and not held when the last has had it."""
+    layers = [nn.Conv2d(4, 3, 1).to(device) for _ in range(3)]
+    x = torch.randn(2, 4, 6, 5, device=device, requires_grad=True)
+    made: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def watched(x: Tensor, relu: Callable[[Tensor], Tensor] = F.relu) -> Tensor:
+        y = relu(x)
+        made.append(weakref.ref(y.untyped_storage()))
+        return y
+
+    monkeypatch.setattr(F, "relu", watched)
+    with use_backend("triton"):
+        source = readers(x)
+        out = sum(source.rectified(layer).square().sum() for layer in layers)
+        del source
+    out.backward()
+    assert len(made) == 2 and not any(storage() for storage in made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from lgcnet_fast.nn.mixed import MixedOp
 from lgcnet_fast.nn.primitives import GlobalPool
 from lgcnet_fast.ops.backend import Operation, current_backend, use_backend
-from lgcnet_fast.ops.recompute import recomputed
+from lgcnet_fast.ops.recompute import recomputable, recomputed
 
 
 def test_only_the_value_is_computed_again() -> None:
@@ -67,3 +68,24 @@ def test_maps_of_a_node_come_again_from_the_kernels(monkeypatch: pytest.MonkeyPa
     ran.clear()
     out.square().sum().backward()
     assert ran == [("upsample", "triton")]
+
+
+def test_a_shared_map_is_computed_again_once_and_not_held() -> None:
+    x = torch.randn(3, requires_grad=True)
+    made: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def doubled(x: Tensor) -> Tensor:
+        y = 2 * x
+        made.append(weakref.ref(y.untyped_storage()))
+        return y
+
+    def read_twice() -> Tensor:
+        value, again = recomputable(doubled, x)
+        with recomputed((value, again)):
+            return value.square() + value.pow(3)
+
+    out = read_twice()
+    assert made[0]() is None
+    (found,) = torch.autograd.grad(out.sum(), x)
+    assert len(made) == 2 and made[1]() is None
+    torch.testing.assert_close(found, 8 * x + 24 * x.square())
