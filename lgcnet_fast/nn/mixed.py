@@ -14,9 +14,20 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from lgcnet_fast.nn.primitives import DepthwiseSeparable, SeparablePair, Source
-from lgcnet_fast.ops import Recomputable, mixed_norm_sum, recomputed, separable_branches
-from lgcnet_fast.ops.second_stages import second_stages
+from lgcnet_fast.nn.primitives import (
+    DepthwiseSeparable,
+    ReLUConvBN,
+    SeparablePair,
+    Source,
+    raw_convolutions,
+)
+from lgcnet_fast.ops import (
+    Recomputable,
+    mixed_norm_sum,
+    recomputed,
+    second_stages,
+    separable_branches,
+)
 
 
 @dataclass(frozen=True)
@@ -53,14 +64,16 @@ class MixedOp(nn.Module):
         for names in self._runs:
             yield [self.candidates[name] for name in names]
 
-    def terms(self, source: Source, stacks: Iterator[list[Tensor]], *inputs: object) -> Terms:
-        """stacks: the raw maps of the edge's runs of depthwise-separable candidates."""
+    def terms(
+        self, source: Source, computed: Mapping[nn.Module, list[Tensor]], *inputs: object
+    ) -> Terms:
+        """computed: the raw maps of runs that are there already, by their first candidate."""
         maps: list[Tensor] = []
         norms: list[nn.Module | None] = []
         for run in self.runs():
             norms += [getattr(candidate, "norm", None) for candidate in run]
-            if _is_separable(run[0]):
-                maps += next(stacks)
+            if run[0] in computed:
+                maps += computed[run[0]]
             elif isinstance(run[0], nn.Identity):
                 maps.append(source.plain())
             else:
@@ -69,19 +82,17 @@ class MixedOp(nn.Module):
         return Terms(maps, norms, self.options, source.recomputable)
 
 
+Leaving = tuple[Source, Sequence[MixedOp]]
+"""The map of a node, and the edges that leave it."""
+
+
 def edge_terms(leaving: Sequence[tuple[Source, Sequence[MixedOp]]], *inputs: object) -> list[Terms]:
     """The terms of all edges that leave some nodes, node after node.
 
-    leaving: the map of each node and its edges, as many as those of the others and with the same
-    candidates.
+    All nodes have as many edges, and all edges the same candidates.
     """
-    runs = [
-        [run for run in edge.runs() if _is_separable(run[0])]
-        for _, edges in leaving
-        for edge in edges
-    ]
-    stacks = iter(_raw_stacks([source for source, _ in leaving], runs) if any(runs) else ())
-    return [edge.terms(source, stacks, *inputs) for source, edges in leaving for edge in edges]
+    computed = _separable_maps(leaving) | _convolved_maps(leaving)
+    return [edge.terms(source, computed, *inputs) for source, edges in leaving for edge in edges]
 
 
 def node_sum(edges: Sequence[Terms], z: Tensor) -> Tensor:
@@ -96,39 +107,53 @@ def node_sum(edges: Sequence[Terms], z: Tensor) -> Tensor:
         )
 
 
-def _raw_stacks(
-    sources: Sequence[Source], edges: Sequence[Sequence[list[nn.Module]]]
-) -> list[list[Tensor]]:
-    """The raw maps of every run of every edge, all computed together.
-
-    edges: runs of depthwise-separable candidates, of as many edges for every source.
-    """
-    runs = [run for edge in edges for run in edge]
+def _separable_maps(leaving: Sequence[Leaving]) -> dict[nn.Module, list[Tensor]]:
+    """The raw maps of all depthwise-separable candidates, by the first of each run."""
+    edges = [edge for _, edges in leaving for edge in edges]
+    runs = [run for edge in edges for run in edge.runs() if _is_separable(run[0])]
+    if not runs:
+        return {}
     firsts = [_first_stages(run) for run in runs]
     branches = [branch for first in firsts for branch in first]
     stacks = separable_branches(
-        [source.plain() for source in sources],
+        [source.plain() for source, _ in leaving],
         [branch.depthwise.weight for branch in branches],
         [branch.pointwise.weight for branch in branches],
         [branch.depthwise.dilation[0] for branch in branches[: len(branches) // len(edges)]],
         branches[0].depthwise.stride[0],
         [len(first) for first in firsts],
     )
-    pairs = {
-        index: run[0].stages()
-        for index, run in enumerate(runs)
-        if isinstance(run[0], SeparablePair)
+    computed = {run[0]: stack for run, stack in zip(runs, stacks, strict=True)}
+    return computed | _second_stages(computed)
+
+
+def _second_stages(computed: Mapping[nn.Module, list[Tensor]]) -> dict[nn.Module, list[Tensor]]:
+    """computed: the raw maps of first stages, of pairs among them."""
+    pairs = {pair: pair.stages() for pair in computed if isinstance(pair, SeparablePair)}
+    if not pairs:
+        return {}
+    stacks = second_stages(
+        [computed[pair] for pair in pairs],
+        [first.norm for first, _ in pairs.values()],
+        [second.depthwise.weight for _, second in pairs.values()],
+        [second.pointwise.weight for _, second in pairs.values()],
+    )
+    return dict(zip(pairs, stacks, strict=True))
+
+
+def _convolved_maps(leaving: Sequence[Leaving]) -> dict[nn.Module, list[Tensor]]:
+    """The raw maps of all plain convolutions, by candidate."""
+    sources = {
+        candidate: source
+        for source, edges in leaving
+        for edge in edges
+        for candidate in edge.candidates.values()
+        if isinstance(candidate, ReLUConvBN)
     }
-    if pairs:
-        seconds = second_stages(
-            [stacks[index] for index in pairs],
-            [first.norm for first, _ in pairs.values()],
-            [second.depthwise.weight for _, second in pairs.values()],
-            [second.pointwise.weight for _, second in pairs.values()],
-        )
-        for index, maps in zip(pairs, seconds, strict=True):
-            stacks[index] = maps
-    return stacks
+    if not sources:
+        return {}
+    maps = raw_convolutions(list(sources), list(sources.values()))
+    return {candidate: [y] for candidate, y in zip(sources, maps, strict=True)}
 
 
 def _first_stages(run: list[nn.Module]) -> list[DepthwiseSeparable]:

@@ -11,18 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from typing import cast
 
 from torch import Tensor, nn
 
 from lgcnet_fast.ops import (
+    Geometry,
     Recomputable,
     average_pool,
+    convolutions,
     interleaved_convolution,
     max_pool,
     normalised,
     readers,
     recomputable,
     recomputes,
+    rectified_together,
     separable_branches,
     upsample,
 )
@@ -44,6 +48,13 @@ class Source:
     def rectified(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """A function of the ReLU that convolutions begin with."""
         return self._readers.rectified(function)
+
+    @staticmethod
+    def rectified_together(
+        sources: Sequence[Source], function: Callable[[Sequence[Tensor]], list[Tensor]]
+    ) -> list[Tensor]:
+        """A function of the ReLU of each of these, which may come repeatedly."""
+        return rectified_together([source._readers for source in sources], function)
 
     def cheap(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x), a raw map that is cheaper to compute again than to keep."""
@@ -95,6 +106,19 @@ class ReLUConvBN(nn.Sequential):
         return _norm_of(self.norm, self.raw(Source(x)))
 
 
+def raw_convolutions(modules: Sequence[ReLUConvBN], sources: Sequence[Source]) -> list[Tensor]:
+    """What the norms of the modules receive, each of which reads its own source."""
+    layers = [cast(nn.Conv2d, module[1]) for module in modules]
+    geometries = [
+        Geometry(layer.stride[0], cast(int, layer.padding[0]), layer.dilation[0])
+        for layer in layers
+    ]
+    weights = [layer.weight for layer in layers]
+    return Source.rectified_together(
+        sources, partial(convolutions, weights=weights, geometries=geometries)
+    )
+
+
 class PoolBN(nn.Sequential):
     """3x3 max pooling and batch norm: (N, C, H, W) -> (N, C, ceil(H / stride), ...)."""
 
@@ -137,28 +161,10 @@ class DepthwiseSeparable(nn.Module):
         self.norm = nn.BatchNorm2d(c_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        ((y,),) = raw_branches([self], x)
+        weights = [self.depthwise.weight], [self.pointwise.weight]
+        layer = self.depthwise
+        ((y,),) = separable_branches(x, *weights, (layer.dilation[0],), layer.stride[0])
         return _norm_of(self.norm, y)
-
-
-def raw_branches(
-    branches: Sequence[DepthwiseSeparable],
-    x: Tensor,
-    dilations: Sequence[int] | None = None,
-    stacks: Sequence[int] | None = None,
-) -> list[list[Tensor]]:
-    """What the norms of depthwise-separable branches of x receive; see `separable_branches`.
-
-    dilations: those after which the list of branches starts over.
-    """
-    return separable_branches(
-        x,
-        [branch.depthwise.weight for branch in branches],
-        [branch.pointwise.weight for branch in branches],
-        dilations or [branch.depthwise.dilation[0] for branch in branches],
-        branches[0].depthwise.stride[0],
-        stacks,
-    )
 
 
 class SeparablePair(nn.Sequential):
@@ -178,11 +184,6 @@ class SeparablePair(nn.Sequential):
     @property
     def norm(self) -> nn.Module:
         return self.stages()[1].norm
-
-    def raw(self, first_raw: list[Tensor]) -> list[Tensor]:
-        """first_raw: the raw map of the first stage, as `raw_branches` gives it."""
-        first, second = self.stages()
-        return normalised(first_raw, first.norm, lambda x: raw_branches([second], x)[0])
 
 
 class FactorizedReduce(nn.Module):

@@ -4,23 +4,27 @@ from lgcnet_fast.ops.average_pool import average_pool
 from lgcnet_fast.ops.backend import explain, set_backend, use_backend
 from lgcnet_fast.ops.cast_together import cast_together
 from lgcnet_fast.ops.concat_upsample import concat_upsample, sum_upsample, upsample
+from lgcnet_fast.ops.convolutions import Geometry, convolutions
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.interleaved_convolution import interleaved_convolution
 from lgcnet_fast.ops.max_pool import max_pool
 from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, normalised
 from lgcnet_fast.ops.mixed_sum import mixed_sum
-from lgcnet_fast.ops.readers import Readers, readers
+from lgcnet_fast.ops.readers import Readers, readers, rectified_together
 from lgcnet_fast.ops.recompute import Recomputable, recomputable, recomputed, recomputes
 from lgcnet_fast.ops.running_statistics import gathered_running_statistics
+from lgcnet_fast.ops.second_stages import second_stages
 from lgcnet_fast.ops.separable_branches import separable_branches
 from lgcnet_fast.ops.upsample_loss import upsample_argmax, upsample_cross_entropy, upsample_ohem
 
 __all__ = [
+    "Geometry",
     "Readers",
     "Recomputable",
     "average_pool",
     "cast_together",
     "concat_upsample",
+    "convolutions",
     "explain",
     "gathered_running_statistics",
     "interleaved_convolution",
@@ -32,7 +36,9 @@ __all__ = [
     "recomputable",
     "recomputed",
     "recomputes",
+    "rectified_together",
     "relu_depthwise_separable",
+    "second_stages",
     "separable_branches",
     "set_backend",
     "sum_upsample",

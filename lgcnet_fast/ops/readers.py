@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
-from lgcnet_fast.ops.recompute import recomputed, remembered
+from lgcnet_fast.ops.recompute import Recomputable, recomputed, remembered
 
+T = TypeVar("T")
 AT_ONCE = 8
 """Readers whose gradients are summed together; one that gives no gradient costs nothing."""
 
@@ -34,9 +35,13 @@ class Readers:
         """x, for one reader."""
         return self.x
 
-    def rectified(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def rectified(self, function: Callable[[Tensor], T]) -> T:
         """function(relu(x))."""
-        return function(self._relu)
+        return rectified_together([self], lambda values: function(*values))
+
+    def rectify(self) -> tuple[Tensor, list[Recomputable]]:
+        """relu(x), for one reader, and how to compute it again if it need not be kept."""
+        return self._relu, []
 
     @cached_property
     def _relu(self) -> Tensor:
@@ -62,12 +67,11 @@ class SummedReaders(Readers):
             self._plain += _FanOut.apply(self.x, False, self._backend)
         return self._plain.pop()
 
-    def rectified(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def rectify(self) -> tuple[Tensor, list[Recomputable]]:
         if not self._rectified:
             self._rectified += _FanOut.apply(self.plain(), True, self._backend)
         value = self._rectified.pop()
-        with recomputed((value, self._again)):
-            return function(value)
+        return value, [(value, self._again)]
 
 
 class _FanOut(torch.autograd.Function):
@@ -112,6 +116,13 @@ def _pairwise_sum(gradients: Sequence[Tensor], x: Tensor, relu: bool) -> Tensor:
     for g in gradients[2:]:
         total += g
     return torch.ops.aten.threshold_backward(total, x, 0) if relu else total
+
+
+def rectified_together(several: Sequence[Readers], function: Callable[[Sequence[Tensor]], T]) -> T:
+    """function of the relu(x) of each of these, which may come repeatedly."""
+    values, ways = zip(*(one.rectify() for one in several), strict=True)
+    with recomputed(*(way for own in ways for way in own)):
+        return function(values)
 
 
 def readers(x: Tensor) -> Readers:

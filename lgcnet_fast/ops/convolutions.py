@@ -1,0 +1,128 @@
+"""Convolutions that do not depend on each other, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lgcnet_fast.errors import OperandError
+from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.fused_separable_branches import computed_dtype
+from lgcnet_fast.ops.lanes import side_by_side
+from lgcnet_fast.ops.maps import dtype_refusal, nhwc
+from lgcnet_fast.ops.operands import check_beside, check_map
+
+
+class Geometry(NamedTuple):
+    """Of a convolution, the same for rows and columns."""
+
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+
+
+def convolutions(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], geometries: Sequence[Geometry]
+) -> list[Tensor]:
+    """The convolution of every map with its own weight, without bias, also under autocast.
+
+    xs: (N, C, H, W), weights: (C_out, C, k, k), as many as maps; sizes may differ from one to the
+    next. Differentiable; keeps maps and weights. Where a CUDA graph is captured, the fused form
+    runs them, and in the backward pass both gradients of each, side by side.
+
+    Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
+    cannot serve.
+    """
+    if not 0 < len(xs) == len(weights) == len(geometries):
+        raise OperandError(
+            f"xs: {len(xs)} maps, {len(weights)} weights and {len(geometries)} geometries"
+        )
+    for index, (x, weight) in enumerate(zip(xs, weights, strict=True)):
+        check_map(f"xs[{index}]", x)
+        if weight.ndim != 4 or weight.shape[1] != x.shape[1]:
+            raise OperandError(
+                f"weights[{index}]: shape {tuple(weight.shape)}, need (c_out, {x.shape[1]}, k, k)"
+            )
+        check_beside(f"weights[{index}]", weight, f"xs[{index}]", x)
+    result: list[Tensor] = _operation(tuple(xs), tuple(weights), tuple(geometries))
+    return result
+
+
+def _reference(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], geometries: Sequence[Geometry]
+) -> list[Tensor]:
+    every = zip(xs, weights, geometries, strict=True)
+    return [F.conv2d(x, weight, None, *geometry) for x, weight, geometry in every]
+
+
+def _run(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], geometries: Sequence[Geometry]
+) -> list[Tensor]:
+    maps = [nhwc(x.to(computed_dtype(x))) for x in xs]
+    cast = [weight.to(x.dtype) for weight, x in zip(weights, maps, strict=True)]
+    return list(_Convolutions.apply(geometries, *maps, *cast))
+
+
+def _refuse(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], geometries: Sequence[Geometry]
+) -> str | None:
+    return dtype_refusal("xs[0]", xs[0])
+
+
+class _Convolutions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, geometries: Sequence[Geometry], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        ctx.geometries = geometries
+        jobs = [
+            partial(torch.convolution, *operands, None, *arguments)
+            for *operands, arguments in _each(tensors, geometries)
+        ]
+        return tuple(side_by_side(tensors[0].device, jobs))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        arrived = [nhwc(g) for g in gradients]
+        every = list(zip(arrived, _each(tensors, ctx.geometries), strict=True))
+        jobs = [
+            partial(_gradient, which, g, *convolution)
+            for which in (0, 1)
+            for g, convolution in every
+        ]
+        return None, *side_by_side(tensors[0].device, jobs)
+
+
+def _each(
+    tensors: Sequence[Tensor], geometries: Sequence[Geometry]
+) -> list[tuple[Tensor, Tensor, tuple[Any, ...]]]:
+    """(x, weight, what torch's convolution takes after the bias); maps come first in tensors."""
+    count = len(geometries)
+    return [
+        (x, weight, ([stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], 1))
+        for x, weight, (stride, padding, dilation) in zip(
+            tensors[:count], tensors[count:], geometries, strict=True
+        )
+    ]
+
+
+def _gradient(
+    which: int, g: Tensor, x: Tensor, weight: Tensor, arguments: tuple[Any, ...]
+) -> Tensor:
+    """Of x (0) or of the weight (1)."""
+    wanted = [which == 0, which == 1, False]
+    found: Tensor = torch.ops.aten.convolution_backward(g, x, weight, None, *arguments, wanted)[
+        which
+    ]
+    return found
+
+
+_form = Implementation(_run, _refuse)
+_operation = Operation(
+    "convolutions", _reference, triton=_form, cuda=_form, tuned_as="separable_branches"
+)

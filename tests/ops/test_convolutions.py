@@ -1,0 +1,77 @@
+"""Convolutions side by side against one after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lgcnet_fast.errors import OperandError
+from lgcnet_fast.ops import use_backend
+from lgcnet_fast.ops.convolutions import Geometry, convolutions
+
+GEOMETRIES = [Geometry(1, 1), Geometry(2, 1), Geometry(1, 2, 2), Geometry()]
+SHAPES = [((2, 3, 5, 6), (4, 3, 3, 3)), ((1, 3, 7, 6), (2, 3, 3, 3))]
+SHAPES += [((2, 2, 5, 5), (3, 2, 3, 3)), ((2, 4, 1, 1), (5, 4, 1, 1))]
+
+
+def operands(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Maps in NHWC memory, then weights."""
+    torch.manual_seed(0)
+    shapes = [*(x for x, _ in SHAPES), *(weight for _, weight in SHAPES)]
+    leaves = [torch.randn(shape, dtype=torch.float64).to(device, dtype) for shape in shapes]
+    return [t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in leaves]
+
+
+def outcome(leaves: list[Tensor], backend: str, autocast: bool = False) -> list[Tensor]:
+    count, device = len(GEOMETRIES), leaves[0].device.type
+    with use_backend(backend), torch.autocast(device, torch.bfloat16, enabled=autocast):
+        maps = convolutions(leaves[:count], leaves[count:], GEOMETRIES)
+    torch.manual_seed(1)
+    g = [torch.randn(y.shape, dtype=torch.float64).to(y) for y in maps]
+    return [*maps, *torch.autograd.grad(maps, leaves, g)]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_side_by_side_is_one_after_the_other(
+    backend: str, autocast: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lgcnet_fast.ops.backend.why_not", lambda *arguments: None)
+    leaves = operands(device)
+    reference, fused = (outcome(leaves, name, autocast) for name in ("reference", backend))
+    for found, wanted in zip(fused, reference, strict=True):
+        assert found.dtype == wanted.dtype
+        torch.testing.assert_close(found, wanted)
+
+
+def test_gradients_by_finite_differences(device: torch.device) -> None:
+    leaves, count = operands(device, torch.float64), len(GEOMETRIES)
+
+    def joined(*leaves: Tensor) -> Tensor:
+        maps = convolutions(leaves[:count], leaves[count:], GEOMETRIES)
+        return torch.cat([y.flatten() for y in maps])
+
+    with use_backend("triton"):
+        assert torch.autograd.gradcheck(joined, leaves, fast_mode=True)
+
+
+def test_a_map_that_nothing_reads(device: torch.device) -> None:
+    leaves, count = operands(device), len(GEOMETRIES)
+    with use_backend("triton"):
+        y = convolutions(leaves[:count], leaves[count:], GEOMETRIES)[1]
+    gradients = torch.autograd.grad(y.sum(), leaves)
+    assert [bool(g.any()) for g in gradients] == [index % count == 1 for index in range(2 * count)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_bad_arguments_are_named(backend: str) -> None:
+    x, weight = torch.rand(1, 3, 4, 4), torch.rand(2, 3, 3, 3)
+    with use_backend(backend):
+        for maps in ([], [x, x]):
+            with pytest.raises(OperandError, match=f"xs: {len(maps)} maps, 1 weights"):
+                convolutions(maps, [weight], [Geometry()])
+        with pytest.raises(OperandError, match=r"xs\[0\]: shape"):
+            convolutions([x[0]], [weight], [Geometry()])
+        with pytest.raises(OperandError, match=r"weights\[0\]: shape .*need \(c_out, 3, k, k\)"):
+            convolutions([x], [weight[:, :2]], [Geometry()])
