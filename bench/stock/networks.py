@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lgcnet_fast.nn.cell import CELL_EDGES, CELL_NODES, DerivedCell, SearchCell
+from lgcnet_fast.nn.cell import CELL_EDGES, CELL_NODES, EDGES_PER_CELL, DerivedCell, SearchCell
 from lgcnet_fast.nn.fusion import FusionCell
 from lgcnet_fast.nn.heads import Classifier
 from lgcnet_fast.nn.mixed import MixedOp
@@ -27,6 +27,7 @@ from lgcnet_fast.nn.primitives import (
     SeparablePair,
 )
 from lgcnet_fast.nn.stem import Stem
+from lgcnet_fast.space.networks import Backbone
 
 Size = tuple[int, int]
 
@@ -138,6 +139,18 @@ class PlainDerivedCell(_PlainNodes, DerivedCell):
         return self.edges[str(edge)] if str(edge) in self.edges else None
 
 
+class PlainBackbone(Backbone):
+    def forward(self, x: Tensor, z: Tensor | None = None) -> list[Tensor]:
+        s0, s1 = self.stem(x)
+        features = []
+        for k, cell in enumerate(self.cells):
+            rows = () if z is None else (z[k * EDGES_PER_CELL : (k + 1) * EDGES_PER_CELL],)
+            s0, s1 = s1, cell(s0, s1, *rows)
+            if k in self.taps:
+                features.append(s1)
+        return features
+
+
 class PlainFusionCell(FusionCell):
     def forward(self, features: Sequence[Tensor], z: Mapping[str, Tensor] | None = None) -> Tensor:
         sizes = [(feature.shape[-2], feature.shape[-1]) for feature in features]
@@ -178,6 +191,7 @@ _PLAIN = {
         PlainMixedOp,
         PlainSearchCell,
         PlainDerivedCell,
+        PlainBackbone,
         PlainFusionCell,
     )
     for parent in (plain_class.__bases__[-1],)

@@ -62,7 +62,7 @@ class SearchCell(Cell):
             _mixed_edge(channels, edge_stride(edge, reduction)) for edge in range(EDGES_PER_CELL)
         )
 
-    def forward(self, s0: Tensor, s1: Tensor, z: Tensor) -> Tensor:
+    def forward(self, s0: Tensor | Source, s1: Tensor | Source, z: Tensor) -> Tensor:
         """s0: output of cell k - 2, s1: of cell k - 1; z: (5, 8). Returns (N, 2C, H', W')."""
         first, second = Source(self.preprocess0(s0)), Source(self.preprocess1(s1))
         terms = self._leave({"i1": first, "i2": second})
@@ -102,7 +102,7 @@ class DerivedCell(Cell):
             if operation is not None:
                 self.edges[str(edge)] = operation
 
-    def forward(self, s0: Tensor, s1: Tensor) -> Tensor:
+    def forward(self, s0: Tensor | Source, s1: Tensor | Source) -> Tensor:
         """s0: output of cell k - 2, s1: of cell k - 1. Returns (N, 2C, H', W')."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for edges in _EDGES_INTO.values():

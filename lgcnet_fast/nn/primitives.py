@@ -35,9 +35,10 @@ from lgcnet_fast.ops import (
 class Source:
     """A map that candidates read, with what several of them need of it, computed once."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, only_rectified: bool = False) -> None:
+        """only_rectified: every reader begins with a ReLU, and nobody else needs x going back."""
         self.size = (x.shape[-2], x.shape[-1])
-        self._readers = readers(x)
+        self._readers = readers(x, only_rectified)
         self.recomputable: list[Recomputable] = []
         """Raw maps that a node need not keep."""
 
@@ -102,8 +103,8 @@ class ReLUConvBN(nn.Sequential):
     def raw(self, source: Source) -> Tensor:
         return source.rectified(self[1])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _norm_of(self.norm, self.raw(Source(x)))
+    def forward(self, x: Tensor | Source) -> Tensor:
+        return _norm_of(self.norm, self.raw(_source(x)))
 
 
 def raw_convolutions(modules: Sequence[ReLUConvBN], sources: Sequence[Source]) -> list[Tensor]:
@@ -203,8 +204,8 @@ class FactorizedReduce(nn.Module):
         weights = {"even": self.even.weight, "odd": self.odd.weight}
         return source.rectified(partial(interleaved_convolution, **weights))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _norm_of(self.norm, self.raw(Source(x)))
+    def forward(self, x: Tensor | Source) -> Tensor:
+        return _norm_of(self.norm, self.raw(_source(x)))
 
 
 class GlobalPool(nn.Module):
@@ -253,6 +254,11 @@ class Deconvolution(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return _norm_of(self.norm, self.raw(Source(x), size))
+
+
+def _source(x: Tensor | Source) -> Source:
+    """That of a map which several modules read, or one for a single reader."""
+    return x if isinstance(x, Source) else Source(x)
 
 
 def _norm_of(norm: nn.Module, y: Tensor) -> Tensor:

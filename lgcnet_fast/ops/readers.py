@@ -28,7 +28,7 @@ AT_ONCE = 8
 class Readers:
     """Hands out x and relu(x), which is computed once: the plain form, which keeps relu(x)."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, only_rectified: bool = False) -> None:
         self.x = x
 
     def plain(self) -> Tensor:
@@ -51,48 +51,54 @@ class Readers:
 class SummedReaders(Readers):
     """The fused form: keeps x, which others keep too, and rectifies it again when going backward.
 
+    Where x is `only_rectified`, it keeps relu(x) instead, so that nothing is computed again.
+
     The readers of relu(x) together are one reader of x, so that few gradients are in memory at
     once.
     """
 
-    def __init__(self, backend: str, x: Tensor) -> None:
+    def __init__(self, backend: str, x: Tensor, only_rectified: bool = False) -> None:
         super().__init__(x)
         self._backend = backend
+        self._only_rectified = only_rectified
         self._plain: list[Tensor] = []
         self._rectified: list[Tensor] = []
         self._again = remembered(F.relu, x)
 
     def plain(self) -> Tensor:
         if not self._plain:
-            self._plain += _FanOut.apply(self.x, False, self._backend)
+            self._plain += _FanOut.apply(self.x, False, False, self._backend)
         return self._plain.pop()
 
     def rectify(self) -> tuple[Tensor, list[Recomputable]]:
         if not self._rectified:
-            self._rectified += _FanOut.apply(self.plain(), True, self._backend)
+            x = self.x if self._only_rectified else self.plain()
+            self._rectified += _FanOut.apply(x, True, self._only_rectified, self._backend)
         value = self._rectified.pop()
-        return value, [(value, self._again)]
+        return value, [] if self._only_rectified else [(value, self._again)]
 
 
 class _FanOut(torch.autograd.Function):
-    """AT_ONCE aliases of x, or of relu(x)."""
+    """AT_ONCE aliases of x, or of relu(x), which tells as well as x where its gradient passes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, relu: bool, backend: str) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x)
+    def forward(
+        ctx: Any, x: Tensor, relu: bool, keeps_relu: bool, backend: str
+    ) -> tuple[Tensor, ...]:
+        value = F.relu(x) if relu else x
+        ctx.save_for_backward(value if keeps_relu else x)
         ctx.relu, ctx.backend = relu, backend
         ctx.set_materialize_grads(False)
-        value = F.relu(x) if relu else x
         return tuple(value.detach() for _ in range(AT_ONCE))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         arrived = [g for g in gradients if g is not None]
         if len(arrived) == 1 and not ctx.relu:
-            return arrived[0], None, None
+            return arrived[0], None, None, None
         arrived = [nhwc(g) for g in arrived]
-        return _gradient_sum(arrived, nhwc(x), ctx.relu, ctx.backend), None, None
+        return _gradient_sum(arrived, nhwc(x), ctx.relu, ctx.backend), None, None, None
 
 
 @custom_op("lgcnet_fast::gradient_sum", mutates_args=())
@@ -125,9 +131,9 @@ def rectified_together(several: Sequence[Readers], function: Callable[[Sequence[
         return function(values)
 
 
-def readers(x: Tensor) -> Readers:
-    """The readers of a map x: (N, C, H, W)."""
-    chosen: Readers = _readers(x)
+def readers(x: Tensor, only_rectified: bool = False) -> Readers:
+    """The readers of a map x: (N, C, H, W). only_rectified: none of them takes it plain."""
+    chosen: Readers = _readers(x, only_rectified)
     return chosen
 
 
@@ -135,7 +141,9 @@ _readers = Operation(
     "readers",
     Readers,
     **{
-        backend: Implementation(partial(SummedReaders, backend), partial(dtype_refusal, "x"))
+        backend: Implementation(
+            partial(SummedReaders, backend), lambda x, only_rectified: dtype_refusal("x", x)
+        )
         for backend in ("triton", "cuda")
     },
     tuned_as="separable_branches",

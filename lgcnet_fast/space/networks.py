@@ -16,6 +16,7 @@ from lgcnet_fast.nn.fusion import (
 )
 from lgcnet_fast.nn.fusion_graphs import FusionGraph
 from lgcnet_fast.nn.heads import ASPP, ASPP_WIDTH, PPM, PPM_WIDTH, Classifier
+from lgcnet_fast.nn.primitives import Source
 from lgcnet_fast.nn.stem import Stem
 from lgcnet_fast.ops import gathered_running_statistics
 from lgcnet_fast.space.base import Arch, SegmentationNetwork
@@ -34,15 +35,18 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> list[Tensor]:
         """x: (N, 3, H, W); z: (cells * 5, 8) for search cells, none for derived cells."""
-        s0, s1 = self.stem(x)
+        stem0, stem1 = self.stem(x)
+        # The ReLU that ends the second stage of the stem keeps its output.
+        s0, s1 = Source(stem0), Source(stem1, only_rectified=True)
         choices: Sequence[tuple[Tensor, ...]] = [()] * len(self.cells)
         if z is not None:
             choices = [(rows,) for rows in z.split(EDGES_PER_CELL)]
         features = []
         for k, (cell, choice) in enumerate(zip(self.cells, choices, strict=True)):
-            s0, s1 = s1, cell(s0, s1, *choice)
+            out = cell(s0, s1, *choice)
+            s0, s1 = s1, Source(out, only_rectified=k not in self.taps)
             if k in self.taps:
-                features.append(s1)
+                features.append(out)
         return features
 
 

@@ -46,6 +46,23 @@ def test_gradients_are_those_of_autograd(
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("count", [1, 3, AT_ONCE + 1])
+def test_a_map_that_is_only_rectified(count: int, device: torch.device) -> None:
+    """Its ReLU is kept in its place."""
+    torch.manual_seed(0)
+    x = random_map(device)
+    copy = x.clone()
+    storage = weakref.ref(copy.untyped_storage())
+    with use_backend("triton"):
+        source = readers(copy, only_rectified=True)
+    out = sum(source.rectified(torch.square) for _ in range(count))
+    del source, copy
+    gc.collect()
+    assert storage() is None
+    (found,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(found, 2 * count * F.relu(x))
+
+
 def test_more_readers_than_one_sum_takes(device: torch.device) -> None:
     x = random_map(device)
     with use_backend("triton"):
