@@ -80,7 +80,7 @@ class _Convolutions(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.geometries = geometries
         jobs = [
-            partial(torch.convolution, *operands, None, *arguments)
+            partial(torch.ops.aten.convolution, *operands, None, *arguments)
             for *operands, arguments in _each(tensors, geometries)
         ]
         return tuple(side_by_side(tensors[0].device, jobs))
