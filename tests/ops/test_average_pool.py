@@ -48,6 +48,22 @@ def test_fused_equals_float64(
         assert error <= 3 * torch.finfo(dtype).eps * wanted.abs().max()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bins", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(4, 144, 64, 128), (2, 48, 193, 97)], ids=str)
+def test_sizes_of_the_fusion_cell(
+    shape: tuple[int, ...], bins: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Sums of thousands, for which matrix products choose other kernels than for few."""
+    x = case(shape, device, dtype)
+    found = outcome("triton", x, bins)
+    exact = outcome("reference", x.detach().double().requires_grad_(), bins)
+    limit = max(3 * torch.finfo(dtype).eps, 1e-5)
+    for value, wanted in zip(found, exact, strict=True):
+        assert (value.double() - wanted).abs().max() <= limit * wanted.abs().max()
+
+
 @pytest.mark.parametrize("bins", [1, 2, 5])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_gradients_by_finite_differences(backend: str, bins: int, device: torch.device) -> None:
