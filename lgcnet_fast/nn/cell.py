@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lgcnet_fast.nn.mixed import MixedOp, Terms, edge_terms, node_sum
 from lgcnet_fast.nn.operations import CELL_OPS, cell_operation
-from lgcnet_fast.nn.primitives import FactorizedReduce, ReLUConvBN, Source
+from lgcnet_fast.nn.primitives import FactorizedReduce, ReLUConvBN, Source, applied_together
 
 CELL_NODES = ("i1", "i2", "x1", "x2")
 """i1 is the output of cell k - 2, i2 that of cell k - 1; the cell's output is concat(x1, x2)."""
@@ -50,6 +50,10 @@ class Cell(nn.Module):
         self.preprocess0 = first(c_in0, channels, affine=affine)
         self.preprocess1 = ReLUConvBN(c_in1, channels, affine=affine)
 
+    def preprocessed(self, s0: Tensor | Source, s1: Tensor | Source) -> list[Tensor]:
+        """The maps of i1 and i2."""
+        return applied_together([self.preprocess0, self.preprocess1], [s0, s1])
+
 
 class SearchCell(Cell):
     """A cell of the supernet: every edge is a mixed operation, batch norm has no affine part."""
@@ -64,7 +68,7 @@ class SearchCell(Cell):
 
     def forward(self, s0: Tensor | Source, s1: Tensor | Source, z: Tensor) -> Tensor:
         """s0: output of cell k - 2, s1: of cell k - 1; z: (5, 8). Returns (N, 2C, H', W')."""
-        first, second = Source(self.preprocess0(s0)), Source(self.preprocess1(s1))
+        first, second = map(Source, self.preprocessed(s0, s1))
         terms = self._leave({"i1": first, "i2": second})
         rows1, rows2 = z.split([len(edges) for edges in _EDGES_INTO.values()])
         x1 = Source(node_sum([terms[edge] for edge in _EDGES_INTO["x1"]], rows1))
@@ -104,7 +108,7 @@ class DerivedCell(Cell):
 
     def forward(self, s0: Tensor | Source, s1: Tensor | Source) -> Tensor:
         """s0: output of cell k - 2, s1: of cell k - 1. Returns (N, 2C, H', W')."""
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        states = self.preprocessed(s0, s1)
         for edges in _EDGES_INTO.values():
             terms = [
                 self.edges[str(edge)](states[_SOURCES[edge]])

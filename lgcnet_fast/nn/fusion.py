@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lgcnet_fast.nn.fusion_graphs import FusionEdge, FusionGraph
 from lgcnet_fast.nn.mixed import MixedOp
 from lgcnet_fast.nn.operations import FUSION_OPS, UP_OPS, fusion_operation, up_operation
-from lgcnet_fast.nn.primitives import ReLUConvBN
+from lgcnet_fast.nn.primitives import ReLUConvBN, applied_together
 from lgcnet_fast.ops import concat_upsample, sum_upsample
 
 FUSION_WIDTH = 48
@@ -49,10 +49,8 @@ class FusionCell(nn.Module):
         Returns (N, 48, H, W) at the size of the finest branch.
         """
         sizes = [(feature.shape[-2], feature.shape[-1]) for feature in features]
-        values = {
-            name: reduce(feature)
-            for name, reduce, feature in zip(self.graph.inputs, self.reduce, features, strict=True)
-        }
+        reduced = applied_together(list(self.reduce), features)
+        values = dict(zip(self.graph.inputs, reduced, strict=True))
         for edge in self.graph.edges:
             size = sizes[edge.level]
             sources = [values[source] for source in edge.sources]

@@ -120,6 +120,22 @@ def raw_convolutions(modules: Sequence[ReLUConvBN], sources: Sequence[Source]) -
     )
 
 
+def applied_together(
+    modules: Sequence[nn.Module], inputs: Sequence[Tensor | Source]
+) -> list[Tensor]:
+    """What each module makes of its own input; the convolutions of ReLUConvBN side by side."""
+    sources = {
+        module: _source(x)
+        for module, x in zip(modules, inputs, strict=True)
+        if isinstance(module, ReLUConvBN)
+    }
+    raw = dict(zip(sources, raw_convolutions(list(sources), list(sources.values())), strict=True))
+    return [
+        _norm_of(module.norm, raw[module]) if isinstance(module, ReLUConvBN) else module(x)
+        for module, x in zip(modules, inputs, strict=True)
+    ]
+
+
 class PoolBN(nn.Sequential):
     """3x3 max pooling and batch norm: (N, C, H, W) -> (N, C, ceil(H / stride), ...)."""
 
