@@ -20,7 +20,7 @@ from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.operands import check_map
 
 ALIGNMENT = 8
-"""Numbers: tensor cores take matrices whose rows begin at multiples of 16 bytes."""
+"""Fast kernels for tensor cores take matrices whose sides are multiples of it."""
 
 
 def average_pool(x: Tensor, bins: int) -> Tensor:
@@ -45,8 +45,8 @@ class _Windows(NamedTuple):
     """The mean over window i is scale_i sum_p members_ip x_p."""
 
     members: Tensor
-    """(bins^2, H W), of 0 and of one power of two, which is at most 1 / the largest area, so that
-    no sum overflows in half precision."""
+    """(padded, H W), of 0 and of one power of two, which is at most 1 / the largest area, so that
+    no sum overflows in half precision. Padded with empty windows to a multiple of ALIGNMENT."""
     scale: Tensor
     """(bins^2, 1), float32 or float64."""
 
@@ -59,15 +59,18 @@ class _AveragePool(torch.autograd.Function):
         ctx.shape, ctx.bins = x.shape, bins
         images, channels, *_ = x.shape
         members, scale = _windows_of(x, x.shape, bins)
+        sums = x.new_empty(images, len(members), channels)
+        torch.bmm(members.expand(images, -1, -1), _positions_first(x), out=sums)
         pooled = x.new_empty(images, bins * bins, channels)
-        torch.bmm(members.expand(images, -1, -1), _positions_first(x), out=pooled)
-        return pooled.mul_(scale).unflatten(1, (bins, bins)).movedim(-1, 1)
+        torch.mul(sums[:, : len(scale)], scale, out=pooled)
+        return pooled.unflatten(1, (bins, bins)).movedim(-1, 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         members, scale = _windows_of(gradient, ctx.shape, ctx.bins)
-        scaled = _positions_first(gradient)
-        scaled = torch.mul(scaled, scale, out=torch.empty_like(scaled))
+        by_window = _positions_first(gradient)
+        scaled = gradient.new_zeros(len(by_window), len(members), by_window.shape[-1])
+        torch.mul(by_window, scale, out=scaled[:, : len(scale)])
         dx = empty_nhwc(gradient, ctx.shape)
         torch.bmm(members.T.expand(len(dx), -1, -1), scaled, out=_positions_first(dx))
         return dx, None
@@ -109,9 +112,7 @@ def _windows(
         by_position[rows.start : rows.stop, columns.start : columns.stop, index] = member
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     scale = torch.tensor([[1 / (member * area)] for area in areas], dtype=accumulator)
-    # Sliced on the device, since a copy of a slice would leave the padding out.
-    by_position = by_position.flatten(0, 1).to(device)
-    return _Windows(by_position[:, : len(windows)].T, scale.to(device))
+    return _Windows(by_position.flatten(0, 1).to(device).T, scale.to(device))
 
 
 def _sides(length: int, bins: int) -> list[range]:
