@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from bench.experiment import run_together, score
-from bench.results_file import provenance, update_summary, write_json
+from bench.results_file import provenance, read_json, update_summary, write_json
 from lgcnet_fast.config import load_config
 from lgcnet_fast.data.dataset import open_dataset
 from lgcnet_fast.latency.build import open_table
@@ -33,7 +33,7 @@ RANDOM_NAMES = ("random-0", "random-1")
 TOLERANCE = 0.03
 DRAWS = 100_000
 # Two-sided 90 % quantiles of Student's t by degrees of freedom.
-STUDENT_T90 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860}
+STUDENT_T90 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 7: 1.895, 9: 1.833, 11: 1.796}
 
 
 def main() -> None:
@@ -91,10 +91,18 @@ def _random_near(
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    rows = [
-        {name: score(_train_folder(arguments, seed, name)) for name in ("searched", *RANDOM_NAMES)}
+    names = ("searched", *RANDOM_NAMES)
+    earlier = read_json(arguments.earlier) if arguments.earlier else {"seeds": {}, "genotypes": {}}
+    seeds = earlier["seeds"] | {
+        str(seed): {name: score(_train_folder(arguments, seed, name)) for name in names}
         for seed in arguments.seeds
-    ]
+    }
+    genotypes = earlier["genotypes"] | {
+        f"seed-{seed}-{name}": read_json(_train_folder(arguments, seed, name) / "genotype.json")
+        for seed in arguments.seeds
+        for name in names
+    }
+    rows = list(seeds.values())
     differences = [
         [row["searched"]["miou"] - row[name]["miou"] for name in RANDOM_NAMES] for row in rows
     ]
@@ -108,7 +116,7 @@ def _report(arguments: argparse.Namespace) -> None:
         arguments.out,
         {
             **origin,
-            "seeds": dict(zip(map(str, arguments.seeds), rows, strict=True)),
+            "seeds": seeds,
             "paired_differences": differences,
             "interval90_by_pair": by_pair,
             "interval90_by_seed": by_seed,
@@ -116,6 +124,7 @@ def _report(arguments: argparse.Namespace) -> None:
             "beats_chance_by_seed": by_seed[0] > 0,
             "miou_searched_mean": searched,
             "miou_random_mean": random,
+            "genotypes": genotypes,
         },
     )
     update_summary(
@@ -171,6 +180,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--earlier", type=Path, help="results whose seeds count as well")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="unknown")
     return parser.parse_args()
