@@ -47,12 +47,15 @@ def store_with_statistics(y, partial, value, position, channel, M, C, count, ACC
     tl.store(partial + C + channel, square, mask=channel < C)
 
 
-@triton.jit(do_not_specialize=["M", "tiles", "K", "eps"])
+@triton.jit(do_not_specialize=["M", "tiles", "K"])
 def _merge_statistics_kernel(
-    partial_ptr, mean_ptr, variance_ptr, r_ptr, eps, M, tiles, tile_size, K, C,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    partial_ptr, mean_ptr, variance_ptr, r_ptr, M, tiles, tile_size, K, C,
+    EPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """mean, variance and r (K, C) from the tiles' mean and M2; one program for BLOCK_C channels."""
+    """mean, variance and r (K, C) from the tiles' mean and M2; one program for BLOCK_C channels.
+
+    EPS is a constant because numbers among the arguments of a launch are rounded to float32.
+    """
     channel_blocks = tl.cdiv(C, BLOCK_C)
     channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     k = tl.program_id(0) // channel_blocks
@@ -80,7 +83,7 @@ def _merge_statistics_kernel(
     variance = tl.sum(total, axis=0) / M.to(ACC)
     tl.store(mean_ptr + k * C + channel, mean, mask=channel < C)
     tl.store(variance_ptr + k * C + channel, variance, mask=channel < C)
-    tl.store(r_ptr + k * C + channel, 1.0 / tl.sqrt(variance + eps), mask=channel < C)
+    tl.store(r_ptr + k * C + channel, 1.0 / tl.sqrt(variance + EPS), mask=channel < C)
 
 
 def check_positions(name: str, feature_map: Tensor, positions: int) -> None:
@@ -115,7 +118,7 @@ def merge_statistics(
     # As in `sum_rows`: 8 columns of float32 fill one memory transaction.
     block_t, block_c = min(256, triton.next_power_of_2(tiles)), 8
     _merge_statistics_kernel[(maps * triton.cdiv(channels, block_c),)](
-        partial, statistics.mean, statistics.variance, statistics.inverse_deviation, eps,
-        positions, tiles, block_m, maps, channels, BLOCK_T=block_t, BLOCK_C=block_c,
+        partial, statistics.mean, statistics.variance, statistics.inverse_deviation,
+        positions, tiles, block_m, maps, channels, EPS=eps, BLOCK_T=block_t, BLOCK_C=block_c,
     )  # fmt: skip
     return statistics

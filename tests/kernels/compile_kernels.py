@@ -52,7 +52,7 @@ LISTS = {
     "g_ptrs": READERS,
 }
 OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-SCALARS = {"packed_dilations": "i64", "eps": "fp32"}
+SCALARS = {"packed_dilations": "i64"}
 MULTIPLES_OF_16 = {"H", "W", "HO", "WO", "C", "CO", "c0", "c1", "c2", "c3", "columns", "tile_size"}
 SHOWN = ("STRIDE", "EDGES", "AFFINE", "BLOCK_M", "BLOCK_N", "BLOCK_K")
 DIVISIBLE = [["tt.divisibility", 16]]
@@ -74,7 +74,8 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     reducing = {"BLOCK_M": 256, "BLOCK_C": 32}
     statistics = {"K": BRANCHES, "ACC": tl.float32}
     yield mixed_sum._tile_statistics_kernel, statistics | reducing, 8
-    yield tile_statistics._merge_statistics_kernel, {"BLOCK_T": 256, "BLOCK_C": 8}, 4
+    merging = {"EPS": 1e-5, "BLOCK_T": 256, "BLOCK_C": 8}
+    yield tile_statistics._merge_statistics_kernel, merging, 4
     yield mixed_sum._mixed_sum_kernel, counts | streaming, 4
     yield mixed_sum_backward._gradient_sums_kernel, counts | reducing, 8
     yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming, 4

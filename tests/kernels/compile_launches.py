@@ -1,10 +1,10 @@
 """Compiles every kernel of training for the arguments of real launches, without a GPU.
 
-    python -m tests.kernels.compile_launches 90
+    python -m tests.kernels.compile_launches 90 float32
 
-The maps are as small as they can be: what is 1 becomes a constant of the compiled kernel. Prints a
-JSON line a kernel: its loops that `carried_bounds` finds. Needs an interpreter in which Triton
-compiles, so not one with TRITON_INTERPRET set.
+The maps, of that dtype, are as small as they can be: what is 1 becomes a constant of the compiled
+kernel. Prints a JSON line a kernel: its loops that `carried_bounds` finds, and what it computes in
+float32. Needs an interpreter in which Triton compiles, so not one with TRITON_INTERPRET set.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from lgcnet_fast.kernels import (
 from tests.kernels.carried_bounds import carried_bounds
 
 SHAPES = ((2, 1, 1, 1), (2, 3, 1, 2), (2, 16, 2, 1))
+TARGETS = ((1, 1), (2, 1), (3, 5))
 Launch = Callable[[Tensor], object]
 
 
@@ -60,9 +61,9 @@ class StandIn:
         return 0
 
 
-def a_map(shape: tuple[int, ...]) -> Tensor:
+def a_map(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     images, channels, height, width = shape
-    return torch.zeros(images, height, width, channels).movedim(-1, 1)
+    return torch.zeros(images, height, width, channels, dtype=dtype).movedim(-1, 1)
 
 
 def pool(x: Tensor) -> None:
@@ -73,18 +74,18 @@ def pool(x: Tensor) -> None:
 def depthwise_filters(x: Tensor) -> None:
     for stride in (1, 2):
         for dilations in ((1,), (2,), (1, 4)):
-            weights = torch.zeros(1, len(dilations), 3, 3, x.shape[1])
+            weights = x.new_zeros(1, len(dilations), 3, 3, x.shape[1])
             arguments = (x, weights, dilations, stride)
             dy = depthwise.depthwise_multi(*arguments)
             depthwise_input_grad.depthwise_multi_input_grad(dy, *arguments)
             depthwise_weight_grad.depthwise_multi_weight_grad(dy, *arguments)
-        weight = torch.zeros(3, 3, x.shape[1])
+        weight = x.new_zeros(3, 3, x.shape[1])
         dy = depthwise.depthwise(x, weight, 2, stride)
         depthwise_backward.depthwise_backward(dy, x, weight, 2, stride)
 
 
 def mixture(x: Tensor) -> None:
-    weight = torch.ones(1)
+    weight = x.new_ones(1)
     statistics = mixed_sum.batch_statistics([x])
     mixed_sum.mixed_sum([x], weight, statistics, [x], weight)
     sums = mixed_sum_backward.mixed_sum_gradient_sums(x, [x], statistics, [x])
@@ -99,14 +100,19 @@ def products(x: Tensor) -> None:
         conv3.conv3(x, a_map((channels, channels, 3, 3)), stride)
 
 
-def concatenations(x: Tensor) -> None:
-    sizes = ((1, 1), (2, 1), (3, 5))
+def resizes(x: Tensor) -> None:
     size, channels = (x.shape[2], x.shape[3]), x.shape[1]
-    for target in sizes:
+    for target in TARGETS:
         out = concat_upsample.concat_upsample_forward([x, x], target)
         concat_upsample_backward.concat_upsample_backward(out, [channels] * 2, [size] * 2)
-        concat_upsample.sum_upsample_forward([x, x], target)
-        weight = torch.zeros(channels, 2 * channels)
+        total = concat_upsample.sum_upsample_forward([x, x], target)
+        concat_upsample_backward.sum_upsample_backward(total, [size] * 2)
+
+
+def products_of_concatenations(x: Tensor) -> None:
+    channels = x.shape[1]
+    weight = torch.zeros(channels, 2 * channels)
+    for target in TARGETS:
         y, _ = concat_pointwise.concat_pointwise([x, x], weight, target)
         arguments = (y, [x, x], weight, target)
         concat_pointwise_backward.concat_pointwise_input_grad(*arguments)
@@ -118,33 +124,47 @@ def losses(x: Tensor) -> None:
         upsample_argmax.upsample_argmax_forward(x, size)
         target = torch.zeros(x.shape[0], *size, dtype=torch.uint8)
         loss, sums = upsample_loss.upsample_cross_entropy_forward(x, target, ignore_index=1)
-        upsample_loss.upsample_ohem_forward(x, target)
         upsample_loss.upsample_loss_backward(sums, loss, x)
 
 
-FAMILIES: tuple[Launch, ...] = (
-    pool, depthwise_filters, mixture, products, concatenations, losses
-)  # fmt: skip
+def hard_examples(x: Tensor) -> None:
+    for size in ((1, 1), (3, 5)):
+        target = torch.zeros(x.shape[0], *size, dtype=torch.uint8)
+        upsample_loss.upsample_ohem_forward(x, target)
+
+
+FAMILIES: tuple[Launch, ...] = (pool, depthwise_filters, mixture, resizes, losses)
+FLOAT32_FAMILIES: tuple[Launch, ...] = (products, products_of_concatenations, hard_examples)
+"""Products are not compiled for float64, and losses are ranked in float32."""
+
+
+def float32_operations(ttir: str) -> list[str]:
+    """Lines of a kernel's body in which float32 occurs."""
+    lines = [line.split(" loc(")[0].strip() for line in ttir.splitlines()]
+    return [line for line in lines if "f32" in line and not line.startswith("tt.func")]
 
 
 def main() -> None:
-    arch = int(sys.argv[1])
+    arch, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
     driver.set_active(StandIn(arch))
     torch.cuda.get_device_capability = lambda device=None: divmod(arch, 10)
     launch = triton.JITFunction.run
-    at_risk: dict[str, set[str]] = {}
+    found: dict[str, dict[str, set[str]]] = {}
 
     def compile_only(kernel: Any, *arguments: Any, **options: Any) -> Any:
         compiled = launch(kernel, *arguments, **(options | {"warmup": True}))
-        at_risk.setdefault(kernel.fn.__name__, set()).update(carried_bounds(compiled.asm["ttir"]))
+        ttir = compiled.asm["ttir"]
+        lines = found.setdefault(kernel.fn.__name__, {"carried_bounds": set(), "float32": set()})
+        lines["carried_bounds"].update(carried_bounds(ttir))
+        lines["float32"].update(float32_operations(ttir))
         return compiled
 
     triton.JITFunction.run = compile_only
     for shape in SHAPES:
-        for family in FAMILIES:
-            family(a_map(shape))
-    for name, loops in at_risk.items():
-        print(json.dumps({"kernel": name, "carried_bounds": sorted(loops)}))
+        for family in FAMILIES + (FLOAT32_FAMILIES if dtype == torch.float32 else ()):
+            family(a_map(shape, dtype))
+    for name, lines in found.items():
+        print(json.dumps({"kernel": name} | {key: sorted(value) for key, value in lines.items()}))
 
 
 if __name__ == "__main__":

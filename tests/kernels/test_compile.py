@@ -29,9 +29,16 @@ def test_kernels_compile_without_spills(arch: int, storage: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 def test_smallest_maps_compile(arch: int) -> None:
-    rows = compiled("-m", "tests.kernels.compile_launches", str(arch))
+    rows = compiled("-m", "tests.kernels.compile_launches", str(arch), "float32")
     assert len(rows) >= 20
     assert [row for row in rows if row["carried_bounds"]] == []
+
+
+@pytest.mark.slow
+def test_nothing_of_float64_is_computed_in_float32() -> None:
+    rows = compiled("-m", "tests.kernels.compile_launches", "90", "float64")
+    assert len(rows) >= 15
+    assert [row for row in rows if row["float32"]] == []
 
 
 def compiled(*script: str) -> list[dict[str, Any]]:
