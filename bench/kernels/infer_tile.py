@@ -20,7 +20,7 @@ from lgcnet_fast.benchmark.networks import random_network, settle_batch_norms
 from lgcnet_fast.deploy.fold import fold
 from lgcnet_fast.deploy.fused import FusedNetwork
 from lgcnet_fast.deploy.lower import lower
-from lgcnet_fast.deploy.packing import Packing
+from lgcnet_fast.deploy.packing import Packing, has_matrix_units
 from lgcnet_fast.deploy.plan import Plan, Tile
 from lgcnet_fast.kernels.infer_tile import TileConfig
 
@@ -59,7 +59,8 @@ def _plan(size: Size | None, dtype: torch.dtype) -> Plan:
 
 def _sweep(plan: Plan, index: int, launch: Tile, size: Size | None) -> Sweep:
     height, width = launch.out.size
-    default = TileConfig.default(plan.batch * height * width, launch.out.channels, plan.dtype)
+    matrix_units = has_matrix_units(DEVICE, plan.dtype)
+    default = TileConfig.default(plan.batch * height * width, launch.out.channels, matrix_units)
     networks: dict[TileConfig, FusedNetwork] = {}
 
     def run(_: object, config: TileConfig) -> None:
@@ -84,11 +85,13 @@ def _nothing() -> None:
 
 
 def tiles(plan: Plan) -> list[TileConfig]:
-    blocks = (16, 32) if plan.dtype == torch.float32 else (32, 64)
-    return [
+    matrix_units = has_matrix_units(DEVICE, plan.dtype)
+    blocks = (32, 64) if matrix_units else (16, 32)
+    found = [
         TileConfig(rows, 8, block, warps)
         for rows, block, warps in itertools.product((2, 4, 8), blocks, (4, 8))
     ]
+    return [config for config in found if not config.is_miscompiled(matrix_units)]
 
 
 FAMILY = Family("tiles of the deploy engine", comparisons, sweeps)

@@ -14,6 +14,7 @@ from lgcnet_fast.deploy.argmax import argmax_labels
 from lgcnet_fast.deploy.operations import Size
 from lgcnet_fast.deploy.packing import has_matrix_units
 from lgcnet_fast.deploy.plan import Buffer, Launch, Plan, Pool, Stem, Tile
+from lgcnet_fast.errors import BackendError
 from lgcnet_fast.ops import tuning
 
 if TYPE_CHECKING:
@@ -84,7 +85,10 @@ class FusedNetwork:
         return has_matrix_units(self.arena.device, self.plan.dtype)
 
     def tile_config(self, tile: Tile) -> TileConfig:
-        """That given for the launch, else the tuned one of the device, else the default."""
+        """That given for the launch, else the tuned one of the device, else the default.
+
+        Raises `BackendError` for a tuned one that is compiled wrongly.
+        """
         from lgcnet_fast.kernels.infer_tile import TileConfig
 
         if tile.name in self._configs:
@@ -92,7 +96,14 @@ class FusedNetwork:
         height, width = tile.out.size
         pixels = self.plan.batch * height * width
         default = TileConfig.default(pixels, tile.out.channels, self.matrix_units)
-        return tuning.tuned(default, "infer_tile", self.plan.key_of(tile), self.arena.device)
+        key = self.plan.key_of(tile)
+        config = tuning.tuned(default, "infer_tile", key, self.arena.device)
+        if config != default and config.is_miscompiled(self.matrix_units):
+            raise BackendError(
+                f"tuning table: configs.infer_tile.{key}: {config} is compiled wrongly by Triton; "
+                "measure anew: python -m lgcnet_fast.deploy.tune"
+            )
+        return config
 
     def _call(self, launch: Launch) -> Call:
         if isinstance(launch, Stem):

@@ -4,9 +4,9 @@
 
 GENOTYPE: the name of one that comes with the package, as `reference`, or a file; its weights do
 not matter. Launches are taken in turn, the slowest first, until the time is over. For each, one
-property of the tile after another is tried: pixels, warps, block of input channels, stages. Times
-are those of the launch alone, replayed from a CUDA graph with its maps in the cache, as in the
-network.
+property of the tile after another is tried: pixels and warps, block of input channels, stages.
+Times are those of the launch alone, replayed from a CUDA graph with its maps in the cache, as in
+the network.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,9 +55,15 @@ class TunedTile:
 
 
 def variants(best: TileConfig, matrix_units: bool) -> Generator[list[TileConfig], TileConfig, None]:
-    """Candidates around the best so far, one property at a time; send in the new best."""
-    best = yield [replace(best, rows=rows, columns=columns) for rows, columns in PIXELS]
-    best = yield [replace(best, warps=warps) for warps in (2, 4, 8)]
+    """Candidates around the best so far, one property at a time; send in the new best.
+
+    Pixels and warps go together, as one decides which of the other Triton compiles rightly.
+    """
+    shapes = [
+        replace(best, rows=rows, columns=columns, warps=warps)
+        for (rows, columns), warps in product(PIXELS, (2, 4, 8))
+    ]
+    best = yield [config for config in shapes if not config.is_miscompiled(matrix_units)]
     blocks = (32, 64, 128) if matrix_units else (16, 32)
     best = yield [replace(best, block_k=block) for block in blocks]
     yield [replace(best, stages=stages) for stages in (1, 2, 3, 4)]

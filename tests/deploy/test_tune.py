@@ -12,6 +12,7 @@ import torch
 from lgcnet_fast.deploy import tune
 from lgcnet_fast.deploy.fused import Call, FusedNetwork
 from lgcnet_fast.deploy.plan import Tile
+from lgcnet_fast.errors import BackendError
 from lgcnet_fast.kernels.infer_tile import TileConfig
 from lgcnet_fast.ops import tuning
 from tests.deploy.test_plan import planned, small_network
@@ -90,6 +91,65 @@ def test_the_table_is_what_engines_read(
     monkeypatch.setattr(tuning, "table_of", lambda device: table)
     assert network.tile_config(tile) == BEST
     assert tune.with_tiles(None, "new", found).configs == {tune.OPERATION: {key: vars_of(BEST)}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_tile_that_is_compiled_wrongly_is_tried(dtype: torch.dtype) -> None:
+    network = FusedNetwork(planned(small_network(), (17, 33), dtype=dtype), torch.device("cpu"))
+    tile = next(launch for launch in network.plan.launches if isinstance(launch, Tile))
+    tried: list[TileConfig] = []
+
+    def measure(call: Call) -> float:
+        tried.append(call.args[7])  # type: ignore[attr-defined]
+        return 10.0 - (tried[-1].warps == 4) - tried[-1].rows / 10
+
+    tune.tune_tile(network, tile, measure)
+    assert len(tried) > 12
+    assert not any(config.is_miscompiled(network.matrix_units) for config in tried)
+    if network.matrix_units:
+        assert not any(config.rows * config.columns >= 64 and config.warps == 4 for config in tried)
+
+
+@pytest.mark.parametrize("pixels", [2**6, 2**13, 2**14, 2**15, 2**22])
+@pytest.mark.parametrize("channels", [3, 16, 48, 64, 128, 256])
+@pytest.mark.parametrize("matrix_units", [False, True])
+def test_no_default_is_compiled_wrongly(pixels: int, channels: int, matrix_units: bool) -> None:
+    assert not TileConfig.default(pixels, channels, matrix_units).is_miscompiled(matrix_units)
+
+
+@pytest.mark.parametrize(
+    ("config", "miscompiled"),
+    [
+        (TileConfig(8, 8, 64, warps=4), True),
+        (TileConfig(4, 16, 32, warps=4, stages=1), True),
+        (TileConfig(8, 16, 64, warps=8), True),
+        (TileConfig(8, 8, 64, warps=8), False),
+        (TileConfig(4, 8, 64, warps=4), False),
+        (TileConfig(8, 16, 64, warps=2), False),
+    ],
+)
+def test_tiles_that_are_compiled_wrongly(config: TileConfig, miscompiled: bool) -> None:
+    assert config.is_miscompiled(matrix_units=True) == miscompiled
+    assert not config.is_miscompiled(matrix_units=False)
+
+
+def test_the_sweep_of_the_bench_leaves_them_out() -> None:
+    from bench.kernels.infer_tile import tiles
+
+    plan = planned(small_network(), (17, 33), dtype=torch.float16)
+    assert len(tiles(plan)) > 5
+    assert not any(config.is_miscompiled(matrix_units=True) for config in tiles(plan))
+
+
+def test_a_table_with_such_a_tile_is_refused(
+    network: FusedNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tile = next(launch for launch in network.plan.launches if isinstance(launch, Tile))
+    key = network.plan.key_of(tile)
+    found = [tune.TunedTile(key, 5.0, TileConfig(8, 8, 64, warps=4), 4.0)]
+    monkeypatch.setattr(tuning, "table_of", lambda device: tune.with_tiles(None, "a GPU", found))
+    with pytest.raises(BackendError, match=r"infer_tile.*compiled wrongly.*deploy\.tune"):
+        network.tile_config(tile)
 
 
 def vars_of(config: TileConfig) -> dict[str, int]:
