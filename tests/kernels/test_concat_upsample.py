@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lgcnet_fast.kernels.concat_upsample import concat_upsample_forward, sum_upsample_forward
+from lgcnet_fast.kernels.concat_upsample import (
+    FORWARD,
+    concat_upsample_forward,
+    sum_upsample_forward,
+)
 from lgcnet_fast.kernels.concat_upsample_backward import (
+    BACKWARD,
     concat_upsample_backward,
     sum_upsample_backward,
 )
@@ -72,11 +77,25 @@ def truth(maps: Sequence[Tensor], size: Size, add: bool) -> Tensor:
     return torch.stack(resized).sum(0) if add else torch.cat(resized, dim=1)
 
 
+def around(x: Tensor) -> Tensor:
+    """The sum over 3x3 windows.
+
+    Between two inputs, an interpolation of it has weights of 1 or more for both: of magnitudes, it
+    bounds the sum over all neighbours of an output, however small their own weights are.
+    """
+    return 9 * F.avg_pool2d(x, 3, stride=1, padding=1)
+
+
 def assert_rounded(actual: Tensor, expected: Tensor, scale: Tensor | float) -> None:
-    """Within one unit of the storage dtype; `scale` bounds the terms summed in float32."""
+    """Within one unit of the storage dtype, and what float32 adds.
+
+    scale: the sum of the magnitudes that a result is made from, each with a weight of 1. A fraction
+    f is a product with a reciprocal, which compiled kernels compute to 2 units, so that both f and
+    1 - f may be off by 2.5 units of 1, along either axis; the rest is for products and sums.
+    """
     dtype = actual.dtype
     computed = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    bound = torch.finfo(dtype).eps * expected.abs() + 8 * computed * scale
+    bound = torch.finfo(dtype).eps * expected.abs() + 12 * computed * scale
     error = (actual.double() - expected).abs()
     assert (error <= bound).all(), f"error {error.max()}, {(error / bound).max()} times the bound"
 
@@ -94,7 +113,7 @@ def test_forward_is_float64_interpolation(layout, dtype, add, device):
     expected = truth(maps, size, add)
     out, canaries = poisoned(expected.shape, dtype, device)
     (sum_upsample_forward if add else concat_upsample_forward)(maps, size, out, SMALL)
-    scale = truth([x.abs() for x in maps], size, add)
+    scale = truth([around(x.double().abs()) for x in maps], size, add)
     assert_rounded(out, expected, scale)
     assert (canaries == 7).all()
 
@@ -107,7 +126,8 @@ def test_backward_is_float64_gradient(layout, dtype, add, device):
     leaves = [x.double().requires_grad_() for x in random_maps(sizes, channels, dtype, device)]
     grad = random_map(truth(leaves, size, add).shape, dtype, device)
     expected = torch.autograd.grad(truth(leaves, size, add), leaves, grad.double())
-    scales = torch.autograd.grad(truth(leaves, size, add), leaves, grad.double().abs())
+    reached = truth([around(x) for x in leaves], size, add)
+    scales = torch.autograd.grad(reached, leaves, grad.double().abs())
     outs, canaries = zip(*(poisoned(x.shape, dtype, device) for x in leaves), strict=True)
     if add:
         sum_upsample_backward(grad, sizes, outs, SMALL)
@@ -119,14 +139,22 @@ def test_backward_is_float64_gradient(layout, dtype, add, device):
 
 
 @pytest.mark.parametrize("config", [StripConfig(16, 1, 1), StripConfig(32, 3, 2)], ids=str)
-def test_tile_sizes_do_not_change_the_result(config, device):
-    sizes = [(4, 5), (3, 4)]
+def test_tile_sizes_change_the_result_by_rounding_at_most(config, device):
+    """Which products are fused with sums is the compiler's choice, for each tile anew."""
+    sizes, size = [(4, 5), (3, 4)], (4, 5)
     maps = random_maps(sizes, [8, 4], torch.float32, device)
-    out = concat_upsample_forward(maps, (4, 5), config=config)
-    assert torch.equal(out, concat_upsample_forward(maps, (4, 5)))
-    grads = concat_upsample_backward(out, [8, 4], sizes, config=config)
-    again = concat_upsample_backward(out, [8, 4], sizes)
-    assert all(torch.equal(one, other) for one, other in zip(grads, again, strict=True))
+    grad = random_map((2, 12, *size), torch.float32, device)
+    outs = [concat_upsample_forward(maps, size, config=c) for c in (config, FORWARD)]
+    grads = [concat_upsample_backward(grad, [8, 4], sizes, config=c) for c in (config, BACKWARD)]
+    leaves = [x.double().requires_grad_() for x in maps]
+    reached = truth([around(x.abs()) for x in leaves], size, add=False)
+    magnitudes = truth([around(x) for x in leaves], size, add=False)
+    scales = torch.autograd.grad(magnitudes, leaves, grad.double().abs())
+    for one, other, scale in zip(
+        (outs[0], *grads[0]), (outs[1], *grads[1]), (reached, *scales), strict=True
+    ):
+        difference = (one.double() - other.double()).abs()
+        assert (difference <= 4 * torch.finfo(torch.float32).eps * scale).all()
 
 
 def test_aligned_corners_map_2n_minus_1_exactly(device):
@@ -155,12 +183,14 @@ def test_gradcheck(device):
     assert torch.autograd.gradcheck(lambda *xs: _Concat.apply((3, 3), *xs), maps, fast_mode=True)
 
 
-def test_same_inputs_same_bits(device):
-    maps = random_maps([(3, 4), (2, 2)], [8, 8], torch.float16, device)
-    grad = random_map((2, 16, 5, 6), torch.float16, device)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_same_inputs_same_bits(dtype, device):
+    maps = random_maps([(3, 4), (2, 2)], [8, 8], dtype, device)
+    grad = random_map((2, 16, 5, 6), dtype, device)
     runs = [
         (
             concat_upsample_forward(maps, (5, 6)),
+            sum_upsample_forward(maps, (5, 6)),
             *concat_upsample_backward(grad, [8, 8], [(3, 4), (2, 2)]),
         )
         for _ in range(2)
