@@ -121,7 +121,7 @@ def test_float32_is_as_good_as_the_reference(build: Callable, backend: str) -> N
             found.append(errors(results(module, inputs, step, chosen, torch.float32), truth))
     for name in truth:
         error, other = (min(draw[name] for draw in found) for found in (fused, reference))
-        assert error <= 3 * other + 1e-3, (name, error, other)
+        assert error <= 3 * other + 2e-3, (name, error, other)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
