@@ -10,8 +10,7 @@ ceil(H / s) x ceil(W / s) outputs.
 How the kernel saves work: output rows that lie `step` apart (d / s, or d where s does not divide
 d) share input rows. A program walks down such a chain, loads the three horizontal taps of each
 input row once and adds them to the up to three outputs that need them. The chains of one
-dilation start at the rows 0 to step - 1, the "phases". Neighbouring chains of a program start in
-the same row, so that whatever depends on rows alone is computed once for all of them.
+dilation start at the rows 0 to step - 1, the "phases".
 
 Least traffic, in maps of y: s^2 + E B. Arithmetic: 9 E B multiply-adds an output.
 """
@@ -25,25 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lgcnet_fast.kernels.common import (
-    INTERPRETED,
-    accumulator,
-    check_dense,
-    check_like,
-    check_map,
-    empty_map,
-)
+from lgcnet_fast.kernels.common import accumulator, check_dense, check_like, check_map, empty_map
 
 MAX_BRANCHES = 7
 """Dilations of one launch: they travel as bytes of one signed 64-bit argument."""
-
-MAX_IMAGES = 65535
-"""Of a launch whose grid has one axis for the images alone."""
-
-AHEAD = tl.constexpr(2)
-"""Rows of a walk whose loads are under way while another one is being multiplied."""
-
-_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @dataclass(frozen=True)
@@ -61,18 +45,9 @@ class ForwardConfig:
     ) -> ForwardConfig:
         """8 bytes of 16-bit storage a thread and load."""
         *_, channels, height, width = y_shape
-        block_p, block_c = default_block(512, width, channels)
+        block_c = min(64, triton.next_power_of_2(channels))
         rows = default_rows(height, width, dilations, stride)
-        return cls(rows, block_p, block_c, warps=4)
-
-
-def default_block(elements: int, width: int, channels: int) -> tuple[int, int]:
-    """(columns, channels) of a tile of up to so many elements: few of them outside the map."""
-    block_c = 64
-    while block_c > 16 and channels % block_c:
-        block_c //= 2
-    block_c = min(block_c, triton.next_power_of_2(channels))
-    return min(elements // block_c, triton.next_power_of_2(width)), block_c
+        return cls(rows, block_p=512 // block_c, block_c=block_c, warps=4)
 
 
 def default_rows(height: int, width: int, dilations: Sequence[int], stride: int) -> int:
@@ -114,14 +89,19 @@ def pieces_of(dilation, HO, STRIDE: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def locate_chains(piece, dilation, HO, STRIDE: tl.constexpr, ROWS: tl.constexpr):
-    """Piece `piece` of a branch's chains: (step, first output row), both scalars.
+def locate_chains(position, dilation, HO, WO, STRIDE: tl.constexpr, ROWS: tl.constexpr):
+    """Chain `position` of a branch: (step, image, first output row, output column).
 
-    Pieces are numbered by phase first. A piece that the branch does not have starts below the map.
+    Chains are numbered by column first, then phase, then piece of ROWS outputs, then image, so
+    that neighbours in memory are neighbours in a tile.
     """
     step = step_of(dilation, STRIDE)
     phases = tl.minimum(step, HO)
-    return step, piece % phases + piece // phases * (step * ROWS)
+    pieces = pieces_of(dilation, HO, STRIDE, ROWS)
+    piece = position // WO % pieces
+    image = (position // WO // pieces).to(tl.int64)
+    row = piece % phases + piece // phases * (step * ROWS)
+    return step, image, row, position % WO
 
 
 @triton.jit
@@ -134,50 +114,12 @@ def load_weight_row(w, row: tl.constexpr, mask, C, ACC: tl.constexpr):
 
 
 @triton.jit
-def widen(x, ACC: tl.constexpr):
-    """x in the accumulator's dtype.
-
-    The compiler takes three instructions for the two bfloat16 of a register, and two suffice:
-    a float32's upper half is the bfloat16.
-    """
-    if x.dtype == tl.bfloat16 and not _INTERPRETED:
-        x = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-            "=r,=r,r",
-            [x],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=2,
-        ).to(tl.float32, bitcast=True)
-    return x.to(ACC)
-
-
-@triton.jit
-def load_taps(x, u: tl.constexpr, offset, row, column, dilation, mask, H, W, C):
-    """The three horizontal taps of row u of a walk, as they are stored.
-
-    x: row `row` of the map, where the walk begins, which may lie outside; offset: of (column,
-    channel) in a row.
-    """
-    x += u * (dilation * W).to(tl.int64) * C
-    inside = (row + u * dilation >= 0) & (row + u * dilation < H)
-    left = mask & (column >= dilation)
-    right = mask & (column + dilation < W)
-    return (
-        tl.load(x - dilation * C + offset, mask=inside & left, other=0.0),
-        tl.load(x + offset, mask=inside & mask, other=0.0),
-        tl.load(x + dilation * C + offset, mask=inside & right, other=0.0),
-    )
-
-
-@triton.jit
-def ready(taps, RELU: tl.constexpr, ACC: tl.constexpr):
-    """Taps of `load_taps` as the numbers to multiply."""
-    return (
-        rectify(widen(taps[0], ACC), RELU),
-        rectify(widen(taps[1], ACC), RELU),
-        rectify(widen(taps[2], ACC), RELU),
-    )
+def load_taps(x, tap, left, middle, right, RELU: tl.constexpr, ACC: tl.constexpr):
+    """The three horizontal taps around `x`, `tap` elements apart; the others are masks."""
+    x_left = rectify(tl.load(x - tap, mask=left, other=0.0).to(ACC), RELU)
+    x_middle = rectify(tl.load(x, mask=middle, other=0.0).to(ACC), RELU)
+    x_right = rectify(tl.load(x + tap, mask=right, other=0.0).to(ACC), RELU)
+    return x_left, x_middle, x_right
 
 
 @triton.jit
@@ -208,50 +150,48 @@ def _window_rows(w, x, totals, EDGES: tl.constexpr):
 
 @triton.jit
 def _walk_chains(
-    x, w, y, mask, channel, in_row, in_column, out_row, out_column, dilation, step,
-    w_edge, y_edge, H, W, HO, WO, C,
+    x, w, y, mask, channel_mask, in_row, in_column, out_row, dilation, step, w_edge, y_edge,
+    H, W, HO, WO, C,
     HOP: tl.constexpr, EDGES: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of every chain of a tile (columns, channels), for all edges.
+    """ROWS outputs of every chain of a tile (positions, channels), for all edges.
 
     x, w, y point at the first input row (which may lie outside), the weights and the first
     output row, of the first edge; w_edge and y_edge lead to the next one. Neighbouring outputs
     lie HOP input rows of the chain apart: with HOP = 1 an input row serves three outputs, with
     HOP = 2 (stride 2, odd dilation) every other one serves two.
     """
-    x_offset = in_column * C + channel
-    # Input row u of the chain is the bottom row of output (u - 2) / HOP, the centre row of
-    # (u - 1) / HOP and the top row of u / HOP, where these are whole and among the ROWS outputs.
-    last_top: tl.constexpr = HOP * (ROWS - 1)
-    rows = ()
-    for u in tl.static_range(AHEAD):
-        rows = rows + (load_taps(x, u, x_offset, in_row, in_column, dilation, mask, H, W, C),)
-    w_top = _load_window_rows(w + channel, 0, w_edge, channel < C, C, EDGES, ACC)
-    w_centre = _load_window_rows(w + channel, 1, w_edge, channel < C, C, EDGES, ACC)
-    w_bottom = _load_window_rows(w + channel, 2, w_edge, channel < C, C, EDGES, ACC)
+    w_top = _load_window_rows(w, 0, w_edge, channel_mask, C, EDGES, ACC)
+    w_centre = _load_window_rows(w, 1, w_edge, channel_mask, C, EDGES, ACC)
+    w_bottom = _load_window_rows(w, 2, w_edge, channel_mask, C, EDGES, ACC)
+    tap = dilation * C
+    x_pitch = (dilation * W).to(tl.int64) * C
     y_pitch = (step * WO).to(tl.int64) * C
-    y_offset = out_column * C + channel
+    left = in_column >= dilation
+    right = in_column + dilation < W
     nothing = ()
     for _ in tl.static_range(EDGES):
         nothing = nothing + (0.0,)
     one_row, two_rows = nothing, nothing
+    # Input row u of the chain is the bottom row of output (u - 2) / HOP, the centre row of
+    # (u - 1) / HOP and the top row of u / HOP, where these are whole and among the ROWS outputs.
+    last_top: tl.constexpr = HOP * (ROWS - 1)
     for u in tl.static_range(last_top + 3):
-        if u + AHEAD < last_top + 3:
-            rows = rows + (
-                load_taps(x, u + AHEAD, x_offset, in_row, in_column, dilation, mask, H, W, C),
-            )
-        taps = ready(rows[u], RELU, ACC)
+        inside = mask & (in_row >= 0) & (in_row < H)
+        taps = load_taps(x, tap, inside & left, inside, inside & right, RELU, ACC)
         if u >= 2 and u % HOP == 0:
             three_rows = _window_rows(w_bottom, taps, two_rows, EDGES)
             for edge in tl.static_range(EDGES):
-                tl.store(y + edge * y_edge + y_offset, three_rows[edge], mask=mask & (out_row < HO))
+                tl.store(y + edge * y_edge, three_rows[edge], mask=mask & (out_row < HO))
             y += y_pitch
             out_row += step
         if u % HOP == 1 % HOP and (u >= 1 and u <= last_top + 1):
             two_rows = _window_rows(w_centre, taps, one_row, EDGES)
         if u % HOP == 0 and u <= last_top:
             one_row = _window_rows(w_top, taps, nothing, EDGES)
+        x += x_pitch
+        in_row += dilation
 
 
 @triton.jit(do_not_specialize=["packed_dilations", "N", "branches"])
@@ -265,33 +205,33 @@ def _forward_kernel(
     Branches are neighbours in launch order, so that they find x in the L2 cache.
     """
     branch = tl.program_id(0) % branches
+    rest = tl.program_id(0) // branches
     channel_blocks = tl.cdiv(C, BLOCK_C)
-    column_block = tl.program_id(1) // channel_blocks
-    channel = (tl.program_id(1) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    out_column = column_block * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    image = tl.program_id(2).to(tl.int64)
+    channel = (rest % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    position = (rest // channel_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+
     dilation = dilation_of(packed_dilations, branch)
-    step, out_row = locate_chains(tl.program_id(0) // branches, dilation, HO, STRIDE, ROWS)
-    if out_row < HO:
-        in_row = STRIDE * out_row - dilation
-        in_column = STRIDE * out_column
-        mask = (out_column < WO) & (channel < C)
-        x = x_ptr + (image * H + in_row) * W * C
-        w = w_ptr + branch * 9 * C
-        y_map = branch.to(tl.int64) * N + image
-        y = y_ptr + (y_map * HO + out_row) * WO * C
-        w_edge = branches * 9 * C
-        y_edge = branches.to(tl.int64) * N * HO * WO * C
-        if STRIDE == 1 or dilation % STRIDE == 0:
-            _walk_chains(
-                x, w, y, mask, channel, in_row, in_column, out_row, out_column, dilation, step,
-                w_edge, y_edge, H, W, HO, WO, C, 1, EDGES, ROWS, RELU, ACC,
-            )  # fmt: skip
-        else:
-            _walk_chains(
-                x, w, y, mask, channel, in_row, in_column, out_row, out_column, dilation, step,
-                w_edge, y_edge, H, W, HO, WO, C, 2, EDGES, ROWS, RELU, ACC,
-            )  # fmt: skip
+    step, image, out_row, out_column = locate_chains(position, dilation, HO, WO, STRIDE, ROWS)
+    in_row = STRIDE * out_row - dilation
+    in_column = STRIDE * out_column
+    mask = (image < N) & (channel < C)
+
+    x = x_ptr + ((image * H + in_row) * W + in_column) * C + channel
+    w = w_ptr + branch * 9 * C + channel
+    y_map = branch.to(tl.int64) * N + image
+    y = y_ptr + ((y_map * HO + out_row) * WO + out_column) * C + channel
+    w_edge = branches * 9 * C
+    y_edge = branches.to(tl.int64) * N * HO * WO * C
+    if STRIDE == 1 or dilation % STRIDE == 0:
+        _walk_chains(
+            x, w, y, mask, channel < C, in_row, in_column, out_row, dilation, step, w_edge, y_edge,
+            H, W, HO, WO, C, 1, EDGES, ROWS, RELU, ACC,
+        )  # fmt: skip
+    else:
+        _walk_chains(
+            x, w, y, mask, channel < C, in_row, in_column, out_row, dilation, step, w_edge, y_edge,
+            H, W, HO, WO, C, 2, EDGES, ROWS, RELU, ACC,
+        )  # fmt: skip
 
 
 def depthwise_multi(
@@ -313,9 +253,11 @@ def depthwise_multi(
     out_height, out_width = -(-height // stride), -(-width // stride)
     y = empty_map((edges, branches, images, channels, out_height, out_width), x)
     config = config or ForwardConfig.default(tuple(y.shape), dilations, stride)
-    pieces = max(_pieces(out_height, d, stride, config.rows) for d in dilations)
-    blocks = triton.cdiv(out_width, config.block_p) * triton.cdiv(channels, config.block_c)
-    _forward_kernel[(pieces * branches, blocks, images)](
+    columns = max(
+        images * out_width * _pieces(out_height, d, stride, config.rows) for d in dilations
+    )
+    blocks = triton.cdiv(columns, config.block_p) * triton.cdiv(channels, config.block_c)
+    _forward_kernel[(blocks * branches,)](
         x, weights, y, pack(dilations), images, height, width, out_height, out_width, channels,
         branches,
         STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype),
@@ -343,7 +285,7 @@ def _step(dilation: int, stride: int) -> int:
 
 
 def _pieces(out_height: int, dilation: int, stride: int, rows: int) -> int:
-    """Pieces of `rows` outputs that the chains of one output column fall into."""
+    """Pieces of `rows` outputs in all chains of one image column."""
     step = _step(dilation, stride)
     return min(step, out_height) * triton.cdiv(triton.cdiv(out_height, step), rows)
 
@@ -353,8 +295,6 @@ def check_arguments(
 ) -> tuple[int, int, int]:
     """(edges, branches, channels); raises `ValueError` naming the argument at fault."""
     check_map("x", x)
-    if x.shape[0] > MAX_IMAGES:
-        raise ValueError(f"x: {x.shape[0]} images, need at most {MAX_IMAGES}; call it for parts")
     if stride not in (1, 2):
         raise ValueError(f"stride: {stride}, need 1 or 2")
     if not 1 <= len(dilations) <= MAX_BRANCHES:

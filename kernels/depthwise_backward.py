@@ -20,16 +20,13 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, empty_map, sum_rows
 from lgcnet_fast.kernels.depthwise import (
-    AHEAD,
     check_arguments,
     check_dy,
     load_taps,
     load_weight_row,
     locate_chains,
     pieces_of,
-    ready,
     rectify,
-    widen,
     window_row,
 )
 from lgcnet_fast.kernels.depthwise_input_grad import depthwise_input_grad
@@ -37,91 +34,80 @@ from lgcnet_fast.kernels.depthwise_weight_grad import (
     WeightGradConfig,
     add_products,
     depthwise_weight_grad,
-    load_link,
     store_window_row,
 )
 
 
 @triton.jit
-def _store_dx(
-    dx, offset, value, x, row, column, mask, H, W, C, STRIDE: tl.constexpr, RELU: tl.constexpr
-):
+def _store_dx(dx, value, x, row, column, mask, H, W, C, STRIDE: tl.constexpr, RELU: tl.constexpr):
     """Writes dx of one row, and the zeros of the positions that a stride of 2 leaves out."""
     if RELU:
         # Where x is NaN the gradient passes, as PyTorch's does.
         value = tl.where(x <= 0.0, 0.0, value)
-    tl.store(dx + offset, value, mask=mask)
+    tl.store(dx, value, mask=mask)
     if STRIDE == 2:
         zero = tl.zeros_like(value)
         right = 2 * column + 1 < W
         below = 2 * row + 1 < H
-        next_row = dx + W * C
-        tl.store(dx + C + offset, zero, mask=mask & right)
-        tl.store(next_row + offset, zero, mask=mask & below)
-        tl.store(next_row + C + offset, zero, mask=mask & right & below)
+        tl.store(dx + C, zero, mask=mask & right)
+        tl.store(dx + W * C, zero, mask=mask & below)
+        tl.store(dx + W * C + C, zero, mask=mask & right & below)
 
 
 @triton.jit
 def _walk_chains(
-    top, centre, bottom, w_top, w_centre, w_bottom, dy, x, dx, row, first, lane, channel, reach,
+    top, centre, bottom, w_top, w_centre, w_bottom, dy, x, dx, mask, row, column, reach,
     H, W, HO, WO, C,
     STRIDE: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Writes ROWS rows of dx of every chain of a tile; returns the window rows of dw, added to.
 
-    x and dx point at the centres of row `row` and column `first`, dy one row of the chain above.
-    Row v of the walk meets output v from below the window's centre (u = 1), output v - 1 at it
-    and output v - 2 from above.
+    dy points one row of the chain above `row`. Row v of the walk meets output v from below the
+    window's centre (u = 1), output v - 1 at it and output v - 2 from above.
     """
-    column = first + lane
-    mask = (column < WO) & (channel < C)
-    offset = STRIDE * lane * C + channel
-    dy_offset = lane * C + channel
-    rows, inputs = (), ()
-    for v in tl.static_range(AHEAD):
-        rows = rows + (load_taps(dy, v, dy_offset, row - reach, column, reach, mask, HO, WO, C),)
-        if v < ROWS:
-            inputs = inputs + (load_link(x, v, offset, row, reach, mask, HO, STRIDE * W, C),)
+    tap = reach * C
+    dy_pitch = (reach * WO).to(tl.int64) * C
+    x_pitch = (STRIDE * reach * W).to(tl.int64) * C
+    left = column >= reach
+    right = column + reach < WO
+    dy_row = row - reach
+    x_row = row
     x_one_ago, x_two_ago, one_row, two_rows = 0.0, 0.0, 0.0, 0.0
     for v in tl.static_range(ROWS + 2):
-        if v + AHEAD < ROWS + 2:
-            rows = rows + (
-                load_taps(dy, v + AHEAD, dy_offset, row - reach, column, reach, mask, HO, WO, C),
-            )
-        if v + AHEAD < ROWS:
-            inputs = inputs + (
-                load_link(x, v + AHEAD, offset, row, reach, mask, HO, STRIDE * W, C),
-            )
-        g_left, g_middle, g_right = ready(rows[v], False, ACC)
+        inside = mask & (dy_row >= 0) & (dy_row < HO)
+        g_left, g_middle, g_right = load_taps(
+            dy, tap, inside & left, inside, inside & right, False, ACC
+        )
         g = (g_right, g_middle, g_left)
         if v >= 2:
             top = add_products(top, g, x_two_ago)
             value = window_row(w_top, g, two_rows)
-            out_row = row + (v - 2) * reach
-            start = dx + (v - 2) * (STRIDE * reach * W).to(tl.int64) * C
-            inside = mask & (out_row < HO)
-            _store_dx(
-                start, offset, value, x_two_ago, out_row, column, inside, H, W, C, STRIDE, RELU
-            )
+            inside = mask & (row < HO)
+            _store_dx(dx, value, x_two_ago, row, column, inside, H, W, C, STRIDE, RELU)
+            dx += x_pitch
+            row += reach
         x_two_ago = x_one_ago
         if v >= 1 and v <= ROWS:
             centre = add_products(centre, g, x_one_ago)
             two_rows = window_row(w_centre, g, one_row)
         if v < ROWS:
-            x_one_ago = rectify(widen(inputs[v], ACC), RELU)
+            x_one_ago = rectify(tl.load(x, mask=mask & (x_row < HO), other=0.0).to(ACC), RELU)
             bottom = add_products(bottom, g, x_one_ago)
             one_row = window_row(w_bottom, g, 0.0)
+            x += x_pitch
+            x_row += reach
+        dy += dy_pitch
+        dy_row += reach
     return top, centre, bottom
 
 
-@triton.jit(do_not_specialize=["dilation", "N", "programs", "segments"])
+@triton.jit(do_not_specialize=["dilation", "N", "programs"])
 def _backward_kernel(
     dy_ptr, x_ptr, w_ptr, dx_ptr, share_ptr, dilation, N, H, W, HO, WO, C, programs,
-    segments,
     STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: a segment of some lines of chains, as in the weight gradient's kernel."""
+    """One program: every `programs`-th tile of chains, BLOCK_C channels."""
     channel_blocks = tl.cdiv(C, BLOCK_C)
     channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     program = tl.program_id(0) // channel_blocks
@@ -132,21 +118,18 @@ def _backward_kernel(
     w_bottom = load_weight_row(w_ptr + channel, 2, channel_mask, C, ACC)
 
     reach = dilation // STRIDE
-    pieces = pieces_of(dilation, HO, STRIDE, ROWS)
     zero = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
     top, centre, bottom = (zero, zero, zero), (zero, zero, zero), (zero, zero, zero)
-    for line in range(program // segments, N * pieces, programs // segments):
-        _, row = locate_chains(line % pieces, dilation, HO, STRIDE, ROWS)
-        image = (line // pieces).to(tl.int64)
-        x_start = (image * H + STRIDE * row) * W * C
-        dy = dy_ptr + (image * HO + row - reach) * WO * C
-        for first in range(program % segments * BLOCK_P, WO, segments * BLOCK_P):
-            top, centre, bottom = _walk_chains(
-                top, centre, bottom, w_top, w_centre, w_bottom, dy + first * C,
-                x_ptr + x_start + STRIDE * first * C, dx_ptr + x_start + STRIDE * first * C,
-                row, first, lane, channel, reach, H, W, HO, WO, C,
-                STRIDE, ROWS, RELU, ACC,
-            )  # fmt: skip
+    chains = N * WO * pieces_of(dilation, HO, STRIDE, ROWS)
+    for first in range(program * BLOCK_P, chains, programs * BLOCK_P):
+        _, image, row, column = locate_chains(first + lane, dilation, HO, WO, STRIDE, ROWS)
+        x_offset = ((image * H + STRIDE * row) * W + STRIDE * column) * C + channel
+        dy = dy_ptr + ((image * HO + row - reach) * WO + column) * C + channel
+        top, centre, bottom = _walk_chains(
+            top, centre, bottom, w_top, w_centre, w_bottom, dy, x_ptr + x_offset,
+            dx_ptr + x_offset, (image < N) & channel_mask, row, column, reach, H, W, HO, WO, C,
+            STRIDE, ROWS, RELU, ACC,
+        )  # fmt: skip
 
     share = share_ptr + program.to(tl.int64) * 9 * C + channel
     store_window_row(share, top, channel_mask, C, 0)
@@ -177,14 +160,11 @@ def depthwise_backward(
     images, channels, height, width = x.shape
     config = config or WeightGradConfig.default((1, 1, *dy.shape), (dilation,), stride)
     dx = empty_map(tuple(x.shape), x)
-    lines = images * triton.cdiv(out_height, config.rows)
-    programs, segments = config.share_out(lines, out_width)
-    shares = x.new_empty(programs, *weight.shape, dtype=accumulator_dtype(x.dtype))
-    _backward_kernel[(programs * triton.cdiv(channels, config.block_c),)](
+    shares = x.new_empty(config.programs, *weight.shape, dtype=accumulator_dtype(x.dtype))
+    _backward_kernel[(config.programs * triton.cdiv(channels, config.block_c),)](
         dy, x, weight, dx, shares, dilation, images, height, width, out_height, out_width,
-        channels, programs, segments,
+        channels, config.programs,
         STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype),
         ROWS=config.rows, BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
-        maxnreg=168 if x.element_size() == 2 else None,  # so that three programs share a core
     )  # fmt: skip
     return dx, sum_rows(shares)

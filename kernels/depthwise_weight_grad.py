@@ -3,10 +3,10 @@
     dw[e, b, u, v, c] = sum_{n, i, j} r(x[n, s i + u d_b, s j + v d_b, c]) dy[e, b, n, i, j, c]
 
 The programs walk the same chains as the forward kernel: the three horizontal taps of an input
-row, loaded once, meet the dy of the up to three outputs that they served. A program adds up whole
-lines of chains before it writes its share of dw; `sum_rows` adds the shares. Each map of dy has
-its own programs, since nine sums a channel are all that the registers hold; the maps are
-neighbours in launch order, so that they find x in the L2 cache.
+row, loaded once, meet the dy of the up to three outputs that they served. A program adds up many
+tiles before it writes its share of dw; `sum_rows` adds the shares. Each map of dy has its own
+programs, since nine sums a channel are all that the registers hold; the maps are neighbours in
+launch order, so that they find x in the L2 cache.
 
 Least traffic, in maps of y: s^2 + E B. Arithmetic: 9 E B multiply-adds an output.
 """
@@ -22,18 +22,14 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, sum_rows
 from lgcnet_fast.kernels.depthwise import (
-    AHEAD,
     check_arguments,
     check_dy,
-    default_block,
     default_rows,
     dilation_of,
     load_taps,
     locate_chains,
     pack,
     pieces_of,
-    ready,
-    widen,
 )
 
 
@@ -51,23 +47,14 @@ class WeightGradConfig:
     def default(
         cls, dy_shape: tuple[int, ...], dilations: Sequence[int], stride: int
     ) -> WeightGradConfig:
-        """8 bytes of 16-bit storage a thread and load; 4 programs for each of 132 cores.
-
-        A single map, whose `depthwise_backward` holds more, has half of the tile and 3 programs.
-        """
+        """8 bytes of 16-bit storage a thread and load; 4 programs for each of 132 cores."""
         edges, branches, images, channels, height, width = dy_shape
-        single = edges * branches == 1
-        block_p, block_c = default_block(256 if single else 512, width, channels)
-        rows = max(default_rows(height, width, dilations, stride) // stride, 1)
-        tiles = images * triton.cdiv(height, rows) * triton.cdiv(width, block_p)
+        block_c = min(64, triton.next_power_of_2(channels))
+        block_p = 512 // block_c
+        rows = default_rows(height, width, dilations, stride)
+        tiles = triton.cdiv(images * width * triton.cdiv(height, rows), block_p)
         others = edges * branches * triton.cdiv(channels, block_c)
-        programs = min(tiles, max((396 if single else 528) // others, 1))
-        return cls(rows, block_p, block_c, warps=4, programs=programs)
-
-    def share_out(self, lines: int, width: int) -> tuple[int, int]:
-        """(programs, segments): into how many segments the programs must divide `lines` lines."""
-        segments = min(max(self.programs // lines, 1), triton.cdiv(width, self.block_p))
-        return self.programs // segments * segments, segments
+        return cls(rows, block_p, block_c, warps=4, programs=min(tiles, max(528 // others, 1)))
 
 
 @triton.jit
@@ -76,72 +63,58 @@ def add_products(total, taps, g):
 
 
 @triton.jit
-def load_link(x, u: tl.constexpr, offset, row, step, mask, HO, WO, C):
-    """Row u of a chain, `step` rows apart, of a map with HO x WO pixels; x: its first, `row`."""
-    x += u * (step * WO).to(tl.int64) * C
-    return tl.load(x + offset, mask=mask & (row + u * step < HO), other=0.0)
-
-
-@triton.jit
-def _add_tile(
-    top, centre, bottom, x, dy, in_row, row, first, lane, channel, dilation, step, H, W, HO, WO, C,
-    STRIDE: tl.constexpr, HOP: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr,
-    ACC: tl.constexpr,
+def _walk_chains(
+    top, centre, bottom, x, dy, mask, in_row, in_column, out_row, dilation, step,
+    H, W, HO, WO, C,
+    HOP: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The three window rows of dw, each (left, middle, right), with a tile of chains added.
 
-    x and dy point at column `first` of the rows `in_row` and `row`: pointers that change with the
-    tile, else the compiler keeps one for every tap in registers. Input row u is the bottom row of
-    output (u - 2) / HOP, the centre row of (u - 1) / HOP and the top row of u / HOP, where these
-    are whole and among the ROWS outputs.
+    Input row u is the bottom row of output (u - 2) / HOP, the centre row of (u - 1) / HOP and the
+    top row of u / HOP, where these are whole and among the ROWS outputs.
     """
+    tap = dilation * C
+    x_pitch = (dilation * W).to(tl.int64) * C
+    y_pitch = (step * WO).to(tl.int64) * C
+    left = in_column >= dilation
+    right = in_column + dilation < W
     last_top: tl.constexpr = HOP * (ROWS - 1)
-    column = first + lane
-    mask = (column < WO) & (channel < C)
-    in_column = STRIDE * column
-    x_offset, offset = STRIDE * lane * C + channel, lane * C + channel
-    rows, outputs = (), ()
-    for u in tl.static_range(AHEAD):
-        rows = rows + (load_taps(x, u, x_offset, in_row, in_column, dilation, mask, H, W, C),)
-        if u % HOP == 0 and u <= last_top:
-            outputs = outputs + (load_link(dy, u // HOP, offset, row, step, mask, HO, WO, C),)
     g_one_ago, g_two_ago = 0.0, 0.0
     for u in tl.static_range(last_top + 3):
-        if u + AHEAD < last_top + 3:
-            rows = rows + (
-                load_taps(x, u + AHEAD, x_offset, in_row, in_column, dilation, mask, H, W, C),
-            )
-        if (u + AHEAD) % HOP == 0 and u + AHEAD <= last_top:
-            outputs = outputs + (
-                load_link(dy, (u + AHEAD) // HOP, offset, row, step, mask, HO, WO, C),
-            )
-        taps = ready(rows[u], RELU, ACC)
+        inside = mask & (in_row >= 0) & (in_row < H)
+        taps = load_taps(x, tap, inside & left, inside, inside & right, RELU, ACC)
         if u >= 2 and u % HOP == 0:
             bottom = add_products(bottom, taps, g_two_ago)
         g_two_ago = g_one_ago
         if u % HOP == 1 % HOP and (u >= 1 and u <= last_top + 1):
             centre = add_products(centre, taps, g_one_ago)
         if u % HOP == 0 and u <= last_top:
-            g_one_ago = widen(outputs[u // HOP], ACC)
+            g_one_ago = tl.load(dy, mask=mask & (out_row < HO), other=0.0).to(ACC)
             top = add_products(top, taps, g_one_ago)
+            dy += y_pitch
+            out_row += step
+        x += x_pitch
+        in_row += dilation
     return top, centre, bottom
 
 
 @triton.jit
-def _add_line(
-    top, centre, bottom, x, dy, in_row, row, channel, dilation, step, H, W, HO, WO, C,
-    segment, segments,
+def _add_tile(
+    top, centre, bottom, x_ptr, dy_ptr, position, channel, dilation, N, H, W, HO, WO, C,
     STRIDE: tl.constexpr, HOP: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_P: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """The three window rows of dw with a segment of the chains that start in one row added."""
-    lane = tl.arange(0, BLOCK_P)[:, None]
-    for first in range(segment * BLOCK_P, WO, segments * BLOCK_P):
-        top, centre, bottom = _add_tile(
-            top, centre, bottom, x + STRIDE * first * C, dy + first * C, in_row, row, first, lane,
-            channel, dilation, step, H, W, HO, WO, C, STRIDE, HOP, ROWS, RELU, ACC,
-        )  # fmt: skip
-    return top, centre, bottom
+    """The three window rows of dw with the chains `position` added."""
+    step, image, row, column = locate_chains(position, dilation, HO, WO, STRIDE, ROWS)
+    in_row = STRIDE * row - dilation
+    in_column = STRIDE * column
+    x = x_ptr + ((image * H + in_row) * W + in_column) * C + channel
+    dy = dy_ptr + ((image * HO + row) * WO + column) * C + channel
+    mask = (image < N) & (channel < C)
+    return _walk_chains(
+        top, centre, bottom, x, dy, mask, in_row, in_column, row, dilation, step, H, W, HO, WO, C,
+        HOP, ROWS, RELU, ACC,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -152,44 +125,36 @@ def store_window_row(share, row, channel_mask, C, WINDOW_ROW: tl.constexpr):
         tl.store(share + (3 * WINDOW_ROW + tap) * C, total, mask=channel_mask)
 
 
-@triton.jit(do_not_specialize=["packed_dilations", "N", "maps", "branches", "programs", "segments"])
+@triton.jit(do_not_specialize=["packed_dilations", "N", "maps", "branches", "programs"])
 def _weight_grad_kernel(
     dy_ptr, x_ptr, share_ptr, packed_dilations, N, H, W, HO, WO, C, maps, branches, programs,
-    segments,
     STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: a segment of some of the lines of one map of dy, BLOCK_C channels.
-
-    A line is the chains of all columns that start in one row; its segment is every `segments`-th
-    tile of them.
-    """
+    """One program: every `programs`-th tile of chains of one map of dy, BLOCK_C channels."""
     k = tl.program_id(0) % maps
     rest = tl.program_id(0) // maps
     channel_blocks = tl.cdiv(C, BLOCK_C)
     channel = (rest % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     program = rest // channel_blocks
+    lane = tl.arange(0, BLOCK_P)[:, None]
 
     dilation = dilation_of(packed_dilations, k % branches)
-    pieces = pieces_of(dilation, HO, STRIDE, ROWS)
+    chains = N * WO * pieces_of(dilation, HO, STRIDE, ROWS)
     dy_ptr += k.to(tl.int64) * N * HO * WO * C
     zero = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
     top, centre, bottom = (zero, zero, zero), (zero, zero, zero), (zero, zero, zero)
-    for line in range(program // segments, N * pieces, programs // segments):
-        step, row = locate_chains(line % pieces, dilation, HO, STRIDE, ROWS)
-        image = (line // pieces).to(tl.int64)
-        in_row = STRIDE * row - dilation
-        x = x_ptr + (image * H + in_row) * W * C
-        dy = dy_ptr + (image * HO + row) * WO * C
-        if STRIDE == 1 or dilation % STRIDE == 0:
-            top, centre, bottom = _add_line(
-                top, centre, bottom, x, dy, in_row, row, channel, dilation, step,
-                H, W, HO, WO, C, program % segments, segments, STRIDE, 1, ROWS, RELU, ACC, BLOCK_P,
+    if STRIDE == 1 or dilation % STRIDE == 0:
+        for first in range(program * BLOCK_P, chains, programs * BLOCK_P):
+            top, centre, bottom = _add_tile(
+                top, centre, bottom, x_ptr, dy_ptr, first + lane, channel, dilation,
+                N, H, W, HO, WO, C, STRIDE, 1, ROWS, RELU, ACC,
             )  # fmt: skip
-        else:
-            top, centre, bottom = _add_line(
-                top, centre, bottom, x, dy, in_row, row, channel, dilation, step,
-                H, W, HO, WO, C, program % segments, segments, STRIDE, 2, ROWS, RELU, ACC, BLOCK_P,
+    else:
+        for first in range(program * BLOCK_P, chains, programs * BLOCK_P):
+            top, centre, bottom = _add_tile(
+                top, centre, bottom, x_ptr, dy_ptr, first + lane, channel, dilation,
+                N, H, W, HO, WO, C, STRIDE, 2, ROWS, RELU, ACC,
             )  # fmt: skip
 
     share = share_ptr + (program * maps + k).to(tl.int64) * 9 * C + channel
@@ -217,16 +182,13 @@ def depthwise_multi_weight_grad(
     images, _, height, width = x.shape
     out_height, out_width = check_dy(dy, x, weights, stride)
     config = config or WeightGradConfig.default(tuple(dy.shape), dilations, stride)
-    lines = images * triton.cdiv(out_height, config.rows)
-    programs, segments = config.share_out(lines, out_width)
-    shares = x.new_empty(programs, *weights.shape, dtype=accumulator_dtype(x.dtype))
-    blocks = programs * triton.cdiv(channels, config.block_c) * edges * branches
+    shares = x.new_empty(config.programs, *weights.shape, dtype=accumulator_dtype(x.dtype))
+    blocks = config.programs * triton.cdiv(channels, config.block_c) * edges * branches
     _weight_grad_kernel[(blocks,)](
         dy, x, shares, pack(dilations), images, height, width, out_height, out_width, channels,
-        edges * branches, branches, programs, segments,
+        edges * branches, branches, config.programs,
         STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype),
         ROWS=config.rows, BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
-        maxnreg=200 if x.element_size() == 2 else None,  # a hint: without it more are taken
     )  # fmt: skip
     return sum_rows(shares)
 

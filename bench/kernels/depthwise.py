@@ -127,11 +127,9 @@ def tiles(kernel: Any, case: Case) -> Iterator[Any]:
             yield InputGradConfig(p, c, warps)
     else:
         yield WeightGradConfig.default(y_shape, case.dilations, case.stride)
-        maps = case.maps if kernel is weight_grad else 1
         blocks = [(16, 32, 4), (8, 64, 4), (8, 32, 4), (32, 16, 4)]
         for rows, (p, c, warps) in itertools.product((4, 8), blocks):
-            others = maps * -(-channels // c)
-            for programs in (max(396 // others, 1), max(528 // others, 1)):
+            for programs in (264, 528):
                 yield WeightGradConfig(rows, p, c, warps, programs)
 
 

@@ -65,9 +65,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         tile = {"BLOCK_P": 8, "BLOCK_C": 64, "ROWS": 8}
         for edges in (1, 2):
             yield depthwise._forward_kernel, shared | tile | {"EDGES": edges}, 4
-        tile |= {"ROWS": 8 // stride, "maxnreg": 200}
         yield depthwise_weight_grad._weight_grad_kernel, shared | tile, 4
-        tile |= {"BLOCK_C": 32, "maxnreg": 168}
         yield depthwise_backward._backward_kernel, shared | tile, 4
         tile = {"BLOCK_P": 32 // stride, "BLOCK_C": 64}
         yield depthwise_input_grad._input_grad_kernel, shared | tile, 4
@@ -127,12 +125,10 @@ def compile_for(
             signature[name] = SCALARS.get(name, "i32")
             if name in MULTIPLES_OF_16:
                 attributes[(index,)] = DIVISIBLE
-    limit = constants.get("maxnreg")
-    constants = {name: value for name, value in constants.items() if name != "maxnreg"}
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
     target = GPUTarget("cuda", arch, 32)
-    options = {"num_warps": warps, "num_stages": stages, "maxnreg": limit}
+    options = {"num_warps": warps, "num_stages": stages}
     return triton.compile(source, target=target, options=options)
 
 
