@@ -46,10 +46,12 @@ FOLLOWERS = dict.fromkeys(
     (
         "average_pool",
         "cast_together",
+        "convolutions",
         "interleaved_convolution",
         "normalised",
         "readers",
         "recomputes",
+        "second_stages",
     ),
     "mixed_norm_sum",
 )
