@@ -58,21 +58,21 @@ class Street(IntEnum):
 class Difficulty:
     """How little colour and the nearest few pixels say."""
 
-    colour_swap: float = 0.8
+    colour_swap: float = 1.0
     """Share of surfaces whose colour comes from the palette shared by all classes."""
-    contrast: tuple[float, float] = (0.2, 0.4)
+    contrast: tuple[float, float] = (0.35, 0.6)
     """Range of the contrast of the patterns that tell surfaces apart."""
-    period: tuple[float, float] = (18.0, 32.0)
+    period: tuple[float, float] = (30.0, 50.0)
     """Range of their periods in an image 256 pixels high, pixels."""
-    grain: float = 0.35
+    grain: float = 0.1
     """Largest contrast of the fine streaks that every surface has, whatever its class."""
-    noise: float = 14.0
+    noise: float = 8.0
     """Largest amplitude of the sensor noise, grey levels."""
     blur: float = 0.9
     """Largest blur radius in an image 256 pixels high, pixels."""
-    cast: float = 0.2
+    cast: float = 0.06
     """Largest relative colour cast of a channel."""
-    light: float = 0.45
+    light: float = 0.2
     """Largest relative loss of exposure, twice the largest gain."""
 
 
