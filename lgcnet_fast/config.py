@@ -204,7 +204,7 @@ class RunConfig(Section):
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on GPUs that have it, else fp32."""
-    cuda_graph: Switch = False
+    cuda_graph: Switch = True
     """On a GPU that trains alone: each training step is one CUDA graph, else eager."""
     backend: Literal["auto", "triton", "cuda", "reference"] = "auto"
     """Implementation of the operations; auto: what the device's tuning table names, else
