@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from functools import cache
 
 import torch
@@ -27,7 +28,7 @@ def _why_not_triton(device: torch.device) -> str | None:
     if not _has_triton():
         return "triton is not installed (pip install triton)"
     if device.type == "cuda":
-        return _too_old(device)
+        return _too_old(device) or _no_compiler()
     if device.type == "cpu" and is_interpreted():
         return None
     return f"it needs an NVIDIA GPU, the device is {device}"
@@ -45,6 +46,14 @@ def _too_old(device: torch.device) -> str | None:
         return None
     wanted, given = (f"sm_{major}{minor}" for major, minor in (TRITON_CAPABILITY, capability))
     return f"triton needs {wanted} or later, {torch.cuda.get_device_name(device)} is {given}"
+
+
+@cache
+def _no_compiler() -> str | None:
+    """Triton compiles the launchers of its kernels by the C compiler that it finds like this."""
+    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+        return None
+    return "triton needs a C compiler (install gcc, or name one in CC)"
 
 
 def _why_not_cuda(device: torch.device) -> str | None:

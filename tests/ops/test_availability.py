@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -19,10 +20,16 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """A GPU that is new enough, with both routes to the CUDA kernels and no tuning table."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("CC", "cc")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
     monkeypatch.setattr(loader, "available", lambda: {"prebuilt": "not built", "run time": None})
-    remembered = (tuning._device_name, availability._too_old, availability._has_triton)
+    remembered = (
+        tuning._device_name,
+        availability._too_old,
+        availability._has_triton,
+        availability._no_compiler,
+    )
     for function in remembered:
         function.cache_clear()
     yield monkeypatch
@@ -50,6 +57,12 @@ def test_pascal_is_too_old_for_triton(gpu: pytest.MonkeyPatch) -> None:
     gpu.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     assert why_not("triton", GPU) == "triton needs sm_70 or later, Test GPU is sm_61"
     assert why_not("cuda", GPU) is None
+
+
+def test_triton_needs_a_c_compiler(gpu: pytest.MonkeyPatch) -> None:
+    gpu.delenv("CC")
+    gpu.setattr(shutil, "which", lambda name: None)
+    assert why_not("triton", GPU) == "triton needs a C compiler (install gcc, or name one in CC)"
 
 
 def test_triton_must_be_installed(gpu: pytest.MonkeyPatch) -> None:
