@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lgcnet_fast.deploy import fused, packing
@@ -29,6 +28,7 @@ from lgcnet_fast.deploy.lower import lower
 from lgcnet_fast.kernels import infer_pool, infer_stem, infer_tile
 from lgcnet_fast.space.genotype import load_genotype
 from lgcnet_fast.space.registry import make_space
+from tests.kernels.stand_in import StandIn
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -38,22 +38,6 @@ KERNELS = (
     (infer_pool, "_sums_kernel"),
     (infer_pool, "_product_kernel"),
 )
-
-
-class StandIn:
-    """A driver of a GPU that is not there, as far as compiling needs one."""
-
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 class Recorder:

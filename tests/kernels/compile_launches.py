@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lgcnet_fast.kernels import (
@@ -39,26 +38,11 @@ from lgcnet_fast.kernels import (
     upsample_loss,
 )
 from tests.kernels.carried_bounds import carried_bounds
+from tests.kernels.stand_in import StandIn
 
 SHAPES = ((2, 1, 1, 1), (2, 3, 1, 2), (2, 16, 2, 1))
 TARGETS = ((1, 1), (2, 1), (3, 5))
 Launch = Callable[[Tensor], object]
-
-
-class StandIn:
-    """A driver of a GPU that is not there, as far as compiling needs one."""
-
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def a_map(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
