@@ -42,20 +42,6 @@ from lgcnet_fast.ops.tuning import FOLDER, TuningTable, read_table, table_path, 
 
 FAMILIES = ("depthwise", "mixed_sum", "max_pool", "concat_upsample", "upsample_loss", "infer_tile")
 ENGINE, ENGINE_SIZE = "deploy_engine", (769, 1537)
-FOLLOWERS = dict.fromkeys(
-    (
-        "average_pool",
-        "cast_together",
-        "convolutions",
-        "interleaved_convolution",
-        "normalised",
-        "readers",
-        "recomputes",
-        "second_stages",
-    ),
-    "mixed_norm_sum",
-)
-"""Operations without a benchmark of their own, and those with which they belong."""
 GAIN = 0.97
 """A tile that is not even so much faster than the default is noise."""
 
@@ -152,8 +138,6 @@ def choose_backends(size: Size | None, tuning: Tuning, rows: Rows) -> None:
                 known[name].append(math.log(seconds.get(name, math.inf)))
     for operation, known in logarithms.items():
         tuning.backends[operation] = min(known, key=lambda name: sum(known[name]))
-    for operation, leader in FOLLOWERS.items():
-        tuning.backends[operation] = tuning.backends[leader]
 
 
 def choose_engine(size: Size, tuning: Tuning, rows: Rows) -> None:

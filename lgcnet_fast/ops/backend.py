@@ -136,7 +136,7 @@ class Operation:
     ) -> None:
         """tuned_as: the operation whose entry in tuning tables counts for this one too."""
         self.name = name
-        self._tuned_as = tuned_as or name
+        self.tuned_as = tuned_as or name
         self._implementations = {
             "triton": triton,
             "cuda": cuda,
@@ -178,7 +178,7 @@ class Operation:
         device = _supposed.get() or _device_of(arguments)
         if device.type != "cuda":
             return "reference", None
-        name, reason = tuning.backend_for(self._tuned_as, device)
+        name, reason = tuning.backend_for(self.tuned_as, device)
         if name != "reference":
             refusal = self.refusal(name, arguments)
             if refusal is not None:
