@@ -32,8 +32,8 @@ def rotations(bytes_a_call: int) -> int:
 def copy_bandwidth() -> float:
     """Bytes a second that a kernel copies, read and written bytes both counted.
 
-    Not by `copy_`, which in a CUDA graph need not be a kernel: it reached 2.75 TB/s on an H200, where
-    4.25 had been measured before.
+    Not by `copy_`, which in a CUDA graph need not be a kernel: it reached 2.75 TB/s on an H200,
+    where 4.25 had been measured before.
     """
     source = torch.randn(2**28 if CUDA else 2**18, device=DEVICE)
     targets = [torch.empty_like(source) for _ in range(2)]
