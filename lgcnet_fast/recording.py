@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -14,13 +15,15 @@ def recording(
     graph: torch.cuda.CUDAGraph,
     stream: torch.cuda.Stream,
     generators: Sequence[torch.Generator] = (),
+    pool: Any = None,
 ) -> Iterator[None]:
     """Records in `graph` what the `with` block starts, on `stream`, without executing it.
 
     The block must have run on that stream before: what chooses algorithms, compiles kernels or
     fills caches cannot be recorded. `generators`: those that it draws from, besides torch's default
-    one. Other threads may go on using the GPU. Raises what made the recording impossible; then the
-    stream before is current again, and random numbers can be drawn.
+    one. `pool`: of `torch.cuda.graph_pool_handle`; graphs that share one must not run at the same
+    time. Other threads may go on using the GPU. Raises what made the recording impossible; then
+    the stream before is current again, and random numbers can be drawn.
     """
     for generator in generators:
         graph.register_generator_state(generator)
@@ -30,7 +33,7 @@ def recording(
             _without_collection(),
             # Restores the stream, which a capture that fails leaves set.
             torch.cuda.stream(stream),
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
         ):
             try:
                 yield
@@ -65,5 +68,5 @@ def _release(generators: Sequence[torch.Generator], stream: torch.cuda.Stream) -
         graph.register_generator_state(generator)
     with torch.cuda.stream(stream):
         something = torch.zeros(1, device=stream.device)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, None, stream, capture_error_mode="thread_local"):
             something.zero_()

@@ -41,8 +41,8 @@ def simulated(monkeypatch):
             streams[:] = before
 
     @contextmanager
-    def graph(graph, stream, capture_error_mode):
-        assert capture_error_mode == "thread_local"
+    def graph(graph, pool, stream, capture_error_mode):
+        assert pool in (None, "pool") and capture_error_mode == "thread_local"
         Graph.captured |= {"default generator", *graph.generators}
         streams.append(f"{stream}, recording")
         try:
@@ -74,6 +74,6 @@ def test_a_failure_says_what_failed_and_leaves_nothing_behind(simulated, error):
 
 
 def test_nothing_is_collected_while_recording(simulated):
-    with recording(Graph(), Stream("side")):
+    with recording(Graph(), Stream("side"), pool="pool"):
         assert not gc.isenabled()
     assert gc.isenabled() and simulated == ["default"] and not Graph.captured
