@@ -25,7 +25,7 @@ class Schedule:
 
     streams: tuple[int, ...]
     waits: tuple[tuple[int, ...], ...]
-    """On other streams; those on the same stream are in order anyway."""
+    """On other streams, and as few as keep the order: each costs time when a graph starts."""
     before: tuple[frozenset[int], ...]
 
 
@@ -49,7 +49,10 @@ def schedule(launches: Sequence[Access], streams: int = STREAMS) -> Schedule:
         previous = last[stream]
         if previous is not None:
             ancestors = ancestors | {previous} | before[previous]
-        waits.append(tuple(sorted(at for at in needed if chosen[at] != stream)))
+        last_ones = needed if previous is None else needed | {previous}
+        implied = frozenset[int]().union(*(before[launch] for launch in last_ones))
+        others = (at for at in needed - implied if chosen[at] != stream)
+        waits.append(tuple(sorted(others)))
         before.append(frozenset(ancestors))
         chosen.append(stream)
         last[stream] = index

@@ -54,9 +54,8 @@ class Engine:
 
     def labels(self, image: Tensor) -> Tensor:
         """RGB uint8 (H, W, 3), on any device, to train ids uint8 (H, W) on the engine's."""
-        return self.batch_labels(image[None])[0]
+        return self.batch_labels(image.unsqueeze(0)).squeeze(0)
 
-    @torch.inference_mode()
     def batch_labels(self, images: Tensor) -> Tensor:
         """RGB uint8 (N, H, W, 3), on any device, to train ids uint8 (N, H, W) on the engine's."""
         return self.runner.labels(images.to(self.device), self.blueprint.size)
@@ -78,6 +77,7 @@ class ReferenceEngine:
         self.network = copy.deepcopy(network).eval()
         self.network.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    @torch.inference_mode()
     def labels(self, pixels: Tensor, size: Size | None) -> Tensor:
         """uint8 (N, H, W, 3) on the device to uint8 (N, H, W); size: of the network's input."""
         x = network_input(pixels, size).to(self.dtype)

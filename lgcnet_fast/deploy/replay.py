@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ from lgcnet_fast.deploy.lower import lower
 from lgcnet_fast.deploy.operations import Size
 from lgcnet_fast.deploy.packing import Packing
 from lgcnet_fast.deploy.program import FoldedNetwork
+from lgcnet_fast.recording import recording
 
 MOST_REPLAYS = 8
 """Sizes kept at once, each with maps and graph of its own; that unused for longest goes first."""
@@ -54,7 +55,11 @@ class GraphEngine(ABC, Generic[Network]):
         self._network, self._device, self._dtype = network, device, dtype
         self._replays: OrderedDict[Key, Replay[Network]] = OrderedDict()
         self._lock = threading.Lock()
-        with self._on_device():
+        # Kernels start on the current GPU. Whoever enters holds the lock.
+        self._on_device: AbstractContextManager[object] = (
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        )
+        with self._on_device:
             self._turns = Turns() if device.type == "cuda" else None
 
     @abstractmethod
@@ -64,27 +69,24 @@ class GraphEngine(ABC, Generic[Network]):
     def labels(self, pixels: Tensor, size: Size | None) -> Tensor:
         """uint8 (N, H, W, 3) on the device to uint8 (N, H, W); size: of the network's input."""
         batch, height, width, _ = pixels.shape
-        with self._lock, self._on_device():
+        with self._lock, self._on_device:
             if size is None or size == (height, width):
                 return self._replay((batch, height, width, False)).labels_of(pixels)
             return self._replay((batch, *size, True)).labels_of_resized(pixels)
 
     def network(self, batch: int, size: Size) -> Network:
         """The network in memory for images of this size, which its replay uses too."""
-        with self._lock, self._on_device():
+        with self._lock, self._on_device:
             return self._replay((batch, *size, False)).network
-
-    def _on_device(self) -> AbstractContextManager[object]:
-        """Kernels start on the current GPU."""
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _replay(self, key: Key) -> Replay[Network]:
         if key in self._replays:
             self._replays.move_to_end(key)
             return self._replays[key]
         if len(self._replays) == MOST_REPLAYS:
-            _, oldest = self._replays.popitem(last=False)
-            oldest.finish()
+            if self._turns is not None:
+                self._turns.finish()
+            self._replays.popitem(last=False)
         self._replays[key] = self._made(key)
         return self._replays[key]
 
@@ -113,13 +115,32 @@ class Turns:
     """What the graphs of an engine share, as only one of them runs at a time.
 
     Memory for what calls allocate, which so does not grow with the sizes that come and go; the
-    streams beside the main one, as memory is kept by stream; the end of the work before.
+    streams to record on, as memory is kept by stream; the end of the work before.
     """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
-        self.sides = [torch.cuda.Stream() for _ in range(STREAMS - 1)]
-        self.done = torch.cuda.Event()
+        self.main, *self.sides = (torch.cuda.Stream() for _ in range(STREAMS))
+        self._done = torch.cuda.Event()
+        self._device = torch.cuda.current_device()
+        self._stream: torch.cuda.Stream | None = None
+        self._handle: int | None = None
+
+    def begin(self) -> None:
+        """On the current stream, which waits for earlier work if that is on another one."""
+        # Every frame asks: the handle alone takes a tenth of the time of `current_stream`.
+        handle = torch._C._cuda_getCurrentRawStream(self._device)
+        if handle != self._handle:
+            self._stream, self._handle = torch.cuda.current_stream(), handle
+            self._done.wait(self._stream)
+
+    def end(self) -> None:
+        """Of the work since `begin`."""
+        self._done.record(self._stream)
+
+    def finish(self) -> None:
+        """Waits until the GPU needs no maps and no graph any more."""
+        self._done.synchronize()
 
 
 class Replay(Generic[Network]):
@@ -130,50 +151,39 @@ class Replay(Generic[Network]):
 
     def __init__(self, network: Network, with_labels: bool, turns: Turns | None) -> None:
         self.network = network
+        self._image = network.image
         self._labels = network.image.new_empty(network.image.shape[:3], dtype=torch.uint8)
         last = [lambda: network.write_labels(self._labels)] if with_labels else []
-        self._run: Callable[[], None] = _one_after_another([*network.calls, *last])
-        self._turns = turns
+        self._run: Call = _one_after_another([*network.calls, *last])
+        self._begin: Call = _nothing
+        self._end: Call = _nothing
         if turns is not None:
-            # Compiles and loads the kernels, which a capture must not.
-            self._run()
-            self._graph = _captured(network, last, turns)
-            self._run = self._graph.replay
+            self._begin, self._end = turns.begin, turns.end
+            self._run = _recorded(self._run, network, last, turns).replay
 
     def labels_of(self, pixels: Tensor) -> Tensor:
         """uint8 (N, H, W, 3) of the network's size to uint8 (N, H, W)."""
-        self._wait()
-        self.network.image.copy_(pixels)
-        self._run()
-        labels = self._labels.clone()
-        self._record()
-        return labels
+        self._begin()
+        try:
+            self._image.copy_(pixels)
+            self._run()
+            return self._labels.clone()
+        finally:
+            self._end()
 
     def labels_of_resized(self, pixels: Tensor) -> Tensor:
         """uint8 (N, H, W, 3) of any size to uint8 (N, H, W); resized as `network_input` does."""
         floats = pixels.permute(0, 3, 1, 2).float()
         resized = F.interpolate(floats, self.network.size, mode="bilinear")
-        self._wait()
-        self.network.image.copy_(resized.permute(0, 2, 3, 1))
-        self._run()
-        labels = pixels.new_empty(pixels.shape[:3])
-        self.network.write_labels(labels)
-        self._record()
-        return labels
-
-    def finish(self) -> None:
-        """Waits until the GPU needs the maps and the graph no more."""
-        if self._turns is not None:
-            self._turns.done.synchronize()
-
-    def _wait(self) -> None:
-        """For earlier work of the engine, which may be on another stream."""
-        if self._turns is not None:
-            self._turns.done.wait()
-
-    def _record(self) -> None:
-        if self._turns is not None:
-            self._turns.done.record()
+        self._begin()
+        try:
+            self._image.copy_(resized.permute(0, 2, 3, 1))
+            self._run()
+            labels = pixels.new_empty(pixels.shape[:3])
+            self.network.write_labels(labels)
+            return labels
+        finally:
+            self._end()
 
 
 def _one_after_another(calls: Sequence[Call]) -> Call:
@@ -184,15 +194,23 @@ def _one_after_another(calls: Sequence[Call]) -> Call:
     return run
 
 
-def _captured(network: NetworkInMemory, last: Sequence[Call], turns: Turns) -> torch.cuda.CUDAGraph:
-    """The launches of a network as a graph in which independent ones overlap, then `last`."""
-    torch.cuda.synchronize(network.image.device)
+def _nothing() -> None:
+    """On the CPU work is over when a call returns."""
+
+
+def _recorded(
+    run: Call, network: NetworkInMemory, last: Sequence[Call], turns: Turns
+) -> torch.cuda.CUDAGraph:
+    """The launches of a network as a graph in which independent ones overlap, then `last`.
+
+    `run` does the same, one after another.
+    """
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on using the GPU meanwhile.
-    with (
-        torch.cuda.device(network.image.device),
-        torch.cuda.graph(graph, turns.pool, capture_error_mode="thread_local"),
-    ):
+    turns.main.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(turns.main):
+        # Compiles and loads the kernels, which a recording must not.
+        run()
+    with recording(graph, turns.main, pool=turns.pool):
         _overlapping(network.calls, network.schedule, turns.sides)
         for call in last:
             call()

@@ -110,3 +110,13 @@ def test_lives_that_follow_each_other_may_share() -> None:
     # Slices are written one after another: the memory must be free for the first.
     slices = Life(frozenset({0, 2}), frozenset({0, 2}))
     assert may_overlap(Life(frozenset({1}), frozenset({1})), slices, before)
+
+
+@settings(max_examples=50, deadline=None)
+@given(plan=plans(), streams=st.integers(1, 4))
+def test_no_launch_waits_for_what_comes_before_anyway(plan: Plan, streams: int) -> None:
+    order = schedule(plan.launches, streams)
+    for index, waits in enumerate(order.waits):
+        earlier = [at for at in range(index) if order.streams[at] == order.streams[index]]
+        implied = [order.before[at] for at in [*waits, *earlier]]
+        assert not any(at in before for at in waits for before in implied)

@@ -114,8 +114,6 @@ class Nothing:
     def labels_of(self, images: torch.Tensor) -> torch.Tensor:
         return images[..., 0]
 
-    def finish(self) -> None: ...
-
 
 # -- backends -------------------------------------------------------------------------------------
 
