@@ -5,25 +5,30 @@
 with ceil(H / s) x ceil(W / s) outputs. As in PyTorch the first maximum of a window, row by row,
 wins its gradient, and a NaN beats every number and an earlier NaN.
 
-No index is stored: the gradient finds the winners again. A pixel wins a window if its row of the
-window does, and the pixel its row, where the last winner is the last NaN or, without one, the
-first maximum: the same rule along both axes. Every program walks down columns of pixels; of each
-row it loads it keeps the maxima of the row's windows and which of them its pixels win, and so
-needs every row once.
+    dx[n, a, b, c] = sum of dy[n, i, j, c] over the windows (i, j) that x[n, a, b, c] wins
 
-Least traffic: x + y forward, x + dy + dx backward. With stride 1, where the gradient compares most,
-it takes some 100 instructions an element.
+The forward pass writes the winners if they are wanted, as 3 (u + 1) + v + 1 in 8 bits each. A pixel
+wins a window if its row of the window does, and the pixel its row, where the last winner is the
+last NaN or, without one, the first maximum: the same rule along both axes.
+
+Every program walks down columns of pixels, and so needs every row once.
+
+Least traffic: x + y forward, and the bytes of the winners; dy, these and dx backward, which takes
+some 45 instructions an element.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator, check_like, check_map, empty_map
+
+CHANNELS_LAST = torch.channels_last
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,9 @@ class PoolConfig:
 
     @classmethod
     def backward(cls, y_shape: tuple[int, ...]) -> PoolConfig:
-        """4 bytes a thread and load: a thread keeps much of three rows."""
+        """8 elements a thread and load, and short walks: programs are few on small maps."""
         config = cls.forward(y_shape)
-        return replace(config, block_p=config.block_p // 2)
+        return replace(config, rows=min(config.rows, 4), block_p=2 * config.block_p)
 
 
 @triton.jit
@@ -84,123 +89,91 @@ def _tap(x, column, W, C, OFFSET: tl.constexpr, mask, ACC: tl.constexpr):
 # Widths of 1 must not become constants either, which have no 64-bit form.
 @triton.jit(do_not_specialize=["N", "W", "WO"])
 def _forward_kernel(
-    x_ptr, y_ptr, N, H, W, HO, WO, C,
-    STRIDE: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, y_ptr, winner_ptr, N, H, W, HO, WO, C,
+    STRIDE: tl.constexpr, WINNERS: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS outputs of BLOCK_P columns, BLOCK_C channels."""
     image, out_row, out_column, channel, mask = _locate(N, HO, WO, C, ROWS, BLOCK_P, BLOCK_C)
     row, column = STRIDE * out_row - 1, STRIDE * out_column
     x = x_ptr + ((image * H + row) * W + column) * C + channel
-    y = y_ptr + ((image * HO + out_row) * WO + out_column) * C + channel
-    one_ago, two_ago = 0.0, 0.0
+    out = ((image * HO + out_row) * WO + out_column) * C + channel
+    top, top_winner, centre, centre_winner = 0.0, 0, 0.0, 0
     for u in tl.static_range(STRIDE * (ROWS - 1) + 3):
         inside = mask & (row >= 0) & (row < H)
         left = _tap(x, column, W, C, -1, inside, ACC)
+        middle = _tap(x, column, W, C, 0, inside, ACC)
         right = _tap(x, column, W, C, 1, inside, ACC)
-        greatest = _greater(_greater(left, _tap(x, column, W, C, 0, inside, ACC)), right)
+        bottom = _greater(_greater(left, middle), right)
+        bottom_winner = 0
+        if WINNERS:
+            bottom_winner = _winner(left, middle, right, column == 0, 0, 1, 2)
         if u >= 2 and u % STRIDE == 0:
-            value = _greater(_greater(two_ago, one_ago), greatest)
-            tl.store(y, value.to(y_ptr.dtype.element_ty), mask=mask & (out_row < HO))
-            y += WO.to(tl.int64) * C
+            value = _greater(_greater(top, centre), bottom)
+            inside = mask & (out_row < HO)
+            tl.store(y_ptr + out, value.to(y_ptr.dtype.element_ty), mask=inside)
+            if WINNERS:
+                winner = _winner(
+                    top, centre, bottom, row == 1,
+                    top_winner, 3 + centre_winner, 6 + bottom_winner,
+                )  # fmt: skip
+                tl.store(winner_ptr + out, winner.to(tl.uint8), mask=inside)
+            out += WO.to(tl.int64) * C
             out_row += 1
-        two_ago, one_ago = one_ago, greatest
+        top, top_winner = centre, centre_winner
+        centre, centre_winner = bottom, bottom_winner
         x += W.to(tl.int64) * C
         row += 1
 
 
 @triton.jit
-def _winning_row(top, centre, bottom, first):
-    """Whether top, centre, bottom row win a window; `first`: it has no row above."""
-    centre_beats = _beats(centre, top) | first
-    bottom_wins = _beats(bottom, _greater(top, centre))
-    return ~(centre_beats | bottom_wins), centre_beats & ~bottom_wins, bottom_wins
+def _winner(first, second, third, no_first, at_first, at_second, at_third):
+    """Where the winner of three is; `no_first`: the first one lies outside the map."""
+    second_beats = _beats(second, first) | no_first
+    third_beats = _beats(third, _greater(first, second))
+    return tl.where(third_beats, at_third, tl.where(second_beats, at_second, at_first))
 
 
 @triton.jit
-def _give(dx, wins_row, wins_window, g):
-    return dx + tl.where(wins_row & wins_window, g, 0.0)
+def _window(winner_ptr, dy_ptr, offset, mask, ACC: tl.constexpr):
+    """Winner and gradient of windows; where `mask` is false, a winner that no pixel is."""
+    winner = tl.load(winner_ptr + offset, mask=mask, other=255).to(tl.int32)
+    return winner, tl.load(dy_ptr + offset, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def _windows_of_row(x, column, W, C, mask, ACC: tl.constexpr):
-    """Of the three stride-1 windows around a column: (maxima of this row, column wins it)."""
-    far_left = _tap(x, column, W, C, -2, mask, ACC)
-    left = _tap(x, column, W, C, -1, mask, ACC)
-    middle = _tap(x, column, W, C, 0, mask, ACC)
-    right = _tap(x, column, W, C, 1, mask, ACC)
-    far_right = _tap(x, column, W, C, 2, mask, ACC)
-    before, after = _greater(far_left, left), _greater(right, far_right)
-    maxima = (
-        _greater(before, middle),
-        _greater(_greater(left, middle), right),
-        _greater(middle, after),
-    )
-    wins = (
-        _beats(middle, before),
-        (_beats(middle, left) | (column == 0)) & ~_beats(right, middle),
-        ~_beats(after, middle),
-    )
-    return maxima, wins
+def _give(dx, winner, pixel: tl.constexpr, g):
+    return tl.where(winner == pixel, dx + g, dx)
 
 
 @triton.jit(do_not_specialize=["N", "W"])
 def _backward_kernel(
-    x_ptr, dy_ptr, dx_ptr, N, H, W, C,
+    winner_ptr, dy_ptr, dx_ptr, N, H, W, C,
     ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Stride 1. One program: dx of ROWS pixels of BLOCK_P columns, BLOCK_C channels."""
     image, first, column, channel, mask = _locate(N, H, W, C, ROWS, BLOCK_P, BLOCK_C)
     pitch = W.to(tl.int64) * C
-    offset = ((image * H + first) * W + column) * C + channel
-    x, dy, dx = x_ptr + offset - 2 * pitch, dy_ptr + offset - pitch, dx_ptr + offset
-    no_maxima, no_wins = (0.0, 0.0, 0.0), (False, False, False)
-    top, centre, top_wins, centre_wins = no_maxima, no_maxima, no_wins, no_wins
-    dx_top, dx_centre = 0.0, 0.0
-    for u in tl.static_range(ROWS + 4):
-        # Row first + u - 2 completes the windows of the row above it, and those the dx above that.
-        row = first + (u - 2)
-        bottom, bottom_wins = _windows_of_row(x, column, W, C, mask & (row >= 0) & (row < H), ACC)
-        dx_bottom = tl.zeros((BLOCK_P, BLOCK_C), ACC)
+    dx = dx_ptr + ((image * H + first) * W + column) * C + channel
+    offset = ((image * H + first - 1) * W + column) * C + channel
+    zero = tl.zeros((BLOCK_P, BLOCK_C), ACC)
+    dx_top, dx_centre = zero, zero
+    for u in tl.static_range(ROWS + 2):
+        # The windows around row first + u - 1 complete the dx of the row above it.
+        row = first + (u - 1)
+        inside = mask & (row >= 0) & (row < H)
+        dx_bottom = zero
+        for v in tl.static_range(3):
+            beside = inside & (column + (v - 1) >= 0) & (column + (v - 1) < W)
+            winner, g = _window(winner_ptr, dy_ptr, offset + (v - 1) * C, beside, ACC)
+            dx_top = _give(dx_top, winner, 2 - v, g)
+            dx_centre = _give(dx_centre, winner, 5 - v, g)
+            dx_bottom = _give(dx_bottom, winner, 8 - v, g)
         if u >= 2:
-            inside = mask & (row >= 1) & (row <= H)
-            for v in tl.static_range(3):
-                beside = inside & (column + (v - 1) >= 0) & (column + (v - 1) < W)
-                g = tl.load(dy + (v - 1) * C, mask=beside, other=0.0).to(ACC)
-                at_top, at_centre, at_bottom = _winning_row(top[v], centre[v], bottom[v], row == 1)
-                dx_top = _give(dx_top, top_wins[v], at_top, g)
-                dx_centre = _give(dx_centre, centre_wins[v], at_centre, g)
-                dx_bottom = _give(dx_bottom, bottom_wins[v], at_bottom, g)
-            dy += pitch
-        if u >= 4:
-            tl.store(dx, dx_top.to(dx_ptr.dtype.element_ty), mask=mask & (row - 2 < H))
+            tl.store(dx, dx_top.to(dx_ptr.dtype.element_ty), mask=mask & (row - 1 < H))
             dx += pitch
-        top, top_wins, dx_top = centre, centre_wins, dx_centre
-        centre, centre_wins, dx_centre = bottom, bottom_wins, dx_bottom
-        x += pitch
-
-
-@triton.jit
-def _windows_of_even_row(x, column, W, C, mask, ACC: tl.constexpr):
-    """Of the stride-2 windows at columns `column` and `column` + 2: the maxima of this row, and
-    whether `column` wins the first, `column` + 1 the first, `column` + 1 the second."""
-    left = _tap(x, column, W, C, -1, mask, ACC)
-    middle = _tap(x, column, W, C, 0, mask, ACC)
-    right = _tap(x, column, W, C, 1, mask, ACC)
-    after = _greater(_tap(x, column, W, C, 2, mask, ACC), _tap(x, column, W, C, 3, mask, ACC))
-    before = _greater(left, middle)
-    right_beats = _beats(right, before)
-    middle_wins = (_beats(middle, left) | (column == 0)) & ~right_beats
-    maxima = (_greater(before, right), _greater(right, after))
-    return maxima, (middle_wins, right_beats, ~_beats(after, right))
-
-
-@triton.jit
-def _give_pair(even, odd, wins, wins_window, wins_next, g, g_next):
-    """dx of an even and the following odd column, with the shares of both windows added."""
-    even = _give(even, wins[0], wins_window, g)
-    odd = _give(odd, wins[1], wins_window, g)
-    return even, _give(odd, wins[2], wins_next, g_next)
+        dx_top, dx_centre = dx_centre, dx_bottom
+        offset += pitch
 
 
 @triton.jit
@@ -211,7 +184,7 @@ def _store_pair(dx, even, odd, column, mask, W, C):
 
 @triton.jit(do_not_specialize=["N", "W", "WO"])
 def _backward_stride_2_kernel(
-    x_ptr, dy_ptr, dx_ptr, N, H, W, HO, WO, C,
+    winner_ptr, dy_ptr, dx_ptr, N, H, W, HO, WO, C,
     ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: dx of the 2 x 2 pixels from each of ROWS outputs of BLOCK_P columns.
@@ -222,34 +195,27 @@ def _backward_stride_2_kernel(
     image, out_row, out_column, channel, mask = _locate(N, HO, WO, C, ROWS, BLOCK_P, BLOCK_C)
     pitch = W.to(tl.int64) * C
     row, column = 2 * out_row, 2 * out_column
-    offset = ((image * H + row) * W + column) * C + channel
-    x, dx = x_ptr + offset, dx_ptr + offset
-    dy = dy_ptr + ((image * HO + out_row) * WO + out_column) * C + channel
-    above = mask & (row >= 1) & (row <= H)
-    top, top_wins = _windows_of_even_row(x - pitch, column, W, C, above, ACC)
-    even_top, odd_top = 0.0, 0.0
+    dx = dx_ptr + ((image * H + row) * W + column) * C + channel
+    offset = ((image * HO + out_row) * WO + out_column) * C + channel
+    zero = tl.zeros((BLOCK_P, BLOCK_C), ACC)
+    even_bottom, odd_bottom = zero, zero
     for u in tl.static_range(ROWS + 1):
-        centre, centre_wins = _windows_of_even_row(x, column, W, C, mask & (row < H), ACC)
-        bottom, bottom_wins = _windows_of_even_row(
-            x + pitch, column, W, C, mask & (row + 1 < H), ACC
-        )
         inside = mask & (out_row < HO)
-        g = tl.load(dy, mask=inside, other=0.0).to(ACC)
-        g_next = tl.load(dy + C, mask=inside & (out_column + 1 < WO), other=0.0).to(ACC)
-        at = _winning_row(top[0], centre[0], bottom[0], row == 0)
-        at_next = _winning_row(top[1], centre[1], bottom[1], row == 0)
+        beside = inside & (out_column + 1 < WO)
+        winner, g = _window(winner_ptr, dy_ptr, offset, inside, ACC)
+        next_winner, next_g = _window(winner_ptr, dy_ptr, offset + C, beside, ACC)
         if u >= 1:
-            even, odd = _give_pair(even_top, odd_top, top_wins, at[0], at_next[0], g, g_next)
+            even = _give(even_bottom, winner, 1, g)
+            odd = _give(_give(odd_bottom, winner, 2, g), next_winner, 0, next_g)
             _store_pair(dx - pitch, even, odd, column, mask & (row - 1 < H), W, C)
         if u < ROWS:
-            zero = tl.zeros((BLOCK_P, BLOCK_C), ACC)
-            even, odd = _give_pair(zero, zero, centre_wins, at[1], at_next[1], g, g_next)
+            even = _give(zero, winner, 4, g)
+            odd = _give(_give(zero, winner, 5, g), next_winner, 3, next_g)
             _store_pair(dx, even, odd, column, mask & (row < H), W, C)
-            even_top, odd_top = _give_pair(zero, zero, bottom_wins, at[2], at_next[2], g, g_next)
-        top, top_wins = bottom, bottom_wins
-        x += 2 * pitch
+            even_bottom = _give(zero, winner, 7, g)
+            odd_bottom = _give(_give(zero, winner, 8, g), next_winner, 6, next_g)
         dx += 2 * pitch
-        dy += WO.to(tl.int64) * C
+        offset += WO.to(tl.int64) * C
         row += 2
         out_row += 1
 
@@ -259,50 +225,73 @@ def max_pool_forward(x: Tensor, stride: int = 1, config: PoolConfig | None = Non
 
     Raises `ValueError` naming the argument at fault.
     """
-    images, channels, height, width, out_height, out_width = _sizes(x, stride)
-    y = empty_map((images, channels, out_height, out_width), x)
+    return _forward(x, stride, None, config)
+
+
+def max_pool_winners(
+    x: Tensor, stride: int = 1, config: PoolConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `max_pool_forward`, and the winner of each window: uint8, like the output."""
+    winners = empty_map(_pooled_shape(x, stride), x.new_empty(0, dtype=torch.uint8))
+    return _forward(x, stride, winners, config), winners
+
+
+def _forward(x: Tensor, stride: int, winners: Tensor | None, config: PoolConfig | None) -> Tensor:
+    y = empty_map(_pooled_shape(x, stride), x)
     config = config or PoolConfig.forward(tuple(y.shape))
+    images, channels, height, width = x.shape
     _forward_kernel[_grid(y, config)](
-        x, y, images, height, width, out_height, out_width, channels,
-        STRIDE=stride, ACC=accumulator(x.dtype),
+        x, y, y if winners is None else winners, images, height, width, *y.shape[2:], channels,
+        STRIDE=stride, WINNERS=winners is not None, ACC=accumulator(x.dtype),
         ROWS=config.rows, BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
     return y
 
 
 def max_pool_backward(
-    x: Tensor, dy: Tensor, stride: int = 1, config: PoolConfig | None = None
+    winners: Tensor,
+    dy: Tensor,
+    size: tuple[int, int],
+    stride: int = 1,
+    config: PoolConfig | None = None,
 ) -> Tensor:
-    """dx like x, from the input x and dy, the gradient of the output, channels_last like it.
+    """dx: (N, C, H, W), channels_last, from the winners and dy, the gradient of the output.
 
-    Sums are rounded once, from the accumulator's dtype. Raises `ValueError` naming the argument
-    at fault.
+    size: (H, W). Sums are rounded once, from the accumulator's dtype. Raises `ValueError` naming
+    the argument at fault.
     """
-    images, channels, height, width, out_height, out_width = _sizes(x, stride)
     check_map("dy", dy)
-    check_like("dy", dy, (images, channels, out_height, out_width), x)
-    if dy.dtype != x.dtype:
-        raise ValueError(f"dy: dtype {dy.dtype}, but x has {x.dtype}")
+    images, channels, *_ = dy.shape
+    shape = images, channels, *size
+    if tuple(dy.shape[2:]) != _pooled_size(size, stride):
+        raise ValueError(f"dy: shape {tuple(dy.shape)} is not that of {shape} at stride {stride}")
+    check_like("winners", winners, tuple(dy.shape), dy)
+    if winners.dtype != torch.uint8 or not winners.is_contiguous(memory_format=CHANNELS_LAST):
+        raise ValueError(f"winners: {winners.dtype}, strides {winners.stride()}, need uint8, NHWC")
     config = config or PoolConfig.backward(tuple(dy.shape))
-    dx = empty_map(tuple(x.shape), x)
+    dx = empty_map(shape, dy)
     tile = {"ROWS": config.rows, "BLOCK_P": config.block_p, "BLOCK_C": config.block_c}
-    options = tile | {"ACC": accumulator(x.dtype), "num_warps": config.warps}
+    options = tile | {"ACC": accumulator(dy.dtype), "num_warps": config.warps}
     if stride == 1:
-        _backward_kernel[_grid(dy, config)](x, dy, dx, images, height, width, channels, **options)
+        _backward_kernel[_grid(dy, config)](winners, dy, dx, images, *size, channels, **options)
     else:
         _backward_stride_2_kernel[_grid(dy, config)](
-            x, dy, dx, images, height, width, out_height, out_width, channels, **options
+            winners, dy, dx, images, *size, *dy.shape[2:], channels, **options
         )
     return dx
 
 
-def _sizes(x: Tensor, stride: int) -> tuple[int, int, int, int, int, int]:
-    """(N, C, H, W) and the output's (height, width); raises `ValueError`."""
+def _pooled_shape(x: Tensor, stride: int) -> tuple[int, int, int, int]:
+    """Of the output; raises `ValueError`."""
     check_map("x", x)
+    images, channels, height, width = x.shape
+    return images, channels, *_pooled_size((height, width), stride)
+
+
+def _pooled_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
     if stride not in (1, 2):
         raise ValueError(f"stride: {stride}, need 1 or 2")
-    images, channels, height, width = x.shape
-    return images, channels, height, width, -(-height // stride), -(-width // stride)
+    return -(-size[0] // stride), -(-size[1] // stride)
 
 
 def _grid(y: Tensor, config: PoolConfig) -> tuple[int]:

@@ -1,7 +1,8 @@
 """Max pooling 3x3 in Triton against PyTorch's: `python -m bench.kernels.max_pool`.
 
-Floors: x + y forward, x + dy + dx backward. PyTorch's backward pass reads 64-bit indices, which
-its forward pass writes whenever there will be a gradient; both do here.
+Floors: x + y forward, with the winners another byte an output; winners + dy + dx backward.
+PyTorch's backward pass reads 64-bit indices, which its forward pass writes whenever there will be a
+gradient; both do here.
 """
 
 from __future__ import annotations
@@ -19,8 +20,20 @@ from bench.kernels.command import main
 from bench.kernels.comparison import Binding, Comparison, Family, Part, Sweep
 from bench.kernels.shapes import CELLS, INPUTS, Shape, Size, at_stride, cell_shapes
 from bench.kernels.timing import Call
-from lgcnet_fast.kernels.max_pool import PoolConfig, max_pool_backward, max_pool_forward
+from lgcnet_fast.kernels.max_pool import (
+    PoolConfig,
+    max_pool_backward,
+    max_pool_forward,
+    max_pool_winners,
+)
 from lgcnet_fast.ops.tuning import shape_key
+
+FORWARD_TILES = [(4, 8, 64), (8, 8, 64), (4, 16, 64), (4, 16, 32), (8, 16, 32), (4, 32, 32)]
+BACKWARD_TILES = [
+    *[(4, 16, 64), (8, 16, 64), (2, 16, 64), (4, 8, 64), (2, 8, 64)],
+    *[(4, 32, 32), (8, 32, 32)],
+]
+"""Rows, columns and channels of a tile."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +50,16 @@ class Case:
     def out_size(self) -> tuple[int, int]:
         return -(-self.shape[2] // self.stride), -(-self.shape[3] // self.stride)
 
-    def bytes(self, backward: bool) -> int:
+    def bytes(self, winners: bool) -> int:
         x, y = torch.Size(self.shape), torch.Size((*self.shape[:2], *self.out_size))
-        return ((2 if backward else 1) * x.numel() + y.numel()) * self.dtype.itemsize
+        return (x.numel() + y.numel()) * self.dtype.itemsize + winners * y.numel()
 
 
 @dataclass(frozen=True)
 class Inputs:
     x: Tensor
     dy: Tensor
+    winners: Tensor
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -53,7 +67,8 @@ def make_inputs(case: Case) -> Inputs:
         shape = (case.shape[0], height, width, case.shape[1])
         return torch.randn(shape, device=DEVICE, dtype=case.dtype).movedim(-1, 1)
 
-    return Inputs(values(*case.shape[2:]), values(*case.out_size))
+    x = values(*case.shape[2:])
+    return Inputs(x, values(*case.out_size), max_pool_winners(x, case.stride)[1])
 
 
 def cases(part: Part) -> Iterator[Case]:
@@ -82,7 +97,11 @@ def forward(case: Case, i: Inputs, config: PoolConfig | None = None) -> Tensor:
 
 
 def backward(case: Case, i: Inputs, config: PoolConfig | None = None) -> Tensor:
-    return max_pool_backward(i.x, i.dy, case.stride, config)
+    return max_pool_backward(i.winners, i.dy, case.shape[2:], case.stride, config)
+
+
+def winners(case: Case, i: Inputs, config: PoolConfig | None = None) -> tuple[Tensor, Tensor]:
+    return max_pool_winners(i.x, case.stride, config)
 
 
 def stock_forward(case: Case, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +117,11 @@ def stock_backward(case: Case, x: Tensor, dy: Tensor, indices: Tensor) -> Tensor
 def check_forward(case: Case, i: Inputs) -> None:
     if not torch.equal(forward(case, i), stock_forward(case, i.x)[0]):
         raise SystemExit(f"WRONG RESULT: forward {case}")
+
+
+def check_winners(case: Case, i: Inputs) -> None:
+    if not torch.equal(winners(case, i)[0], stock_forward(case, i.x)[0]):
+        raise SystemExit(f"WRONG RESULT: winners {case}")
 
 
 def check_backward(case: Case, i: Inputs) -> None:
@@ -122,6 +146,7 @@ def _stock(case: Case, layout: torch.memory_format, gradient: bool) -> Binding:
 def comparisons(part: Part) -> Iterator[Comparison]:
     parts: list[tuple[str, Callable[[Case, Inputs], Any], Callable[[Case, Inputs], None]]] = [
         ("forward", forward, check_forward),
+        ("forward with winners", winners, check_winners),
         ("backward", backward, check_backward),
     ]
     for case, (direction, ours, check) in itertools.product(cases(part), parts):
@@ -130,7 +155,7 @@ def comparisons(part: Part) -> Iterator[Comparison]:
         yield Comparison(
             operation=f"max pool {direction}",
             case=str(case),
-            bytes=case.bytes(gradient),
+            bytes=case.bytes(direction != "forward"),
             operations=9 * elements // case.stride**2,
             make=lambda case=case: make_inputs(case),
             check=lambda i, case=case, check=check: check(case, i),
@@ -152,12 +177,11 @@ def _swept(tiny: bool) -> Iterator[tuple[Case, Size | None]]:
 def sweeps(tiny: bool) -> Iterator[Sweep]:
     for case, size in _swept(tiny):
         y_shape = (*case.shape[:2], *case.out_size)
-        for name, run, default in (
-            ("forward", forward, PoolConfig.forward(y_shape)),
-            ("backward", backward, PoolConfig.backward(y_shape)),
+        for name, run, default, tiles in (
+            ("forward", forward, PoolConfig.forward(y_shape), FORWARD_TILES),
+            ("backward", backward, PoolConfig.backward(y_shape), BACKWARD_TILES),
         ):
-            tiles = [(8, 64, 4), (4, 64, 4), (2, 64, 4), (16, 32, 4), (8, 32, 4)]
-            others = [PoolConfig(rows, *tile) for rows, tile in itertools.product((4, 8), tiles)]
+            others = [PoolConfig(*tile, warps=4) for tile in tiles]
             yield Sweep(
                 operation=f"max_pool_{name}",
                 key=shape_key(case.dtype, case.shape, (case.stride,)),

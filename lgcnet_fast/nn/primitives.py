@@ -21,10 +21,10 @@ from lgcnet_fast.ops import (
     average_pool,
     convolutions,
     interleaved_convolution,
-    max_pool,
     normalised,
     readers,
     recomputable,
+    recomputable_max_pool,
     recomputes,
     rectified_together,
     separable_branches,
@@ -57,12 +57,11 @@ class Source:
         """A function of the ReLU of each of these, which may come repeatedly."""
         return rectified_together([source._readers for source in sources], function)
 
-    def cheap(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """function(x), a raw map that is cheaper to compute again than to keep."""
-        y, again = recomputable(function, x)
-        if recomputes(x):
-            self.recomputable.append((y, again))
-        return y
+    def cheap(self, raw: Recomputable) -> Tensor:
+        """A raw map that is cheaper to compute again than to keep."""
+        if recomputes(raw[0]):
+            self.recomputable.append(raw)
+        return raw[0]
 
     @cached_property
     def pooled(self) -> dict[int, Tensor]:
@@ -151,9 +150,8 @@ class PoolBN(nn.Sequential):
 
     def raw(self, source: Source) -> Tensor:
         if self.stride not in source.pooled:
-            source.pooled[self.stride] = source.cheap(
-                partial(max_pool, stride=self.stride), source.plain()
-            )
+            pooled = recomputable_max_pool(source.plain(), self.stride)
+            source.pooled[self.stride] = source.cheap(pooled)
         return source.pooled[self.stride]
 
 
@@ -239,7 +237,8 @@ class GlobalPool(nn.Module):
 
     def raw(self, source: Source) -> Tensor:
         pooled = source.rectified(partial(average_pool, bins=self.bins))
-        return source.cheap(partial(upsample, size=source.size), self.conv(pooled))
+        small = self.conv(pooled)
+        return source.cheap(recomputable(partial(upsample, size=source.size), small))
 
     def forward(self, x: Tensor) -> Tensor:
         return _norm_of(self.norm, self.raw(Source(x)))
@@ -251,7 +250,7 @@ class Interpolate(nn.Module):
     norm = None
 
     def raw(self, source: Source, size: tuple[int, int]) -> Tensor:
-        return source.cheap(partial(upsample, size=size), source.plain())
+        return source.cheap(recomputable(partial(upsample, size=size), source.plain()))
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return upsample(x, size)

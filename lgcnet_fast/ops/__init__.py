@@ -7,7 +7,7 @@ from lgcnet_fast.ops.concat_upsample import concat_upsample, sum_upsample, upsam
 from lgcnet_fast.ops.convolutions import Geometry, convolutions
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.interleaved_convolution import interleaved_convolution
-from lgcnet_fast.ops.max_pool import max_pool
+from lgcnet_fast.ops.max_pool import max_pool, recomputable_max_pool
 from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, normalised
 from lgcnet_fast.ops.mixed_sum import mixed_sum
 from lgcnet_fast.ops.readers import Readers, readers, rectified_together
@@ -34,6 +34,7 @@ __all__ = [
     "normalised",
     "readers",
     "recomputable",
+    "recomputable_max_pool",
     "recomputed",
     "recomputes",
     "rectified_together",

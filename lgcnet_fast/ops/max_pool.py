@@ -14,6 +14,7 @@ from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.operands import check_map
+from lgcnet_fast.ops.recompute import Recomputable, recomputable
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
 
@@ -27,26 +28,80 @@ def max_pool(x: Tensor, stride: int = 1) -> Tensor:
     Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
     cannot serve.
     """
+    return recomputable_max_pool(x, stride)[0]
+
+
+def recomputable_max_pool(x: Tensor, stride: int = 1) -> Recomputable:
+    """max_pool(x, stride), and the way to compute it again going backward, `remembered`.
+
+    Where it is taken, the gradient of x needs no search of its own. Raises as `max_pool`.
+    """
     check_map("x", x)
     if stride not in (1, 2):
         raise OperandError(f"stride: {stride}, need 1 or 2")
-    result: Tensor = _operation(x, stride)
+    result: Recomputable = _operation(x, stride)
     return result
 
 
-def _reference(x: Tensor, stride: int) -> Tensor:
-    return F.max_pool2d(x, 3, stride, padding=1)
+def _reference(x: Tensor, stride: int) -> Recomputable:
+    return recomputable(partial(F.max_pool2d, kernel_size=3, stride=stride, padding=1), x)
 
 
-def _run(backend: str, x: Tensor, stride: int) -> Tensor:
-    result: Tensor = _max_pool(nhwc(x), stride, backend)
-    return result
+def _run(backend: str, x: Tensor, stride: int) -> Recomputable:
+    x, again = nhwc(x), _Again(stride, backend)
+    return _MaxPool.apply(x, again), partial(again.pooled, x.detach())
 
 
 def _refuse(backend: str, x: Tensor, stride: int) -> str | None:
     if backend == "cuda" and x.dtype == torch.float64:
         return "its kernels have no float64"
     return dtype_refusal("x", x)
+
+
+class _Again:
+    """The second computation of a pooled map, by which the gradient learns the winners.
+
+    Whoever comes first computes; the gradient of x comes last.
+    """
+
+    def __init__(self, stride: int, backend: str) -> None:
+        self._stride, self._backend = stride, backend
+        self._found: tuple[Tensor, Tensor] | None = None
+        """The map, and what its gradient needs."""
+
+    def first(self, x: Tensor) -> Tensor:
+        return _max_pool(x, self._stride, self._backend)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return self._computed(x)[0]
+
+    def gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        kept = x if self._backend == "cuda" else self._computed(x)[1]
+        self._found = None
+        return _max_pool_backward(
+            kept, gradient, x.shape[2], x.shape[3], self._stride, self._backend
+        )
+
+    def _computed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self._found is None:
+            if self._backend == "cuda":
+                self._found = self.first(x), x
+            else:
+                self._found = _max_pool_winners(x, self._stride)
+        return self._found
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, again: _Again) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.again = again
+        return again.first(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return ctx.again.gradient(x, nhwc(gradient)), None
 
 
 @custom_op("lgcnet_fast::max_pool", mutates_args=())
@@ -67,22 +122,44 @@ def _(x: Tensor, stride: int, backend: str) -> Tensor:
     return empty_nhwc(x, _pooled_shape(x, stride))
 
 
+@custom_op("lgcnet_fast::max_pool_winners", mutates_args=())
+def _max_pool_winners(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """The pooled map, and for each of its elements where in the window the maximum is, in Triton.
+
+    The second is uint8, half as large as a map in half precision.
+    """
+    from lgcnet_fast.kernels.max_pool import PoolConfig, max_pool_winners
+
+    config = _tuned(PoolConfig.forward(_pooled_shape(x, stride)), "max_pool_forward", x, stride)
+    return max_pool_winners(x, stride, config)
+
+
+@_max_pool_winners.register_fake
+def _(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    shape = _pooled_shape(x, stride)
+    return empty_nhwc(x, shape), empty_nhwc(x.new_empty(0, dtype=torch.uint8), shape)
+
+
 @custom_op("lgcnet_fast::max_pool_backward", mutates_args=())
-def _max_pool_backward(x: Tensor, gradient: Tensor, stride: int, backend: str) -> Tensor:
+def _max_pool_backward(
+    kept: Tensor, gradient: Tensor, height: int, width: int, stride: int, backend: str
+) -> Tensor:
+    """The gradient of x: (N, C, height, width). kept: the winners; x for the backend `cuda`."""
     if backend == "cuda":
         from lgcnet_fast.native import max_pool as native
 
-        return native.max_pool_backward(x, gradient, stride)
+        return native.max_pool_backward(kept, gradient, stride)
     from lgcnet_fast.kernels.max_pool import PoolConfig, max_pool_backward
 
     default = PoolConfig.backward(tuple(gradient.shape))
-    config = _tuned(default, "max_pool_backward", x, stride)
-    return max_pool_backward(x, gradient, stride, config)
+    key = shape_key(gradient.dtype, (*gradient.shape[:2], height, width), (stride,))
+    config = tuned(default, "max_pool_backward", key, gradient.device)
+    return max_pool_backward(kept, gradient, (height, width), stride, config)
 
 
 @_max_pool_backward.register_fake
-def _(x: Tensor, gradient: Tensor, stride: int, backend: str) -> Tensor:
-    return empty_nhwc(x, x.shape)
+def _(kept: Tensor, gradient: Tensor, height: int, width: int, stride: int, backend: str) -> Tensor:
+    return empty_nhwc(gradient, (*gradient.shape[:2], height, width))
 
 
 def _pooled_shape(x: Tensor, stride: int) -> tuple[int, ...]:
@@ -95,17 +172,6 @@ def _tuned(default: Any, launch: str, x: Tensor, stride: int) -> Any:
     return tuned(default, launch, shape_key(x.dtype, x.shape, (stride,)), x.device)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.stride, ctx.backend = inputs
-    ctx.save_for_backward(x)
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    (x,) = ctx.saved_tensors
-    return _max_pool_backward(x, nhwc(gradient), ctx.stride, ctx.backend), None, None
-
-
-_max_pool.register_autograd(_backward, setup_context=_keep)
 _operation = Operation(
     "max_pool",
     _reference,

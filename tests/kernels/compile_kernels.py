@@ -36,6 +36,7 @@ from lgcnet_fast.kernels import (
     mixed_sum,
     mixed_sum_backward,
     pointwise,
+    slabs,
     tile_statistics,
 )
 
@@ -53,7 +54,9 @@ LISTS = {
 }
 OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 SCALARS = {"packed_dilations": "i64"}
-MULTIPLES_OF_16 = {"H", "W", "HO", "WO", "C", "CO", "c0", "c1", "c2", "c3", "columns", "tile_size"}
+POINTERS = {"winner_ptr": "u8"}
+MULTIPLES_OF_16 = {"H", "W", "HO", "WO", "C", "CO", "c0", "c1", "c2", "c3"}
+MULTIPLES_OF_16 |= {"columns", "tile_size", "size"}
 SHOWN = ("STRIDE", "EDGES", "AFFINE", "BLOCK_M", "BLOCK_N", "BLOCK_K")
 DIVISIBLE = [["tt.divisibility", 16]]
 
@@ -71,22 +74,24 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         yield depthwise_input_grad._input_grad_kernel, shared | tile, 4
     counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}
     streaming = {"BLOCK_M": 32, "BLOCK_C": 64}
-    reducing = {"BLOCK_M": 256, "BLOCK_C": 32}
     statistics = {"K": BRANCHES, "ACC": tl.float32}
-    yield mixed_sum._tile_statistics_kernel, statistics | reducing, 8
-    merging = {"EPS": 1e-5, "BLOCK_T": 256, "BLOCK_C": 8}
-    yield tile_statistics._merge_statistics_kernel, merging, 4
+    yield mixed_sum._slab_statistics_kernel, statistics | {"BLOCK_M": 64, "BLOCK_C": 64}, 4
+    merging = {"EPS": 1e-5, "BLOCK_T": slabs.MOST_SLABS, "BLOCK_C": 8}
+    yield tile_statistics._merge_statistics_kernel, merging, 8
     yield mixed_sum._mixed_sum_kernel, counts | streaming, 4
-    yield mixed_sum_backward._gradient_sums_kernel, counts | reducing, 8
+    group = {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64}
+    yield mixed_sum_backward._gradient_sums_kernel, counts | group, 4
     yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming, 4
     yield common._sum_rows_kernel, {"BLOCK_ROWS": 256, "BLOCK_COLUMNS": 8}, 4
     readers = {"K": READERS, "RELU": True, "ACC": tl.float32, "BLOCK": gradient_sum.BLOCK}
     yield gradient_sum._gradient_sum_kernel, readers, gradient_sum.WARPS
     tile = {"ACC": tl.float32, "BLOCK_P": 8, "BLOCK_C": 64, "ROWS": 8}
     for stride in (1, 2):
-        yield max_pool._forward_kernel, tile | {"STRIDE": stride}, 4
-    yield max_pool._backward_kernel, tile | {"BLOCK_P": 4}, 4
-    yield max_pool._backward_stride_2_kernel, tile | {"BLOCK_P": 4}, 4
+        for winners in (False, True):
+            yield max_pool._forward_kernel, tile | {"STRIDE": stride, "WINNERS": winners}, 4
+    tile |= {"BLOCK_P": 16, "ROWS": 4}
+    yield max_pool._backward_kernel, tile, 4
+    yield max_pool._backward_stride_2_kernel, tile, 4
 
 
 def products(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
@@ -119,7 +124,7 @@ def compile_for(
             signature[name] = (f"*{storage}",) * LISTS[name]
             attributes |= {(index, part): DIVISIBLE for part in range(LISTS[name])}
         elif name.endswith("_ptr"):
-            signature[name] = f"*{storage if name in MAPS else 'fp32'}"
+            signature[name] = f"*{storage if name in MAPS else POINTERS.get(name, 'fp32')}"
             attributes[(index,)] = DIVISIBLE
         else:
             signature[name] = SCALARS.get(name, "i32")

@@ -52,7 +52,9 @@ def a_map(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
 
 def pool(x: Tensor) -> None:
     for stride in (1, 2):
-        max_pool.max_pool_backward(x, max_pool.max_pool_forward(x, stride), stride)
+        max_pool.max_pool_forward(x, stride)
+        y, winners = max_pool.max_pool_winners(x, stride)
+        max_pool.max_pool_backward(winners, y, (x.shape[2], x.shape[3]), stride)
 
 
 def depthwise_filters(x: Tensor) -> None:

@@ -20,19 +20,24 @@ def device() -> torch.device:
 
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What launchers allocate holds NaN, and lies between canaries that must survive the test."""
+    """What launchers allocate holds NaN, and lies between canaries that must survive the test.
+
+    Whole numbers hold 255, which no kernel writes.
+    """
     buffers = []
 
     def new_empty(like, *shape, dtype=None, **options):
         shape = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
         size = shape.numel()
         dtype = dtype or like.dtype
-        buffer = torch.full((size + 2 * CANARIES,), torch.nan, dtype=dtype, device=like.device)
-        buffers.append(buffer)
+        poison = torch.nan if dtype.is_floating_point else 255
+        buffer = torch.full((size + 2 * CANARIES,), poison, dtype=dtype, device=like.device)
+        buffers.append((buffer, buffer[:CANARIES].clone()))
         return buffer[CANARIES : CANARIES + size].view(shape)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     yield
     assert buffers, "nothing was allocated under guard"
-    for buffer in buffers:
-        assert buffer[:CANARIES].isnan().all() and buffer[-CANARIES:].isnan().all()
+    for buffer, canaries in buffers:
+        for end in (buffer[:CANARIES], buffer[-CANARIES:]):
+            assert torch.allclose(end, canaries, equal_nan=True)

@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lgcnet_fast.kernels.max_pool import PoolConfig, max_pool_backward, max_pool_forward
+from lgcnet_fast.kernels.max_pool import (
+    PoolConfig,
+    max_pool_backward,
+    max_pool_forward,
+    max_pool_winners,
+)
 
 CUDA = torch.cuda.is_available()
 TILE = PoolConfig(rows=2, block_p=16, block_c=16, warps=1)
@@ -58,6 +63,11 @@ def reference_gradient(x: Tensor, dy: Tensor, stride: int) -> Tensor:
     return torch.autograd.grad(reference(x, stride), x, dy.double())[0]
 
 
+def gradient(x: Tensor, dy: Tensor, stride: int, tile: PoolConfig | None = None) -> Tensor:
+    _, winners = max_pool_winners(x, stride, tile)
+    return max_pool_backward(winners, dy, (x.shape[2], x.shape[3]), stride, tile)
+
+
 @pytest.mark.parametrize("kind", ["continuous", "ties", "special"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,10 +79,13 @@ def test_equals_pytorch(shape, tile, dtype, stride, kind, device, guarded):
     truth = reference(x, stride)
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, truth, rtol=0, atol=0, equal_nan=True)
+    with_winners, winners = max_pool_winners(x, stride, tile)
+    torch.testing.assert_close(with_winners, y, rtol=0, atol=0, equal_nan=True)
+    assert winners.dtype == torch.uint8 and winners.shape == y.shape
 
     # Up to nine of these add up exactly in every storage dtype.
     dy = torch.randint(-8, 9, (*truth.movedim(1, -1).shape,)).to(device, dtype).movedim(-1, 1)
-    dx = max_pool_backward(x, dy, stride, tile)
+    dx = max_pool_backward(winners, dy, (x.shape[2], x.shape[3]), stride, tile)
     assert dx.dtype == dtype and dx.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(dx.double(), reference_gradient(x, dy, stride))
 
@@ -90,7 +103,7 @@ def test_every_order_of_a_window_of_equals(stride, device):
     torch.testing.assert_close(max_pool_forward(x, stride), wanted, equal_nan=True)
     dy = torch.arange(1.0, 1 + wanted[0, 0].numel(), device=device).view(wanted.shape[2:])
     dy = (2.0**dy).expand(wanted.shape).contiguous(memory_format=torch.channels_last)
-    assert torch.equal(max_pool_backward(x, dy, stride).double(), reference_gradient(x, dy, stride))
+    assert torch.equal(gradient(x, dy, stride).double(), reference_gradient(x, dy, stride))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -99,7 +112,7 @@ def test_gradient_sums_are_rounded_once(stride, device):
     x = map_of("continuous", (1, 5, 9, 8), torch.bfloat16, device)
     dy = map_of("continuous", (1, 5, -(-9 // stride), 8 // stride), torch.bfloat16, device)
     truth = reference_gradient(x, dy, stride)
-    dx = max_pool_backward(x, dy, stride)
+    dx = gradient(x, dy, stride)
     assert ((dx.double() - truth).abs() <= torch.finfo(dx.dtype).eps * truth.abs() + 1e-5).all()
 
 
@@ -108,13 +121,14 @@ def test_gradcheck(stride, device):
     class Pool(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return max_pool_forward(x, stride)
+            y, winners = max_pool_winners(x, stride)
+            ctx.save_for_backward(winners)
+            return y
 
         @staticmethod
         def backward(ctx, dy):
             dy = dy.contiguous(memory_format=torch.channels_last)
-            return max_pool_backward(*ctx.saved_tensors, dy, stride)
+            return max_pool_backward(*ctx.saved_tensors, dy, (4, 3), stride)
 
     torch.manual_seed(0)
     x = map_of("continuous", (1, 2, 4, 3), torch.float64, device).requires_grad_()
@@ -124,7 +138,7 @@ def test_gradcheck(stride, device):
 def test_same_inputs_same_bits(device):
     shape = (16, 64, 64, 128) if CUDA else (1, 3, 7, 5)
     x = map_of("continuous", shape, torch.bfloat16, device)
-    first, *others = [(max_pool_forward(x, 1), max_pool_backward(x, x, 1)) for _ in range(3)]
+    first, *others = [(max_pool_forward(x, 1), gradient(x, x, 1)) for _ in range(3)]
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
@@ -138,12 +152,15 @@ def test_bad_arguments_are_named(device):
         max_pool_forward(x.contiguous())
     with pytest.raises(ValueError, match="x: empty map"):
         max_pool_forward(x[:0])
-    with pytest.raises(ValueError, match=r"dy: shape \(2, 4, 5, 6\), need \(2, 4, 3, 3\)"):
-        max_pool_backward(x, x, 2)
-    with pytest.raises(ValueError, match="dy: dtype torch.float16, but x has torch.float32"):
-        max_pool_backward(x, x.half())
+    winners = max_pool_winners(x)[1]
+    with pytest.raises(ValueError, match=r"dy: shape \(2, 4, 5, 6\) is not that of .* stride 2"):
+        max_pool_backward(winners, x, (5, 6), 2)
     with pytest.raises(ValueError, match=r"dy: strides .* channels_last"):
-        max_pool_backward(x, x.contiguous())
+        max_pool_backward(winners, x.contiguous(), (5, 6))
+    with pytest.raises(ValueError, match=r"winners: shape \(2, 3, 5, 6\), need \(2, 4, 5, 6\)"):
+        max_pool_backward(winners[:, :3], x, (5, 6))
+    with pytest.raises(ValueError, match="winners: torch.float32, strides .* need uint8"):
+        max_pool_backward(x, x, (5, 6))
 
 
 @pytest.mark.gpu
@@ -151,7 +168,7 @@ def test_more_than_2_31_elements(device):
     x = torch.randn(3, 4096, 2816, 64, device=device, dtype=torch.bfloat16).movedim(-1, 1)
     assert x.numel() > 2**31
     for stride in (1, 2):
-        y = max_pool_forward(x, stride)
+        y, winners = max_pool_winners(x, stride)
         assert torch.equal(y[2:], max_pool_forward(x[2:], stride))
-        dx = max_pool_backward(x, y, stride)
-        assert torch.equal(dx[2:], max_pool_backward(x[2:], y[2:], stride))
+        dx = max_pool_backward(winners, y, (4096, 2816), stride)
+        assert torch.equal(dx[2:], gradient(x[2:], y[2:], stride))

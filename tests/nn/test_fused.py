@@ -24,7 +24,7 @@ from lgcnet_fast.nn.primitives import (
     ReLUConvBN,
     Source,
 )
-from lgcnet_fast.ops import gathered_running_statistics, use_backend
+from lgcnet_fast.ops import Recomputable, gathered_running_statistics, use_backend
 
 
 def random_map(*shape: int, device: torch.device) -> Tensor:
@@ -128,10 +128,8 @@ def test_cheap_maps_are_not_kept(
     """Pooled and interpolated maps are computed again in the backward pass."""
     seen: list[weakref.ref[torch.UntypedStorage]] = []
 
-    def watched(
-        source: Source, function: Callable[[Tensor], Tensor], x: Tensor, cheap: Any = Source.cheap
-    ) -> Tensor:
-        y = cheap(source, function, x)
+    def watched(source: Source, raw: Recomputable, cheap: Any = Source.cheap) -> Tensor:
+        y = cheap(source, raw)
         seen.append(weakref.ref(y.untyped_storage()))
         return y
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 
 from lgcnet_fast.errors import BackendError, OperandError
 from lgcnet_fast.ops import max_pool, use_backend
-from lgcnet_fast.ops.max_pool import _max_pool
+from lgcnet_fast.ops.max_pool import (
+    _max_pool,
+    _max_pool_backward,
+    _max_pool_winners,
+    recomputable_max_pool,
+)
+from lgcnet_fast.ops.recompute import recomputed
 
+fused = importlib.import_module("lgcnet_fast.ops.max_pool")
 SHAPES = [(2, 3, 5, 7), (1, 17, 6, 4), (1, 1, 1, 1), (2, 4, 2, 1)]
 
 
@@ -51,8 +61,38 @@ def test_gradients_by_finite_differences(stride: int, backend: str, device: torc
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_registration(stride: int, device: torch.device) -> None:
-    x = case((1, 2, 3, 4), device, torch.float32)
+    x = case((1, 2, 3, 4), device, torch.float32).detach()
     torch.library.opcheck(_max_pool, (x, stride, "triton"))
+    torch.library.opcheck(_max_pool_winners, (x, stride))
+    y, winners = _max_pool_winners(x, stride)
+    torch.library.opcheck(_max_pool_backward, (winners, y, 3, 4, stride, "triton"))
+
+
+@pytest.mark.parametrize("readers", [0, 1, 2])
+def test_computed_again_at_most_once_and_then_forgotten(
+    readers: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers of the pooled map that do not keep it, and its gradient, share one computation."""
+    x, found = case((2, 3, 5, 7), device, torch.float32), []
+
+    def counted(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+        values = _max_pool_winners(x, stride)
+        found.append([weakref.ref(value) for value in values])
+        return values
+
+    monkeypatch.setattr(fused, "_max_pool_winners", counted)
+    with use_backend("triton"):
+        y, again = recomputable_max_pool(x)
+        with recomputed((y, again)):
+            total = sum((y.square().sum() for _ in range(readers)), start=y.sum())
+        assert not found
+        (gradient,) = torch.autograd.grad(total, x, retain_graph=True)
+        assert len(found) == 1 and not any(value() is not None for value in found[0])
+        (once_more,) = torch.autograd.grad(total, x)
+    assert torch.equal(gradient, once_more)
+    y = max_pool(x)
+    (wanted,) = torch.autograd.grad(y.sum() + readers * y.square().sum(), x)
+    assert torch.equal(gradient, wanted)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
