@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from lgcnet_fast.ops.fused_separable_branches import computed_dtype
 from lgcnet_fast.ops.lanes import side_by_side
 from lgcnet_fast.ops.maps import dtype_refusal, nhwc
 from lgcnet_fast.ops.operands import check_beside, check_map
+from lgcnet_fast.ops.pointwise_kernels import convolution_gradient, pointwise_convolution_backward
 
 
 class Geometry(NamedTuple):
@@ -33,7 +34,8 @@ def convolutions(
 
     xs: (N, C, H, W), weights: (C_out, C, k, k), as many as maps; sizes may differ from one to the
     next. Differentiable; keeps maps and weights. Where a CUDA graph is captured, the fused form
-    runs them, and in the backward pass both gradients of each, side by side.
+    runs them, and in the backward pass both gradients of each, side by side; under Triton one
+    kernel takes both of a 1x1 convolution of stride 1.
 
     Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
     cannot serve.
@@ -61,11 +63,14 @@ def _reference(
 
 
 def _run(
-    xs: Sequence[Tensor], weights: Sequence[Tensor], geometries: Sequence[Geometry]
+    backend: str,
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    geometries: Sequence[Geometry],
 ) -> list[Tensor]:
     maps = [nhwc(x.to(computed_dtype(x))) for x in xs]
     cast = [weight.to(x.dtype) for weight, x in zip(weights, maps, strict=True)]
-    return list(_Convolutions.apply(geometries, *maps, *cast))
+    return list(_Convolutions.apply(backend, geometries, *maps, *cast))
 
 
 def _refuse(
@@ -76,9 +81,11 @@ def _refuse(
 
 class _Convolutions(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, geometries: Sequence[Geometry], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, backend: str, geometries: Sequence[Geometry], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
-        ctx.geometries = geometries
+        ctx.backend, ctx.geometries = backend, geometries
         jobs = [
             partial(torch.ops.aten.convolution, *operands, None, *arguments)
             for *operands, arguments in _each(tensors, geometries)
@@ -88,14 +95,16 @@ class _Convolutions(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        arrived = [nhwc(g) for g in gradients]
-        every = list(zip(arrived, _each(tensors, ctx.geometries), strict=True))
         jobs = [
-            partial(_gradient, which, g, *convolution)
-            for which in (0, 1)
-            for g, convolution in every
+            job
+            for g, geometry, convolution in zip(
+                gradients, ctx.geometries, _each(tensors, ctx.geometries), strict=True
+            )
+            for job in _gradient_jobs(ctx.backend, geometry, nhwc(g), *convolution)
         ]
-        return None, *side_by_side(tensors[0].device, jobs)
+        found = [gradient for pair in side_by_side(tensors[0].device, jobs) for gradient in pair]
+        weights = tensors[len(gradients) :]
+        return None, None, *found[::2], *_of_the_dtypes(found[1::2], weights)
 
 
 def _each(
@@ -111,18 +120,42 @@ def _each(
     ]
 
 
-def _gradient(
+def _gradient_jobs(
+    backend: str,
+    geometry: Geometry,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    arguments: tuple[Any, ...],
+) -> list[Callable[[], Sequence[Tensor]]]:
+    """Together they give the gradients of x and of the weight, in this order."""
+    if backend == "triton" and weight.shape[2:] == (1, 1) and geometry[:2] == (1, 0):
+        return [partial(pointwise_convolution_backward, g, x, weight)]
+    return [partial(_alone, which, g, x, weight, arguments) for which in (0, 1)]
+
+
+def _alone(
     which: int, g: Tensor, x: Tensor, weight: Tensor, arguments: tuple[Any, ...]
-) -> Tensor:
-    """Of x (0) or of the weight (1)."""
-    wanted = [which == 0, which == 1, False]
-    found: Tensor = torch.ops.aten.convolution_backward(g, x, weight, None, *arguments, wanted)[
-        which
+) -> tuple[Tensor]:
+    return (convolution_gradient(which, g, x, weight, arguments),)
+
+
+def _of_the_dtypes(found: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of weights in the weights' dtypes, all that differ in one launch."""
+    result = [
+        g if g.dtype == weight.dtype else torch.empty_like(weight)
+        for g, weight in zip(found, weights, strict=True)
     ]
-    return found
+    pairs = [(out, g) for out, g in zip(result, found, strict=True) if out is not g]
+    if pairs:
+        outs, sources = zip(*pairs, strict=True)
+        torch._foreach_copy_(outs, sources)
+    return result
 
 
-_form = Implementation(_run, _refuse)
 _operation = Operation(
-    "convolutions", _reference, triton=_form, cuda=_form, tuned_as="separable_branches"
+    "convolutions",
+    _reference,
+    **{backend: Implementation(partial(_run, backend), _refuse) for backend in ("triton", "cuda")},
+    tuned_as="separable_branches",
 )

@@ -3,11 +3,13 @@
 It takes the backend of the depthwise kernels (see depthwise_kernels.py). The pointwise products are
 one batched matrix product an edge: in NHWC memory a depthwise map is a (positions, C) matrix. The
 backward pass computes the depthwise maps again, multiplies for the pointwise gradients and for
-those of the depthwise maps, and ends in the gradients of x and of the depthwise weights.
+those of the depthwise maps (see pointwise_kernels.py), and ends in the gradients of x and of the
+depthwise weights.
 
 Traffic in maps of the output's size, with B branches, C_out = C and stride 1: forward reads
-B + 1 and writes 2 B, backward reads 5 B + 3 and writes 2 B + 1. B depthwise maps are in memory
-until the end of each pass, none between them.
+B + 1 and writes 2 B, backward reads 4 B + 3 and writes 2 B + 1 where one kernel takes both
+gradients of the products. B depthwise maps are in memory until the end of each pass, none between
+them.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, filtered_maps
 from lgcnet_fast.ops.lanes import side_by_side
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
+from lgcnet_fast.ops.pointwise_kernels import accumulator, matrices, pointwise_gradients
 
 
 class Settings(NamedTuple):
@@ -156,12 +159,6 @@ def _by_edge(windows: Tensor, dilations: Sequence[int]) -> Tensor:
     return windows.unflatten(0, (-1, len(dilations)))
 
 
-def _matrices(stack: Tensor) -> Tensor:
-    """NHWC maps (..., N, C, H, W), the outer dimensions as one: (B, N H W, C), a view."""
-    images, channels, height, width = stack.shape[-4:]
-    return stack.movedim(-3, -1).reshape(-1, images * height * width, channels)
-
-
 def _output_shape(x: Tensor, pointwise: Tensor, stride: int) -> tuple[int, int, int, int]:
     images, _, height, width = x.shape
     return images, pointwise.shape[1], -(-height // stride), -(-width // stride)
@@ -187,7 +184,7 @@ def separable_branches_forward(
     edges = [empty_nhwc(x, shape) for _ in filtered]
     products = zip(filtered, pointwise.split(len(dilations)), edges, strict=True)
     jobs = [
-        partial(torch.bmm, _matrices(maps), weights.transpose(1, 2), out=_matrices(out))
+        partial(torch.bmm, matrices(maps), weights.transpose(1, 2), out=matrices(out))
         for maps, weights, out in products
     ]
     side_by_side(x.device, jobs)
@@ -226,24 +223,14 @@ def separable_branches_backward(
 
     Those of the weights are in the accumulator's dtype.
     """
-    windows, stacks = _by_edge(depthwise, dilations), [len(g) for g in gradients]
+    windows = _by_edge(depthwise, dilations)
     filtered = filtered_maps(backend, x, windows, dilations, stride)
-    parts = _parts(gradients[0])
-    products = x.new_empty(len(pointwise), parts, *pointwise.shape[1:])
-    every = zip(
-        gradients,
-        filtered.flatten(0, 1).split(stacks),
-        pointwise.split(stacks),
-        products.split(stacks),
-        strict=True,
-    )
-    side_by_side(x.device, [partial(_product_gradients, *one) for one in every])
-    dtype = _accumulator(x.dtype)
+    added_up = pointwise_gradients(backend, gradients, filtered.flatten(0, 1), pointwise)
     (dx, d_windows), (d_pointwise,) = side_by_side(
         x.device,
         [
             lambda: depthwise_gradients(backend, filtered, x, windows, dilations, stride),
-            lambda: (products.sum(1, dtype=dtype),),
+            lambda: (added_up(),),
         ],
     )
     d_depthwise = d_windows.flatten(0, 1).movedim(-1, 1).contiguous()
@@ -261,48 +248,12 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     branches, c_out, channels = pointwise.shape
-    dtype = _accumulator(x.dtype)
+    dtype = accumulator(x.dtype)
     return (
         empty_nhwc(x, x.shape),
         x.new_empty(branches, channels, 3, 3, dtype=dtype),
         x.new_empty(branches, c_out, channels, dtype=dtype),
     )
-
-
-def _product_gradients(g: Tensor, maps: Tensor, weights: Tensor, products: Tensor) -> None:
-    """Of a stack of b products: those of the weights, in parts, and of the depthwise maps.
-
-    g: (b, N, C_out, H', W'). The positions far outnumber the entries of a weight's gradient, so
-    they are cut into parts, whose `products` (b, parts, C_out, C) run side by side and are yet to
-    be added. The gradients of the maps take the place of the maps, once these have served.
-    """
-    parts = products.shape[1]
-    torch.bmm(
-        _matrices(g).unflatten(1, (parts, -1)).flatten(0, 1).transpose(1, 2),
-        _matrices(maps).unflatten(1, (parts, -1)).flatten(0, 1),
-        out=products.flatten(0, 1),
-    )
-    torch.bmm(_matrices(g), weights, out=_matrices(maps))
-
-
-def _parts(g: Tensor) -> int:
-    """Into how many equal parts the positions of a stack's maps are cut."""
-    images, _, height, width = g.shape[-4:]
-    return images * _row_groups(height, width)
-
-
-def _row_groups(height: int, width: int) -> int:
-    """Equal groups of rows of a map, as many as leave each at least POSITIONS_A_PART positions."""
-    most = max(1, height * width // POSITIONS_A_PART)
-    return max(groups for groups in range(1, most + 1) if height % groups == 0)
-
-
-POSITIONS_A_PART = 1024
-"""Long enough for a matrix product to run at speed."""
-
-
-def _accumulator(storage: torch.dtype) -> torch.dtype:
-    return torch.float64 if storage == torch.float64 else torch.float32
 
 
 FORMS = {

@@ -9,6 +9,7 @@ from torch import Tensor
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops import use_backend
 from lgcnet_fast.ops.convolutions import Geometry, convolutions
+from lgcnet_fast.ops.pointwise_kernels import pointwise_convolution_backward
 
 GEOMETRIES = [Geometry(1, 1), Geometry(2, 1), Geometry(1, 2, 2), Geometry()]
 SHAPES = [((2, 3, 5, 6), (4, 3, 3, 3)), ((1, 3, 7, 6), (2, 3, 3, 3))]
@@ -42,7 +43,35 @@ def test_side_by_side_is_one_after_the_other(
     reference, fused = (outcome(leaves, name, autocast) for name in ("reference", backend))
     for found, wanted in zip(fused, reference, strict=True):
         assert found.dtype == wanted.dtype
-        torch.testing.assert_close(found, wanted)
+        # Both round to bfloat16, and may round a sum to different sides.
+        steps = {"rtol": 2**-7, "atol": 2**-7} if autocast else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(found, wanted, **steps)
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_gradients_of_a_pointwise_convolution(
+    served: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "lgcnet_fast.kernels.pointwise_backward.serves", lambda x, out_channels: served
+    )
+    torch.manual_seed(0)
+    g, x, weight = (
+        torch.randn(shape, device=device, dtype=torch.bfloat16)
+        for shape in ((2, 5, 3, 17), (2, 5, 3, 16), (17, 16, 1, 1))
+    )
+    g, x = g.movedim(-1, 1), x.movedim(-1, 1)
+    before = x.clone()
+    dx, dw = pointwise_convolution_backward(g, x, weight)
+    assert torch.equal(x, before) and dx.stride() == x.stride()
+    assert dx.dtype == x.dtype and dw.dtype == torch.float32
+    for found, equation, other in ((dx, "nohw,oc->nchw", weight[..., 0, 0]), (dw, TO_DW, x)):
+        wanted = torch.einsum(equation, g.double(), other.double()).view(found.shape)
+        torch.testing.assert_close(found.double(), wanted, rtol=2**-7, atol=2**-5)
+    torch.library.opcheck(pointwise_convolution_backward, (g, x, weight))
+
+
+TO_DW = "nohw,nchw->oc"
 
 
 def test_gradients_by_finite_differences(device: torch.device) -> None:

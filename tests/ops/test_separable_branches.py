@@ -11,13 +11,14 @@ from torch import Tensor
 from lgcnet_fast.errors import BackendError, OperandError
 from lgcnet_fast.ops import relu_depthwise_separable, separable_branches, use_backend
 from lgcnet_fast.ops.fused_separable_branches import (
-    POSITIONS_A_PART,
-    _row_groups,
     separable_branches_backward,
     separable_branches_forward,
     stacked_matrices,
     stacked_windows,
 )
+from lgcnet_fast.ops.pointwise_kernels import POSITIONS_A_PART, _row_groups
+
+CPU = not torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,21 @@ def test_registration(device: torch.device) -> None:
         torch.library.opcheck(separable_branches_forward, settings)
         stacks = [torch.ones_like(edge) for edge in separable_branches_forward(*settings)]
         torch.library.opcheck(separable_branches_backward, (stacks, *settings))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[7], CASES[8]], ids=str)
+def test_products_of_a_library_do_as_well(
+    case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xs, depthwise, pointwise = case.build(device, torch.float64 if CPU else torch.float32)
+    inputs = [*xs, *depthwise, *pointwise]
+    found = []
+    for served in (False, True):
+        monkeypatch.setattr(
+            "lgcnet_fast.kernels.pointwise_backward.serves", lambda x, out, served=served: served
+        )
+        found.append(results(case, inputs, "triton"))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("height, width", [(64, 128), (193, 193), (49, 97), (16, 32), (1, 1)])

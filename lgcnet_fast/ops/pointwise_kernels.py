@@ -1,0 +1,143 @@
+"""The gradients of pointwise products: Triton's kernel with tuned tiles, or batched products.
+
+In NHWC memory a map is a (positions, C) matrix, so a library's matrix products serve too: for the
+backend `cuda`, and for maps that the kernel does not take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from lgcnet_fast.ops.lanes import side_by_side
+from lgcnet_fast.ops.maps import empty_nhwc, unstacked
+from lgcnet_fast.ops.tuning import shape_key, tuned
+
+
+def pointwise_gradients(
+    backend: str, gradients: Sequence[Tensor], maps: Tensor, weights: Tensor
+) -> Callable[[], Tensor]:
+    """Of B products: those of the maps take the place of the maps.
+
+    gradients: stacks (b, N, C_out, H, W), NHWC, of B products in all; maps: (B, N, C, H, W), NHWC;
+    weights: (B, C_out, C). What it returns adds up the gradients of the weights, (B, C_out, C) in
+    the accumulator's dtype, and may run beside what reads the maps.
+    """
+    if backend == "triton":
+        from lgcnet_fast.kernels import pointwise_backward as kernel
+
+        if kernel.serves(maps, weights.shape[1]):
+            return partial(kernel.summed, _by_kernel(unstacked(gradients), maps, weights, maps)[1])
+    return _by_library(gradients, maps, weights)
+
+
+@custom_op(
+    "lgcnet_fast::pointwise_convolution_backward",
+    mutates_args=(),
+    schema="(Tensor g, Tensor x, Tensor weight) -> (Tensor, Tensor)",
+)
+def pointwise_convolution_backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a 1x1 convolution of stride 1 under the backend `triton`: gradients of x and weight.
+
+    g, x: NHWC; weight: (C_out, C, 1, 1). That of the weight is in the accumulator's dtype.
+    """
+    from lgcnet_fast.kernels import pointwise_backward as kernel
+
+    if kernel.serves(x, len(weight)):
+        dx, shares = _by_kernel([g], x[None], weight.flatten(1)[None], empty_nhwc(x, x.shape)[None])
+        return dx[0], kernel.summed(shares).view(weight.shape)
+    geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    dx, dw = side_by_side(
+        x.device,
+        [partial(convolution_gradient, which, g, x, weight, geometry) for which in (0, 1)],
+    )
+    return dx, dw.to(accumulator(x.dtype))
+
+
+@pointwise_convolution_backward.register_fake
+def _(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    dw = weight.new_empty(weight.shape, dtype=accumulator(x.dtype))
+    return empty_nhwc(x, x.shape), dw
+
+
+def convolution_gradient(
+    which: int, g: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Any, ...]
+) -> Tensor:
+    """By torch, of x (0) or of the weight (1); geometry: what it takes after the bias."""
+    wanted = [which == 0, which == 1, False]
+    found: Tensor = torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, wanted)[
+        which
+    ]
+    return found
+
+
+def _by_kernel(
+    gradients: Sequence[Tensor], maps: Tensor, weights: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`pointwise_backward` with the tile that the tuning table of the device has."""
+    from lgcnet_fast.kernels.pointwise_backward import ProductGradientsConfig, pointwise_backward
+
+    branches, out_channels, channels = weights.shape
+    positions = maps[0].numel() // channels
+    default = ProductGradientsConfig.default(
+        branches, positions, channels, out_channels, maps.dtype
+    )
+    key = shape_key(maps.dtype, maps.shape[1:], (branches, out_channels))
+    config = tuned(default, "pointwise_backward", key, maps.device)
+    return pointwise_backward(gradients, maps, weights, out, config)
+
+
+def _by_library(gradients: Sequence[Tensor], maps: Tensor, weights: Tensor) -> Callable[[], Tensor]:
+    stacks = [len(g) for g in gradients]
+    products = weights.new_empty(len(weights), _parts(maps), *weights.shape[1:])
+    shares = (part.split(stacks) for part in (maps, weights, products))
+    jobs = [partial(_products, *one) for one in zip(gradients, *shares, strict=True)]
+    side_by_side(maps.device, jobs)
+    return partial(products.sum, 1, dtype=accumulator(maps.dtype))
+
+
+def _products(g: Tensor, maps: Tensor, weights: Tensor, products: Tensor) -> None:
+    """Of a stack of b products: those of the weights, in parts, and of the maps.
+
+    g: (b, N, C_out, H, W). The positions far outnumber the entries of a weight's gradient, so they
+    are cut into parts, whose `products` (b, parts, C_out, C) run side by side and are yet to be
+    added. The gradients of the maps take the place of the maps, once these have served.
+    """
+    parts = products.shape[1]
+    torch.bmm(
+        matrices(g).unflatten(1, (parts, -1)).flatten(0, 1).transpose(1, 2),
+        matrices(maps).unflatten(1, (parts, -1)).flatten(0, 1),
+        out=products.flatten(0, 1),
+    )
+    torch.bmm(matrices(g), weights, out=matrices(maps))
+
+
+def matrices(stack: Tensor) -> Tensor:
+    """NHWC maps (..., N, C, H, W), the outer dimensions as one: (B, N H W, C), a view."""
+    images, channels, height, width = stack.shape[-4:]
+    return stack.movedim(-3, -1).reshape(-1, images * height * width, channels)
+
+
+def accumulator(storage: torch.dtype) -> torch.dtype:
+    return torch.float64 if storage == torch.float64 else torch.float32
+
+
+def _parts(maps: Tensor) -> int:
+    """Into how many equal parts the positions of a map are cut."""
+    images, _, height, width = maps.shape[-4:]
+    return images * _row_groups(height, width)
+
+
+def _row_groups(height: int, width: int) -> int:
+    """Equal groups of rows of a map, as many as leave each at least POSITIONS_A_PART positions."""
+    most = max(1, height * width // POSITIONS_A_PART)
+    return max(groups for groups in range(1, most + 1) if height % groups == 0)
+
+
+POSITIONS_A_PART = 1024
+"""Long enough for a matrix product to run at speed."""
