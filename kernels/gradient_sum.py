@@ -22,7 +22,8 @@ BLOCK = 2048
 WARPS = 4
 
 
-@triton.jit(do_not_specialize=["size"])
+# `size` is specialised: vectors are loaded only where it is known to be a multiple of them.
+@triton.jit
 def _gradient_sum_kernel(
     g_ptrs, x_ptr, dx_ptr, size,
     K: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,

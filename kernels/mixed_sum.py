@@ -7,7 +7,8 @@ For the branches y_k of all edges that end in a node, and the plain terms x_j (s
 mean_k and var_k (biased) are per channel over the M = N H W positions; batch norm without affine
 parameters, as in the search. All maps are (N, C, H, W) in channels_last memory.
 
-The statistics come in two stages, those of tiles and their merger: see tile_statistics.py.
+The statistics come in two stages, those of slabs of positions and their merger: see slabs.py and
+tile_statistics.py.
 
 Least traffic of K branches and J plain terms, in maps: K for the statistics (none where the
 producers deliver them), K + J + 1 for the sum.
@@ -30,6 +31,7 @@ from lgcnet_fast.kernels.common import (
     check_map,
     empty_map,
 )
+from lgcnet_fast.kernels.slabs import SlabConfig, pointer_of, tile_positions
 from lgcnet_fast.kernels.tile_statistics import (
     Statistics,
     check_positions,
@@ -52,11 +54,10 @@ class TileConfig:
         block_c = min(64, triton.next_power_of_2(channels))
         return cls(block_m=2048 // block_c, block_c=block_c, warps=4)
 
-    @classmethod
-    def reducing(cls, channels: int) -> TileConfig:
-        """For kernels that reduce a tile: taller, for fewer partial results."""
-        block_c = min(32, triton.next_power_of_2(channels))
-        return cls(block_m=8192 // block_c, block_c=block_c, warps=8)
+    @staticmethod
+    def reducing(channels: int) -> SlabConfig:
+        """For kernels that add up maps."""
+        return SlabConfig.default(channels)
 
 
 @triton.jit
@@ -71,25 +72,50 @@ def tile_of(M, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     return tile, channel, position * C + channel, mask, tl.minimum(M - first, BLOCK_M)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _tile_statistics_kernel(
-    y_ptrs, partial_ptr, M, C,
-    K: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+@triton.jit(do_not_specialize=["M", "slab"])
+def _slab_statistics_kernel(
+    y_ptrs, partial_ptr, M, slab, C,
+    K: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, LOADS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """partial[tile, k] = (mean, M2) of the tile's positions, per channel."""
-    tile, channel, offset, mask, count = tile_of(M, C, BLOCK_M, BLOCK_C)
-    partial = partial_ptr + tile.to(tl.int64) * (2 * K * C) + channel
-    following = tl.load(y_ptrs[0] + offset, mask=mask, other=0.0)
-    for k in tl.static_range(K):
-        y = following.to(ACC)
-        if k + 1 < K:
-            # Before the barriers of the sums below, so that they overlap.
-            following = tl.load(y_ptrs[k + 1] + offset, mask=mask, other=0.0)
-        mean = tl.sum(y, axis=0)[None, :] / count.to(ACC)
-        centred = tl.where(mask, y - mean, 0.0)
-        square = tl.sum(centred * centred, axis=0)[None, :]
-        tl.store(partial + 2 * k * C, mean, mask=channel < C)
-        tl.store(partial + (2 * k + 1) * C, square, mask=channel < C)
+    """partial[s, k] = (mean, M2) of the positions of slab s, per channel.
+
+    From the sums of d = y - p and of its square, where the pivot p is the mean of four of the
+    slab's n values:
+
+        mean = p + sum d / n,   M2 = sum d^2 - (sum d)^2 / n
+
+    However large the mean, nothing cancels: p is typically half a deviation from it, and at worst,
+    as 4 (mean - p)^2 <= M2, the terms of M2 are n / 4 + 1 times M2.
+    """
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    number, k = tl.program_id(0) // channel_blocks, tl.program_id(1)
+    block = tl.program_id(0) % channel_blocks
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, :]
+    inside = channel < C
+    first = number.to(tl.int64) * slab
+    count = tl.minimum(M - first, slab).to(tl.int32)
+    y = pointer_of(y_ptrs, k, K) + first * C + channel
+    pivot = tl.zeros((1, 1, BLOCK_C), dtype=ACC)
+    for quarter in tl.static_range(4):
+        sample = y + quarter * (count // 4) * C
+        pivot += 0.25 * tl.load(sample, mask=inside, other=0.0).to(ACC)
+    lane = tile_positions(BLOCK_M, LOADS)
+    total = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
+    square = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
+    for start in range(0, count, BLOCK_M * LOADS):
+        position = start + lane
+        mask = (position < count) & inside
+        distance = tl.load(y + position * C, mask=mask, other=0.0).to(ACC) - pivot
+        distance = tl.where(mask, distance, 0.0)
+        total += tl.sum(distance, axis=1)
+        square += tl.sum(distance * distance, axis=1)
+    shift = tl.sum(total, axis=0)[None, None, :] / count.to(ACC)
+    m2 = tl.sum(square, axis=0)[None, None, :] - shift * shift * count.to(ACC)
+    partial = partial_ptr + (number.to(tl.int64) * K + k) * (2 * C) + channel
+    tl.store(partial, pivot + shift, mask=inside)
+    # Rounding may take it below zero; NaN stays.
+    tl.store(partial + C, tl.where(m2 < 0, 0.0, m2), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -115,7 +141,7 @@ def _mixed_sum_kernel(
 def batch_statistics(
     ys: Sequence[Tensor],
     eps: float = 1e-5,
-    config: TileConfig | None = None,
+    config: SlabConfig | None = None,
     out: Tensor | None = None,
 ) -> Statistics:
     """Statistics of each map over its N H W positions.
@@ -129,12 +155,15 @@ def batch_statistics(
     positions, count = images * height * width, len(ys)
     check_positions("ys", ys[0], positions)
     config = config or TileConfig.reducing(channels)
-    partial = empty_partial(count, channels, positions, config.block_m, ys[0])
-    _tile_statistics_kernel[(len(partial) * triton.cdiv(channels, config.block_c),)](
-        tuple(ys), partial, positions, channels, K=count, ACC=accumulator(ys[0].dtype),
-        BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.warps,
+    block_m = config.rows(ys[0].dtype)
+    channel_blocks = triton.cdiv(channels, config.block_c)
+    slab = config.slab(positions, channels, count * channel_blocks, block_m * config.loads)
+    partial = empty_partial(count, channels, positions, slab, ys[0])
+    _slab_statistics_kernel[(len(partial) * channel_blocks, count)](
+        tuple(ys), partial, positions, slab, channels, K=count, ACC=accumulator(ys[0].dtype),
+        BLOCK_M=block_m, LOADS=config.loads, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
-    return merge_statistics(partial, positions, config.block_m, eps, out)
+    return merge_statistics(partial, positions, slab, eps, out)
 
 
 def mixed_sum(

@@ -41,6 +41,7 @@ from lgcnet_fast.kernels.mixed_sum import (
     check_weights,
     tile_of,
 )
+from lgcnet_fast.kernels.slabs import MOST_SLABS, SlabConfig, pointer_of, tile_positions
 
 
 @dataclass(frozen=True)
@@ -55,33 +56,47 @@ class GradientSums:
     """(J, C): P; its sum over the channels is the gradient of the plain weights."""
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "slab"])
 def _gradient_sums_kernel(
-    g_ptr, map_ptrs, mean_ptr, r_ptr, partial_ptr, M, C,
-    K: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    g_ptr, map_ptrs, mean_ptr, r_ptr, partial_ptr, M, slab, C,
+    K: tl.constexpr, J: tl.constexpr, MAPS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, LOADS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """partial[tile] = S0, S1_1 to S1_K, P_1 to P_J of the tile's positions, per channel.
+    """partial[s] = S0, S1_1 to S1_K, P_1 to P_J of the positions of slab s, per channel.
 
-    The maps are y_1 to y_K, x_1 to x_J.
+    The maps are y_1 to y_K, x_1 to x_J; a program takes MAPS of them, for one reading of g.
     """
-    tile, channel, offset, mask, _ = tile_of(M, C, BLOCK_M, BLOCK_C)
+    groups: tl.constexpr = (K + J + MAPS - 1) // MAPS
+    group, block = tl.program_id(0) % groups, tl.program_id(0) // groups
+    number = tl.program_id(1).to(tl.int64)
+    first = number * slab
+    count = tl.minimum(M - first, slab).to(tl.int32)
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, None, :]
     inside = channel < C
-    partial = partial_ptr + tile.to(tl.int64) * ((1 + K + J) * C) + channel
-    g = tl.load(g_ptr + offset, mask=mask, other=0.0).to(ACC)
-    following = tl.load(map_ptrs[0] + offset, mask=mask, other=0.0)
-    tl.store(partial, tl.sum(g, axis=0)[None, :], mask=inside)
-    for k in tl.static_range(K + J):
-        y = following.to(ACC)
-        if k + 1 < K + J:
-            # Before the barriers of the sum below, so that they overlap.
-            following = tl.load(map_ptrs[k + 1] + offset, mask=mask, other=0.0)
-        if k < K:
-            y -= tl.load(mean_ptr + k * C + channel, mask=inside, other=0.0)
-        total = tl.sum(g * y, axis=0)[None, :]
-        if k < K:
-            total *= tl.load(r_ptr + k * C + channel, mask=inside, other=0.0)
-        tl.store(partial + (1 + k) * C, total, mask=inside)
+    k = group * MAPS + tl.arange(0, MAPS)[None, None, :, None]
+    taken = inside & (k < K + J)
+    g_start = g_ptr + first * C + channel
+    start_of = pointer_of(map_ptrs, k, K + J) + first * C + channel
+    # Those of the plain maps: 0 and 1.
+    mean = tl.load(mean_ptr + k * C + channel, mask=inside & (k < K), other=0.0)
+    r = tl.load(r_ptr + k * C + channel, mask=inside & (k < K), other=1.0)
+
+    lane = tile_positions(BLOCK_M, LOADS)[:, :, :, None]
+    gradient = tl.zeros((BLOCK_M, 1, BLOCK_C), dtype=ACC)
+    total = tl.zeros((BLOCK_M, MAPS, BLOCK_C), dtype=ACC)
+    for start in range(0, count, BLOCK_M * LOADS):
+        position = start + lane
+        present = position < count
+        # Past the end g is zero and the maps give their first value again.
+        offset = tl.where(present, position, 0) * C
+        g = tl.load(g_start + offset, mask=present & inside, other=0.0).to(ACC)
+        value = tl.load(start_of + offset, mask=taken, other=0.0).to(ACC)
+        gradient += tl.sum(g, axis=1)
+        total += tl.sum(g * (value - mean), axis=1)
+    partial = partial_ptr + number * ((1 + K + J) * C) + channel
+    if group == 0:
+        tl.store(partial, tl.sum(gradient, axis=0)[None, None, :, :], mask=inside)
+    tl.store(partial + (1 + k) * C, tl.sum(total, axis=0)[None, None, :, :] * r, mask=taken)
 
 
 @triton.jit(do_not_specialize=["M", "count"])
@@ -114,7 +129,7 @@ def mixed_sum_gradient_sums(
     ys: Sequence[Tensor],
     statistics: Statistics,
     xs: Sequence[Tensor] = (),
-    config: TileConfig | None = None,
+    config: SlabConfig | None = None,
 ) -> GradientSums:
     """The sums over g = dout that the gradients need; arguments as in `mixed_sum`."""
     check_maps("ys", ys, ys[0] if ys else None)
@@ -124,14 +139,20 @@ def mixed_sum_gradient_sums(
     channels = g.shape[1]
     positions, maps = g.numel() // channels, (len(ys), len(xs))
     config = config or TileConfig.reducing(channels)
-    tiles = triton.cdiv(positions, config.block_m)
-    partial = g.new_empty(tiles, 1 + sum(maps), channels, dtype=accumulator_dtype(g.dtype))
-    _gradient_sums_kernel[(tiles * triton.cdiv(channels, config.block_c),)](
-        g, (*ys, *xs), statistics.mean, statistics.inverse_deviation, partial, positions, channels,
-        K=len(ys), J=len(xs), ACC=accumulator(g.dtype),
-        BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.warps,
+    count = sum(maps)
+    together = min(config.maps, triton.next_power_of_2(count))
+    loads = max(1, config.loads // together)
+    block_m = config.rows(g.dtype)
+    shares = triton.cdiv(count, together) * triton.cdiv(channels, config.block_c)
+    slab = config.slab(positions, channels, shares, block_m * loads, together)
+    slabs = triton.cdiv(positions, slab)
+    partial = g.new_empty(slabs, 1 + count, channels, dtype=accumulator_dtype(g.dtype))
+    _gradient_sums_kernel[(shares, slabs)](
+        g, (*ys, *xs), statistics.mean, statistics.inverse_deviation, partial, positions, slab,
+        channels, K=len(ys), J=len(xs), MAPS=together, ACC=accumulator(g.dtype),
+        BLOCK_M=block_m, LOADS=loads, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
-    gradient, normalised, plain = sum_rows(partial).split((1, *maps))
+    gradient, normalised, plain = sum_rows(partial, block_rows=MOST_SLABS).split((1, *maps))
     return GradientSums(gradient[0], normalised, plain)
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator_dtype, check_dense
+from lgcnet_fast.kernels.slabs import MOST_SLABS
 
 
 @dataclass(frozen=True)
@@ -54,36 +55,42 @@ def _merge_statistics_kernel(
 ):  # fmt: skip
     """mean, variance and r (K, C) from the tiles' mean and M2; one program for BLOCK_C channels.
 
-    EPS is a constant because numbers among the arguments of a launch are rounded to float32.
+    The sums are about the first tile's mean p, so that one pass is enough:
+
+        mean = p + S / M,   M2 = sum_t M2_t + n_t (mean_t - p)^2 - S^2 / M,
+        S = sum_t n_t (mean_t - p)
+
+    Nothing cancels: as n_1 (p - mean)^2 <= M2, the two terms of M2 exceed it by no more than the
+    number of tiles. EPS is a constant because numbers among the arguments of a launch are rounded
+    to float32.
     """
     channel_blocks = tl.cdiv(C, BLOCK_C)
-    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    inside = channel < C
     k = tl.program_id(0) // channel_blocks
     lane = tl.arange(0, BLOCK_T)[:, None]
     ACC = partial_ptr.dtype.element_ty
-    partial = partial_ptr + (2 * k * C + channel)[None, :]
+    partial = partial_ptr + 2 * k * C + channel
 
+    pivot = tl.load(partial, mask=inside, other=0.0)
     total = tl.zeros((BLOCK_T, BLOCK_C), dtype=ACC)
+    square = tl.zeros((BLOCK_T, BLOCK_C), dtype=ACC)
     for first in range(0, tiles, BLOCK_T):
         tile = (first + lane).to(tl.int64)
-        mask = (tile < tiles) & (channel < C)[None, :]
-        count = tl.minimum(M - tile * tile_size, tile_size).to(ACC)
-        total += count * tl.load(partial + tile * (2 * K * C), mask=mask, other=0.0)
-    mean = tl.sum(total, axis=0) / M.to(ACC)
-
-    total = tl.zeros((BLOCK_T, BLOCK_C), dtype=ACC)
-    for first in range(0, tiles, BLOCK_T):
-        tile = (first + lane).to(tl.int64)
-        mask = (tile < tiles) & (channel < C)[None, :]
-        count = tl.minimum(M - tile * tile_size, tile_size).to(ACC)
+        mask = (tile < tiles) & inside
         tile_mean = tl.load(partial + tile * (2 * K * C), mask=mask, other=0.0)
-        square = tl.load(partial + tile * (2 * K * C) + C, mask=mask, other=0.0)
-        distance = tl.where(mask, tile_mean - mean[None, :], 0.0)
-        total += square + count * distance * distance
-    variance = tl.sum(total, axis=0) / M.to(ACC)
-    tl.store(mean_ptr + k * C + channel, mean, mask=channel < C)
-    tl.store(variance_ptr + k * C + channel, variance, mask=channel < C)
-    tl.store(r_ptr + k * C + channel, 1.0 / tl.sqrt(variance + EPS), mask=channel < C)
+        m2 = tl.load(partial + tile * (2 * K * C) + C, mask=mask, other=0.0)
+        count = tl.minimum(M - tile * tile_size, tile_size).to(ACC)
+        distance = tl.where(mask, tile_mean - pivot, 0.0)
+        total += count * distance
+        square += m2 + count * distance * distance
+    shift = tl.sum(total, axis=0)[None, :] / M.to(ACC)
+    variance = tl.sum(square, axis=0)[None, :] / M.to(ACC) - shift * shift
+    # Rounding may take it below zero; NaN stays.
+    variance = tl.where(variance < 0, 0.0, variance)
+    tl.store(mean_ptr + k * C + channel, pivot + shift, mask=inside)
+    tl.store(variance_ptr + k * C + channel, variance, mask=inside)
+    tl.store(r_ptr + k * C + channel, 1.0 / tl.sqrt(variance + EPS), mask=inside)
 
 
 def check_positions(name: str, feature_map: Tensor, positions: int) -> None:
@@ -116,9 +123,10 @@ def merge_statistics(
         raise ValueError(f"out: dtype {out.dtype}, need {partial.dtype}")
     statistics = Statistics(*out.unbind())
     # As in `sum_rows`: 8 columns of float32 fill one memory transaction.
-    block_t, block_c = min(256, triton.next_power_of_2(tiles)), 8
+    block_t, block_c = min(MOST_SLABS, triton.next_power_of_2(tiles)), 8
     _merge_statistics_kernel[(maps * triton.cdiv(channels, block_c),)](
         partial, statistics.mean, statistics.variance, statistics.inverse_deviation,
         positions, tiles, block_m, maps, channels, EPS=eps, BLOCK_T=block_t, BLOCK_C=block_c,
+        num_warps=8 if block_t > 128 else 4,
     )  # fmt: skip
     return statistics

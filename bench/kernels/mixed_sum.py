@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from lgcnet_fast.kernels.mixed_sum_backward import (
     mixed_sum_grad,
     mixed_sum_gradient_sums,
 )
+from lgcnet_fast.kernels.slabs import SlabConfig
 from lgcnet_fast.ops.tuning import shape_key
 
 EDGE, NODE, FUSION = (6, 1), (18, 3), (10, 0)
@@ -38,6 +39,18 @@ NODES = ((12, 2), (18, 3), (1, 0))
 REDUCING_NODES = ((14, 0), (20, 1))
 UP = (1, 1)
 """An upsampling edge: a transposed convolution, and the resized map as it is."""
+SHAPES = [(16, 64, 4), (32, 64, 4), (64, 64, 4), (64, 64, 8), (64, 32, 4), (256, 32, 8)]
+TILES = list(itertools.starmap(TileConfig, [*SHAPES, (512, 32, 8)]))
+SLABS: list[dict[str, int]] = [
+    {"programs": 528},
+    {"programs": 1056},
+    {"loads": 4},
+    {"loads": 4, "programs": 1056},
+    {"warps": 8, "programs": 396},
+    {"maps": 2, "programs": 528},
+    {"maps": 2, "loads": 4, "programs": 660},
+]
+"""What is tried in place of the defaults of kernels that add up maps."""
 
 
 @dataclass(frozen=True)
@@ -207,32 +220,37 @@ def sweeps(tiny: bool) -> Iterator[Sweep]:
 def _sweeps(size: Size | None) -> Iterator[Sweep]:
     for case in _swept(size):
         k, j, channels = case.branches, case.plain, case.shape[1]
-        streaming, reducing = TileConfig.streaming(channels), TileConfig.reducing(channels)
-        kernels: list[tuple[str, Callable[[Inputs, TileConfig], Any], int, TileConfig]] = [
-            ("statistics", lambda i, c: batch_statistics(i.ys, config=c), k, reducing),
+        streaming: list[Any] = [TileConfig.streaming(channels), *TILES]
+        reducing: list[Any] = [TileConfig.reducing(channels)]
+        reducing += [replace(reducing[0], **changes) for changes in SLABS]
+        shared = [config for config in reducing if config.maps == reducing[0].maps]
+        kernels: list[tuple[str, Callable[[Inputs, Any], Any], int, list[Any]]] = [
+            ("statistics", _statistics_tiled, k, shared),
             ("forward", _sum_tiled, k + j + 1, streaming),
             ("gradient_sums", _gradient_sums_tiled, k + j + 1, reducing),
             ("gradients", _gradients_tiled, 2 * k + j + 1, streaming),
         ]
-        tiles = [(16, 64, 4), (32, 64, 4), (64, 64, 4), (64, 64, 8), (64, 32, 4), (256, 32, 8)]
-        others = list(itertools.starmap(TileConfig, [*tiles, (512, 32, 8)]))
-        for name, run, maps, default in kernels:
+        for name, run, maps, configs in kernels:
             yield Sweep(
                 operation=f"mixed_sum_{name}",
                 key=shape_key(case.dtype, case.shape, (k, j)),
                 bytes=maps * case.map_bytes,
                 make=lambda case=case: make_inputs(case),
                 run=run,
-                configs=[default, *others] if size else [default],
+                configs=configs if size else configs[:1],
                 input=size,
             )
+
+
+def _statistics_tiled(i: Inputs, config: SlabConfig) -> Any:
+    return batch_statistics(i.ys, config=config)
 
 
 def _sum_tiled(i: Inputs, config: TileConfig) -> Tensor:
     return mixed_sum(i.ys, i.z, i.statistics, i.xs, i.plain_z, config)
 
 
-def _gradient_sums_tiled(i: Inputs, config: TileConfig) -> Any:
+def _gradient_sums_tiled(i: Inputs, config: SlabConfig) -> Any:
     return mixed_sum_gradient_sums(i.g, i.ys, i.statistics, i.xs, config)
 
 

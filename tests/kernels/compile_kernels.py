@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -57,7 +58,7 @@ SCALARS = {"packed_dilations": "i64"}
 POINTERS = {"winner_ptr": "u8"}
 MULTIPLES_OF_16 = {"H", "W", "HO", "WO", "C", "CO", "c0", "c1", "c2", "c3"}
 MULTIPLES_OF_16 |= {"columns", "tile_size", "size"}
-SHOWN = ("STRIDE", "EDGES", "AFFINE", "BLOCK_M", "BLOCK_N", "BLOCK_K")
+SHOWN = ("STRIDE", "EDGES", "AFFINE", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_O")
 DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -75,12 +76,13 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}
     streaming = {"BLOCK_M": 32, "BLOCK_C": 64}
     statistics = {"K": BRANCHES, "ACC": tl.float32}
-    yield mixed_sum._slab_statistics_kernel, statistics | {"BLOCK_M": 64, "BLOCK_C": 64}, 4
+    slab = {"BLOCK_M": 16, "LOADS": 8, "BLOCK_C": 64}
+    yield mixed_sum._slab_statistics_kernel, statistics | slab, 4
     merging = {"EPS": 1e-5, "BLOCK_T": slabs.MOST_SLABS, "BLOCK_C": 8}
     yield tile_statistics._merge_statistics_kernel, merging, 8
     yield mixed_sum._mixed_sum_kernel, counts | streaming, 4
-    group = {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64}
-    yield mixed_sum_backward._gradient_sums_kernel, counts | group, 4
+    slab |= {"MAPS": 4, "LOADS": 2}
+    yield mixed_sum_backward._gradient_sums_kernel, counts | slab, 4
     yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming, 4
     yield common._sum_rows_kernel, {"BLOCK_ROWS": 256, "BLOCK_COLUMNS": 8}, 4
     readers = {"K": READERS, "RELU": True, "ACC": tl.float32, "BLOCK": gradient_sum.BLOCK}
@@ -104,12 +106,26 @@ def products(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
             yield pointwise._pointwise_kernel, tile | branches, warps, 2
         for stride in (1, 2):
             yield conv3._conv3_kernel, tile | {"STRIDE": stride}, warps, 3
+    yield from product_gradients(storage)
     shared |= {"MAPS": PLAIN, "COPIED": 1, "BLOCK_K": 32}
     warps, stages = (8, 1) if storage == "fp32" else (4, 2)
     yield concat_pointwise._concat_pointwise_kernel, shared | {"BLOCK_N": 64}, warps, stages
     shared |= {"BLOCK_O": 64}
     yield concat_pointwise_backward._input_grad_kernel, shared, warps, stages
     yield concat_pointwise_backward._weight_grad_kernel, shared, warps, stages
+
+
+def product_gradients(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
+    """As `products`, one for each width of the cells."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[storage]
+    for channels in (32, 64, 128):
+        default = pointwise_backward.ProductGradientsConfig.default
+        config = default(BRANCHES, 2**20 // channels, channels, channels, dtype)
+        tile = {"BLOCK_M": config.block_m, "BLOCK_C": config.block_c, "BLOCK_O": channels}
+        tile |= {"BRANCHES": BRANCHES, "ACC": tl.float32, "OPERAND": OPERANDS[storage]}
+        yield (
+            pointwise_backward._product_gradients_kernel, tile, config.warps, config.stages,
+        )  # fmt: skip
 
 
 def compile_for(

@@ -1,0 +1,66 @@
+"""Slabs of positions: the share of a map that one program of a reducing kernel adds up.
+
+Each thread of a program adds up its own channels and positions while the program walks down the
+slab, with several loads in flight; once, at the end, the threads add up theirs. There are no more
+programs than the GPU holds at once, so that a second stage has little to add.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+MOST_SLABS = 512
+"""What a second stage adds up in one step."""
+MOST_ELEMENTS = 2**30
+"""Of a slab, so that offsets in it are 32-bit."""
+
+
+@dataclass(frozen=True)
+class SlabConfig:
+    """Of one program: `block_c` channels, `loads` vectors of 16 bytes a thread in flight."""
+
+    block_c: int
+    warps: int
+    loads: int
+    maps: int
+    """That a program takes, of those that are multiplied with a shared one."""
+    programs: int
+    """The most that a launch has, but for maps that are very large; half as many of four maps."""
+
+    @classmethod
+    def default(cls, channels: int) -> SlabConfig:
+        """Six programs of 128 threads, for their registers, on each of 132 multiprocessors."""
+        block_c = min(128, triton.next_power_of_2(channels))
+        return cls(block_c, warps=4, loads=8, maps=4, programs=792)
+
+    def rows(self, dtype: torch.dtype) -> int:
+        """Positions of which a thread loads one vector."""
+        return max(1, self.warps * 32 * (16 // dtype.itemsize) // self.block_c)
+
+    def slab(self, positions: int, channels: int, shares: int, tile: int, maps: int = 1) -> int:
+        """Positions of a slab, whole tiles; `shares`: programs that a slab has, each of `maps`."""
+        # Four sums take twice the registers of one or two.
+        programs = self.programs // max(1, maps // 2)
+        slabs = min(MOST_SLABS, max(1, programs // shares))
+        slabs = max(slabs, triton.cdiv(positions * channels, MOST_ELEMENTS))
+        return triton.cdiv(triton.cdiv(positions, tile), slabs) * tile
+
+
+@triton.jit
+def tile_positions(BLOCK_M: tl.constexpr, LOADS: tl.constexpr):
+    """Positions (BLOCK_M, LOADS, 1) of a tile; a thread holds all of the second axis."""
+    load = tl.arange(0, LOADS)[None, :, None]
+    return load * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
+
+
+@triton.jit
+def pointer_of(pointers, index, COUNT: tl.constexpr):
+    """pointers[index] of COUNT pointers, for an index, or a tensor of them, of the run time."""
+    chosen = pointers[0]
+    for k in tl.static_range(1, COUNT):
+        chosen = tl.where(index == k, pointers[k], chosen)
+    return chosen
