@@ -37,6 +37,7 @@ from lgcnet_fast.kernels import (
     mixed_sum,
     mixed_sum_backward,
     pointwise,
+    pointwise_backward,
     slabs,
     tile_statistics,
 )

@@ -34,6 +34,7 @@ from lgcnet_fast.kernels import (
     mixed_sum,
     mixed_sum_backward,
     pointwise,
+    pointwise_backward,
     upsample_argmax,
     upsample_loss,
 )
@@ -82,6 +83,10 @@ def mixture(x: Tensor) -> None:
 def products(x: Tensor) -> None:
     channels = x.shape[1]
     pointwise.pointwise([x], torch.zeros(1, channels, channels))
+    for maps in (1, 2):
+        stack = x.new_zeros(maps, *x.movedim(1, -1).shape).movedim(-1, 2)
+        weights = torch.zeros(maps, channels, channels)
+        pointwise_backward.pointwise_backward([x] * maps, stack, weights, stack)
     for stride in (1, 2):
         conv3.conv3(x, a_map((channels, channels, 3, 3)), stride)
 
