@@ -7,7 +7,9 @@ which the graph advances as the recorded operations would.
 
 from __future__ import annotations
 
+import copy
 import gc
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.errors import RunError
+from lgcnet_fast.ops.compile_ahead import compile_ahead
 from lgcnet_fast.recording import recording
 from lgcnet_fast.train.run import Run
 
@@ -27,7 +30,9 @@ Step = Callable[[Iterable[Any]], Result]
 
 
 class Recorder(Protocol):
-    """How `CapturedStep` runs a function beforehand, and records it."""
+    """How `CapturedStep` prepares a step, runs it beforehand, and records it."""
+
+    def prepare(self, step: Step[Any], batches: Sequence[Any]) -> None: ...
 
     def warm_up(self, function: Callable[[], Result]) -> Result: ...
 
@@ -62,7 +67,8 @@ class CapturedStep(Generic[Result]):
     The first step of a shape runs eagerly, because choosing cuDNN algorithms, compiling kernels
     and filling caches cannot be recorded. It is a step of the training like any other, so nothing
     has to be undone. The second is recorded, which executes nothing, and replayed, as are all
-    others. A result is valid until the next step.
+    others. A result is valid until the next step. Before the first, a recorder may rehearse a step
+    that is a method of a trainer.
     """
 
     def __init__(self, stage: str, step: Step[Result], recorder: Recorder) -> None:
@@ -76,6 +82,8 @@ class CapturedStep(Generic[Result]):
         if shape not in self._inputs:
             inputs = [tuple(tensor.clone() for tensor in batch) for batch in batches]
             self._inputs[shape] = inputs
+            if inspect.ismethod(self._step):
+                self._recorder.prepare(self._step, inputs)
             return self._recorder.warm_up(lambda: self._step(inputs))
         inputs = self._inputs[shape]
         for own, batch in zip(inputs, batches, strict=True):
@@ -98,12 +106,30 @@ class CapturedStep(Generic[Result]):
             ) from error
 
 
+def rehearse(
+    step: Step[Any], batches: Sequence[Any], generators: Sequence[torch.Generator] = ()
+) -> None:
+    """Takes the step, a method, with a copy of its object; the next step is none the wiser.
+
+    `generators`: those that the object holds.
+    """
+    copies: dict[int, Any] = {id(generator): generator.clone_state() for generator in generators}
+    trainer = copy.deepcopy(step.__self__, copies)
+    with torch.random.fork_rng():
+        getattr(trainer, step.__name__)(batches)
+
+
 class CudaRecorder:
     """Records on a stream of its own, with `generators` besides the default one."""
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
         self._stream = torch.cuda.Stream(device)
         self._generators = generators
+
+    def prepare(self, step: Step[Any], batches: Sequence[Any]) -> None:
+        """Compiles the kernels of the step that Triton has not on disk, all at once."""
+        generators = self._generators
+        compile_ahead(lambda: self.warm_up(lambda: rehearse(step, batches, generators)))
 
     def warm_up(self, function: Callable[[], Result]) -> Result:
         """Runs it on that stream, so that what belongs to a stream exists when it is recorded."""

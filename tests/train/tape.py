@@ -13,6 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lgcnet_fast.train.capture import rehearse
+
 SYNCHRONISING = {
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.nonzero.default,
@@ -57,10 +59,15 @@ def _checks_an_argument():
 
 
 class TapeRecorder:
-    """In the place of `CudaRecorder`; `recordings` counts the tapes."""
+    """In the place of `CudaRecorder`; `recordings` counts the tapes, `rehearsals` the others."""
 
-    def __init__(self):
-        self.recordings = 0
+    def __init__(self, generators=()):
+        self.generators = generators
+        self.recordings = self.rehearsals = 0
+
+    def prepare(self, step, batches):
+        self.rehearsals += 1
+        rehearse(step, batches, self.generators)
 
     def warm_up(self, function):
         return function()

@@ -29,6 +29,7 @@ def on_tape(monkeypatch):
         recorder = TapeRecorder()
 
         def record(run, name, step, generators=()):
+            recorder.generators = generators
             return CapturedStep(name, step, recorder)
 
         monkeypatch.setattr(MODULES[stage], "captured", record)
@@ -68,7 +69,7 @@ def test_recorded_steps_follow_the_trajectory_of_eager_ones(new_run, on_tape, st
     run_stage(eager, stage)
     recorder = on_tape(stage)
     run_stage(recorded, stage)
-    assert recorder.recordings == 1
+    assert (recorder.recordings, recorder.rehearsals) == (1, 1)
     assert same(outcome(recorded, stage), outcome(eager, stage))
 
 
