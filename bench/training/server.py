@@ -13,6 +13,7 @@ from bench.rounds import median
 from bench.training import finetune, search
 from bench.training.case import Step, TrainingCase
 from bench.training.gradients import judge
+from lgcnet_fast.ops.compile_ahead import compile_ahead
 
 STAGES = {"search": search, "finetune": finetune}
 GATE_BATCH, GATE_SIZE = 4, (128, 256)
@@ -72,9 +73,10 @@ class TrainingServer:
     def check(self, stage: str, subject: str, case: dict[str, Any]) -> dict[str, Any]:
         """Errors of the step's loss and gradients, and what is wrong with them."""
         small = TrainingCase(**case).shrunk(GATE_BATCH, GATE_SIZE)
-        results = {
-            name: STAGES[stage].gradients(name, small) for name in ("truth", "eager-nchw", subject)
-        }
+        gradients = STAGES[stage].gradients
+        if CUDA:
+            compile_ahead(lambda: gradients(subject, small))
+        results = {name: gradients(name, small) for name in ("truth", "eager-nchw", subject)}
         truth = results["truth"]
         stock, ours = (results[name].errors(truth) for name in ("eager-nchw", subject))
         release_memory()
