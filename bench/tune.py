@@ -40,7 +40,10 @@ from lgcnet_fast.latency.timing import back_to_back_ms
 from lgcnet_fast.ops.backend import BACKENDS, use_backend
 from lgcnet_fast.ops.tuning import FOLDER, TuningTable, read_table, table_path, write_table
 
-FAMILIES = ("depthwise", "mixed_sum", "max_pool", "concat_upsample", "upsample_loss", "infer_tile")
+FAMILIES = (
+    *("depthwise", "pointwise_backward", "mixed_sum", "max_pool", "concat_upsample"),
+    *("upsample_loss", "infer_tile"),
+)
 ENGINE, ENGINE_SIZE = "deploy_engine", (769, 1537)
 GAIN = 0.97
 """A tile that is not even so much faster than the default is noise."""

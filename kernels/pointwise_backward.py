@@ -63,19 +63,23 @@ class ProductGradientsConfig:
 
         Small tiles where threads load single values, as odd channels make them, and for 32-bit
         products, which run outside the matrix units and hold their operands in registers. Blocks
-        of channels are narrow where there is little work, so that a program still has tiles
-        enough to make up for its share of dw.
+        of channels are narrow where wide ones would leave cores idle: more programs to a product
+        would have too few tiles to make up for their shares of dw.
         """
         vectors = channels % 16 == out_channels % 16 == 0
         block_m = 64 if vectors and dtype.itemsize == 2 else 32
         warps, stages = (8 if out_channels > 64 else 4, 3) if dtype.itemsize == 2 else (8, 1)
         most = triton.cdiv(positions, TILES * block_m)
-        narrow = block_m == 32 or most * branches * triton.cdiv(channels, 64) < CORES
+        narrow = block_m == 32 or most * branches * triton.cdiv(channels, 64) < 0.75 * CORES
         block_c = min(32 if narrow else 64, max(16, triton.next_power_of_2(channels)))
         block_o = max(16, triton.next_power_of_2(out_channels))
         resident = max(1, 384 // (block_c + block_o))
         others = branches * triton.cdiv(channels, block_c)
-        return cls(block_m, block_c, warps, stages, min(most, max(resident * CORES // others, 1)))
+        programs = min(most, max(resident * CORES // others, 1))
+        # The fewest that have no more tiles each.
+        tiles = triton.cdiv(positions, block_m)
+        programs = triton.cdiv(tiles, triton.cdiv(tiles, programs))
+        return cls(block_m, block_c, warps, stages, programs)
 
 
 @triton.jit(do_not_specialize=["M", "programs"])

@@ -26,6 +26,7 @@ FAMILIES = (
     "max_pool",
     "mixed_sum",
     "pointwise",
+    "pointwise_backward",
     "upsample_loss",
 )
 
