@@ -176,8 +176,11 @@ def pointwise_backward(
 
 
 def summed(shares: Tensor) -> Tensor:
-    """dw (B, C_out, C) from the shares of all programs, which are few and wide."""
-    return sum_rows(shares, block_rows=32, block_columns=64) if len(shares) > 1 else shares[0]
+    """dw (B, C_out, C) from the shares of all programs, in tiles of up to 2048 of their values."""
+    if len(shares) == 1:
+        return shares[0]
+    rows = min(256, triton.next_power_of_2(len(shares)))
+    return sum_rows(shares, block_rows=rows, block_columns=min(128, 2048 // rows))
 
 
 def _like(x: Tensor) -> Tensor:

@@ -127,6 +127,14 @@ def test_same_inputs_same_bits(device):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("programs", [1, 2, 19, 300])
+def test_shares_of_all_programs_are_added(programs, device):
+    shares = torch.randn(programs, 2, 3, 17).to(device)
+    dw = summed(shares)
+    assert_close(dw, shares.double().sum(0), shares.double().abs().sum(0))
+    assert torch.equal(dw, summed(shares))
+
+
 @pytest.mark.skipif(CUDA, reason="float64 is for the interpreter")
 def test_float64_through_the_interpreter(device):
     case = Case((2, 5, 3, 3), 4, branches=2, config=TILE)
