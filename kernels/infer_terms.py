@@ -39,7 +39,8 @@ RESIZED_PRODUCT = tl.constexpr(7)
 def rectified(x, RELU: tl.constexpr):
     """ReLU that keeps NaN, so that a read of unwritten memory shows."""
     if RELU:
-        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        # A plain 0.0 would make float32 of x: twice the instructions for half precision.
+        x = tl.maximum(x, tl.zeros_like(x), propagate_nan=tl.PropagateNan.ALL)
     return x
 
 
@@ -125,19 +126,36 @@ def pooled(
 @triton.jit
 def filtered(
     x_ptr, d_ptr, image, row, column, inside, k, h, w, C: tl.constexpr, PITCH: tl.constexpr,
-    STRIDE: tl.constexpr, DILATION: tl.constexpr, RELU: tl.constexpr, BLOCK_K: tl.constexpr,
+    STRIDE: tl.constexpr, DILATION: tl.constexpr, BLOCK_K: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """(P, BLOCK_K): the depthwise 3x3 filter of channels k; d: (9, C) float32."""
+    """(P, BLOCK_K): the depthwise 3x3 filter of the ReLU of channels k; d: (9, C) float32.
+
+    TAPS: that are on their way at once. 3: into registers; 9: all of them, into shared memory.
+    """
     total = tl.zeros((row.shape[0], BLOCK_K), tl.float32)
+    # Unrolled rows would be computed in the layout of the product's operand: by all of its warps.
+    for u in tl.range(3, num_stages=TAPS // 3):
+        total = _add_filter_row(
+            total, x_ptr, d_ptr, image, row, column, inside, k, h, w, u,
+            C, PITCH, STRIDE, DILATION, BLOCK_K,
+        )  # fmt: skip
+    return total
+
+
+@triton.jit
+def _add_filter_row(
+    total, x_ptr, d_ptr, image, row, column, inside, k, h, w, u,
+    C: tl.constexpr, PITCH: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """total + row u of a depthwise filter."""
     exists = channels_below(k, C, BLOCK_K)
-    # Unrolling the rows too would take twice the registers: other programs hide the latency better.
-    for u in tl.range(3, num_stages=1):
-        for v in tl.static_range(3):
-            in_row, in_column = tap_pixel(row, column, u, v, SEPARABLE, STRIDE, DILATION, 3)
-            offset, valid = pixel_offsets(image, in_row, in_column, inside, h, w, PITCH)
-            x = tl.load(x_ptr + (offset + k[None, :]), mask=valid & exists, other=0.0)
-            weight = tl.load(d_ptr + ((3 * u + v) * C + k)[None, :], mask=exists, other=0.0)
-            total += rectified(x, RELU).to(tl.float32) * weight
+    for v in tl.static_range(3):
+        in_row, in_column = tap_pixel(row, column, u, v, SEPARABLE, STRIDE, DILATION, 3)
+        offset, valid = pixel_offsets(image, in_row, in_column, inside, h, w, PITCH)
+        x = tl.load(x_ptr + (offset + k[None, :]), mask=valid & exists, other=0.0)
+        weight = tl.load(d_ptr + ((3 * u + v) * C + k)[None, :], mask=exists, other=0.0)
+        total += rectified(x, True).to(tl.float32) * weight
     return total
 
 
@@ -200,17 +218,18 @@ def add_convolution(
 def add_separable(
     total, x_ptr, d_ptr, p_ptr, image, row, column, inside, n, h, w,
     C: tl.constexpr, PITCH: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STORAGE: tl.constexpr,
-    DOT: tl.constexpr,
+    N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, TAPS: tl.constexpr,
+    STORAGE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """total + pointwise product of the ReLU and depthwise filter; p: (C, N)."""
     for first in tl.range(0, C, BLOCK_K, num_stages=1):
         k = first + tl.arange(0, BLOCK_K)
-        x = filtered(
-            x_ptr, d_ptr, image, row, column, inside, k, h, w, C, PITCH, STRIDE, DILATION, True,
-            BLOCK_K,
-        )  # fmt: skip
+        # On their way while the filter waits for the map.
         weight = load_weights(p_ptr, k, n, C, N, BLOCK_K, BLOCK_N)
+        x = filtered(
+            x_ptr, d_ptr, image, row, column, inside, k, h, w, C, PITCH, STRIDE, DILATION,
+            BLOCK_K, TAPS,
+        )  # fmt: skip
         total = multiply(total, x, weight, STORAGE, DOT)
     return total
 

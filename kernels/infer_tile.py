@@ -99,27 +99,38 @@ class TileProduct:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """A program computes `rows` x `columns` pixels, `block_k` input channels at a time."""
+    """A program computes `rows` x `columns` pixels, `block_k` input channels at a time.
+
+    stages: of the products of 3x3 windows that are on their way at once, and 1; taps: 3 or 9, of a
+    depthwise filter at once.
+    """
 
     rows: int
     columns: int
     block_k: int
     warps: int
     stages: int = 2
+    taps: int = 3
 
     @classmethod
     def default(cls, pixels: int, channels: int, matrix_units: bool) -> TileConfig:
-        """Small tiles for small maps, so that every multiprocessor of a large GPU has work.
+        """Few pixels a program on the smallest maps, so that every multiprocessor has work.
 
-        Larger ones would read weights less often. Without matrix units, products keep their
-        operands in registers: few channels at a time.
+        On maps of a few programs a multiprocessor what counts is how often a program waits for
+        memory: many loads at once. On large maps it is the number of instructions: two warps, which
+        share the arithmetic of addresses among more pixels, and blocks that channels fill. Without
+        matrix units, products keep their operands in registers: few channels at a time.
         """
         block = triton.next_power_of_2(channels)
         if not matrix_units:
             return cls(4, 8, block_k=16, warps=8 if block >= 64 else 4, stages=1)
+        if pixels < 2**12:
+            return cls(2, 8, block_k=64, warps=4, stages=3, taps=9)
         if pixels < 2**13:
-            return cls(4, 8, block_k=64, warps=4)
-        return cls(8, 8, block_k=64, warps=8)
+            return cls(8, 8, block_k=64, warps=8, stages=3, taps=9)
+        if channels >= 64:
+            return cls(8, 8, block_k=64, warps=8, taps=9)
+        return cls(4, 8, block_k=16 if channels % 32 else 32, warps=2)
 
     def is_miscompiled(self, matrix_units: bool) -> bool:
         """Whether Triton may compile wrongly what computes this tile.
@@ -170,7 +181,7 @@ def run_tile(
         N=channels, BLOCK_N=_block(channels), PITCH=out.pitch if out is not None else 0,
         CLASS_ROWS=out is not None and out.class_rows,
         STORE=out is not None, RELU_OUT=relu_out,
-        ROWS=config.rows, COLUMNS=config.columns,
+        ROWS=config.rows, COLUMNS=config.columns, TAPS=config.taps,
         STORAGE=TRITON_DTYPES[dtype],
         DOT=tl.float32 if INTERPRETED else TRITON_DTYPES[dtype],
         num_warps=config.warps, num_stages=config.stages,
@@ -221,7 +232,7 @@ def _product_constants(products: Sequence[TileProduct]) -> list[tuple[int, ...]]
 def _term(
     total, x_ptr, w_ptr, d_ptr, image, row, column, inside, n, h, w, height, width,
     TERMS: tl.constexpr, t: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
-    STORAGE: tl.constexpr, DOT: tl.constexpr,
+    TAPS: tl.constexpr, STORAGE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """total + term t; TERMS: packed rows of what `_constants` gives."""
     TERM: tl.constexpr = TERMS >> (128 * t)
@@ -244,7 +255,7 @@ def _term(
     elif KIND == SEPARABLE:
         total = add_separable(
             total, x_ptr, d_ptr, w_ptr, image, row, column, inside, n, h, w,
-            C, PITCH, STRIDE, DILATION, N, BLOCK_K, BLOCK_N, STORAGE, DOT,
+            C, PITCH, STRIDE, DILATION, N, BLOCK_K, BLOCK_N, TAPS, STORAGE, DOT,
         )  # fmt: skip
     elif KIND == RESIZED_PRODUCT:
         total = add_resized_product(
@@ -281,7 +292,8 @@ def _tile_kernel(
     TERMS: tl.constexpr, TERM_COUNT: tl.constexpr, PARTS: tl.constexpr,
     PRODUCTS: tl.constexpr, PRODUCT_COUNT: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
     PITCH: tl.constexpr, CLASS_ROWS: tl.constexpr, STORE: tl.constexpr, RELU_OUT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STORAGE: tl.constexpr, DOT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAPS: tl.constexpr, STORAGE: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of ROWS x COLUMNS pixels, images); `across`: tiles in a row of tiles."""
     image = tl.program_id(1)
@@ -296,7 +308,8 @@ def _tile_kernel(
     for t in tl.static_range(TERM_COUNT):
         total = _term(
             total, x_ptrs[t], w_ptrs[t], d_ptrs[t], image, row, column, inside, n,
-            sizes[2 * t], sizes[2 * t + 1], height, width, TERMS, t, N, BLOCK_N, STORAGE, DOT,
+            sizes[2 * t], sizes[2 * t + 1], height, width, TERMS, t, N, BLOCK_N, TAPS,
+            STORAGE, DOT,
         )  # fmt: skip
     if STORE:
         y = rectified(total, RELU_OUT)

@@ -275,6 +275,25 @@ def test_the_tile_does_not_matter_and_reruns_give_the_same_bits(exact: Case) -> 
         assert same_bits(first.data, second.data)
 
 
+def test_as_many_taps_at_once_as_one_likes(exact: Case) -> None:
+    source, x = exact.map(1, (7, 9), 40)
+    depthwise = exact.random(40, 1, 3, 3)
+    pointwise = exact.random(17, 40, 1, 1, scale=0.2)
+    filtered = F.conv2d(x.relu(), depthwise.double(), padding=2, dilation=2, groups=40)
+    expected = F.conv2d(filtered, pointwise.double())
+    term = TileTerm(
+        "separable", source, rows_of(pointwise), depthwise.flatten(1).t().contiguous(), dilation=2
+    )
+    zero, outputs = torch.zeros(17, device=exact.device), []
+    for taps in (3, 9):
+        out = exact.empty(1, (7, 9), 17)
+        config = TileConfig(2, 8, 64, warps=4, stages=3, taps=taps)
+        run_tile([term], zero, out, [], (7, 9), 1, exact.dtype, config)
+        exact.check(out, expected)
+        outputs.append(out.data)
+    assert same_bits(*outputs)
+
+
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """NaN being equal to itself."""
     return torch.equal(one.view(torch.int32), other.view(torch.int32))
