@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lgcnet_fast.nn.primitives import (
     DepthwiseSeparable,
+    GlobalPool,
     ReLUConvBN,
     SeparablePair,
     Source,
@@ -70,6 +71,9 @@ class MixedOp(nn.Module):
         """computed: the raw maps of runs that are there already, by their first candidate."""
         maps: list[Tensor] = []
         norms: list[nn.Module | None] = []
+        pools = [one.bins for one in self.candidates.values() if isinstance(one, GlobalPool)]
+        if pools:
+            source.average(pools)
         for run in self.runs():
             norms += [getattr(candidate, "norm", None) for candidate in run]
             if run[0] in computed:

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from typing import cast
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
 from lgcnet_fast.ops import (
     Geometry,
     Recomputable,
-    average_pool,
+    average_pools,
     convolutions,
     interleaved_convolution,
     normalised,
@@ -30,6 +30,8 @@ from lgcnet_fast.ops import (
     separable_branches,
     upsample,
 )
+
+T = TypeVar("T")
 
 
 class Source:
@@ -46,9 +48,13 @@ class Source:
         """The map, for one more reader."""
         return self._readers.plain()
 
-    def rectified(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def rectified(self, function: Callable[[Tensor], T]) -> T:
         """A function of the ReLU that convolutions begin with."""
         return self._readers.rectified(function)
+
+    def average(self, bins: Sequence[int]) -> None:
+        """Fills `means` for the readers that pool the ReLU to so many bins, in one operation."""
+        self.means.update(zip(bins, self.rectified(partial(average_pools, bins=bins)), strict=True))
 
     @staticmethod
     def rectified_together(
@@ -65,7 +71,12 @@ class Source:
 
     @cached_property
     def pooled(self) -> dict[int, Tensor]:
-        """By stride, filled by `Pool`."""
+        """By stride, filled by `PoolBN`."""
+        return {}
+
+    @cached_property
+    def means(self) -> dict[int, Tensor]:
+        """Average-pooled maps by the number of bins, each for one reader."""
         return {}
 
 
@@ -236,8 +247,9 @@ class GlobalPool(nn.Module):
         self.norm = nn.BatchNorm2d(c_out, affine=affine)
 
     def raw(self, source: Source) -> Tensor:
-        pooled = source.rectified(partial(average_pool, bins=self.bins))
-        small = self.conv(pooled)
+        if self.bins not in source.means:
+            source.average([self.bins])
+        small = self.conv(source.means.pop(self.bins))
         return source.cheap(recomputable(partial(upsample, size=source.size), small))
 
     def forward(self, x: Tensor) -> Tensor:

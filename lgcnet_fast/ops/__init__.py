@@ -1,6 +1,6 @@
 """Operations as pure functions: contract, plain-PyTorch reference and choice of the backend."""
 
-from lgcnet_fast.ops.average_pool import average_pool
+from lgcnet_fast.ops.average_pool import average_pool, average_pools
 from lgcnet_fast.ops.backend import explain, set_backend, use_backend
 from lgcnet_fast.ops.cast_together import cast_together
 from lgcnet_fast.ops.concat_upsample import concat_upsample, sum_upsample, upsample
@@ -22,6 +22,7 @@ __all__ = [
     "Readers",
     "Recomputable",
     "average_pool",
+    "average_pools",
     "cast_together",
     "concat_upsample",
     "convolutions",

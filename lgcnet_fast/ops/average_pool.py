@@ -1,16 +1,19 @@
 """Average pooling to k x k bins: the candidates `gp1`, `gp2` and `gp5` up to their convolution.
 
-The fused form is a product with a constant matrix. In NHWC memory PyTorch's own kernel gives each
-image to one block of threads, so that most of a GPU idles.
+In NHWC memory PyTorch's own kernel gives each image to one block of threads, so that most of a GPU
+idles. Triton kernels pool to several numbers of bins at once; the backend `cuda`, whose extension
+has none for it, multiplies with a constant matrix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 from torch.nn import functional as F
 
 from lgcnet_fast.errors import OperandError
@@ -24,21 +27,75 @@ ALIGNMENT = 8
 
 
 def average_pool(x: Tensor, bins: int) -> Tensor:
-    """(N, C, H, W) -> (N, C, bins, bins), the means of windows, as `F.adaptive_avg_pool2d`.
+    """As `average_pools`, to one number of bins."""
+    return average_pools(x, (bins,))[0]
 
-    Window i of a side of n positions begins at floor(i n / bins) and ends in front of
-    ceil((i + 1) n / bins), so that windows overlap where bins does not divide n.
 
-    The fused form adds up in float32 and keeps nothing for the backward pass.
+def average_pools(x: Tensor, bins: Sequence[int]) -> list[Tensor]:
+    """(N, C, H, W) -> (N, C, b, b) for each b of bins, the means of windows.
+
+    As `F.adaptive_avg_pool2d`: window i of a side of n positions begins at floor(i n / b) and ends
+    in front of ceil((i + 1) n / b), so that windows overlap where b does not divide n.
+
+    The fused form adds up in float32 and keeps nothing for the backward pass, and finds the
+    gradient of x through all of them together.
 
     Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
     cannot serve.
     """
     check_map("x", x)
-    if bins < 1:
-        raise OperandError(f"bins: {bins}, need at least 1")
-    result: Tensor = _operation(x, bins)
+    for count in bins:
+        if count < 1:
+            raise OperandError(f"bins: {count}, need at least 1")
+    result: list[Tensor] = _operation(x, tuple(bins))
     return result
+
+
+class _AveragePools(torch.autograd.Function):
+    """By the Triton kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bins: tuple[int, ...]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.bins = x.shape, bins
+        images, channels, *_ = x.shape
+        means = _average_pools(nhwc(x), bins)
+        sizes = [images * count * count * channels for count in bins]
+        return tuple(
+            part.view(images, count, count, channels).movedim(-1, 1)
+            for part, count in zip(means.split(sizes), bins, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        together = torch.cat([_positions_first(g).flatten() for g in gradients])
+        return _average_pools_backward(together, ctx.shape, ctx.bins), None
+
+
+@custom_op("lgcnet_fast::average_pools", mutates_args=())
+def _average_pools(x: Tensor, bins: Sequence[int]) -> Tensor:
+    """The means to every number of bins, one vector: (N, b, b, C) behind one another."""
+    from lgcnet_fast.kernels.average_pool import PoolWindows, average_pools_forward
+
+    windows = made_once(PoolWindows.of, *x.shape[2:], tuple(bins), x.device)
+    return average_pools_forward(x, windows)
+
+
+@_average_pools.register_fake
+def _(x: Tensor, bins: Sequence[int]) -> Tensor:
+    return x.new_empty(x.shape[0] * x.shape[1] * sum(count * count for count in bins))
+
+
+@custom_op("lgcnet_fast::average_pools_backward", mutates_args=())
+def _average_pools_backward(gradient: Tensor, shape: Sequence[int], bins: Sequence[int]) -> Tensor:
+    """The gradient of x, shaped (N, C, H, W), from that of the vector."""
+    from lgcnet_fast.kernels.average_pool import average_pools_backward
+
+    return average_pools_backward(gradient, shape, bins)
+
+
+@_average_pools_backward.register_fake
+def _(gradient: Tensor, shape: Sequence[int], bins: Sequence[int]) -> Tensor:
+    return empty_nhwc(gradient, shape)
 
 
 class _Windows(NamedTuple):
@@ -51,8 +108,8 @@ class _Windows(NamedTuple):
     """(bins^2, 1), float32 or float64."""
 
 
-class _AveragePool(torch.autograd.Function):
-    """Products with out=, because autocast would round the operands of others."""
+class _Product(torch.autograd.Function):
+    """With a constant matrix. With out=, because autocast would round the operands of others."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bins: int) -> Tensor:
@@ -120,16 +177,26 @@ def _sides(length: int, bins: int) -> list[range]:
     return [range(i * length // bins, -(-(i + 1) * length // bins)) for i in range(bins)]
 
 
-def _reference(x: Tensor, bins: int) -> Tensor:
-    return F.adaptive_avg_pool2d(x, bins)
+def _reference(x: Tensor, bins: tuple[int, ...]) -> list[Tensor]:
+    return [F.adaptive_avg_pool2d(x, count) for count in bins]
 
 
-def _run(x: Tensor, bins: int) -> Tensor:
-    result: Tensor = _Mean.apply(x) if bins == 1 else _AveragePool.apply(x, bins)
-    return result
+def _run(x: Tensor, bins: tuple[int, ...]) -> list[Tensor]:
+    return list(_AveragePools.apply(x, bins))
 
 
-_form = Implementation(_run, lambda x, bins: dtype_refusal("x", x))
+def _run_products(x: Tensor, bins: tuple[int, ...]) -> list[Tensor]:
+    return [_Mean.apply(x) if count == 1 else _Product.apply(x, count) for count in bins]
+
+
+def _refuse(x: Tensor, bins: tuple[int, ...]) -> str | None:
+    return dtype_refusal("x", x)
+
+
 _operation = Operation(
-    "average_pool", _reference, triton=_form, cuda=_form, tuned_as="separable_branches"
+    "average_pool",
+    _reference,
+    triton=Implementation(_run, _refuse),
+    cuda=Implementation(_run_products, _refuse),
+    tuned_as="separable_branches",
 )

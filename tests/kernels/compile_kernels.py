@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lgcnet_fast.kernels import (
+    average_pool,
     common,
     concat_pointwise,
     concat_pointwise_backward,
@@ -56,7 +57,7 @@ LISTS = {
 }
 OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 SCALARS = {"packed_dilations": "i64"}
-POINTERS = {"winner_ptr": "u8"}
+POINTERS = {"winner_ptr": "u8", "pieces_ptr": "i32", "windows_ptr": "i32"}
 MULTIPLES_OF_16 = {"H", "W", "HO", "WO", "C", "CO", "c0", "c1", "c2", "c3"}
 MULTIPLES_OF_16 |= {"columns", "tile_size", "size"}
 SHOWN = ("STRIDE", "EDGES", "AFFINE", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_O")
@@ -95,6 +96,12 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     tile |= {"BLOCK_P": 16, "ROWS": 4}
     yield max_pool._backward_kernel, tile, 4
     yield max_pool._backward_stride_2_kernel, tile, 4
+    tile = {"ACC": tl.float32, "BLOCK_P": 128, "BLOCK_C": 16}
+    yield average_pool._pieces_kernel, tile | {"BLOCK_P": 256}, average_pool.WARPS
+    yield average_pool._means_kernel, tile | {"BLOCK_P": 16, "BLOCK_C": 64}, average_pool.WARPS
+    # To 1, 2 and 5 bins, of which only 5 divide no side.
+    spans = {"POOLS": 3, "BINS": 0x050201, "TALL": 0x020101, "WIDE": 0x020101}
+    yield average_pool._spread_kernel, tile | spans | {"ROWS": 4}, average_pool.WARPS
 
 
 def products(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from lgcnet_fast.kernels import (
+    average_pool,
     concat_pointwise,
     concat_pointwise_backward,
     concat_upsample,
@@ -56,6 +57,13 @@ def pool(x: Tensor) -> None:
         max_pool.max_pool_forward(x, stride)
         y, winners = max_pool.max_pool_winners(x, stride)
         max_pool.max_pool_backward(winners, y, (x.shape[2], x.shape[3]), stride)
+
+
+def means(x: Tensor) -> None:
+    for bins in ((1,), (2, 1, 5)):
+        windows = average_pool.PoolWindows.of(x.shape[2], x.shape[3], bins, x.device)
+        y = average_pool.average_pools_forward(x, windows)
+        average_pool.average_pools_backward(y, x.shape, bins)
 
 
 def depthwise_filters(x: Tensor) -> None:
@@ -124,7 +132,7 @@ def hard_examples(x: Tensor) -> None:
         upsample_loss.upsample_ohem_forward(x, target)
 
 
-FAMILIES: tuple[Launch, ...] = (pool, depthwise_filters, mixture, resizes, losses)
+FAMILIES: tuple[Launch, ...] = (pool, means, depthwise_filters, mixture, resizes, losses)
 FLOAT32_FAMILIES: tuple[Launch, ...] = (products, products_of_concatenations, hard_examples)
 """Products are not compiled for float64, and losses are ranked in float32."""
 

@@ -9,8 +9,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from lgcnet_fast.errors import BackendError, OperandError
-from lgcnet_fast.ops import average_pool, use_backend
-from lgcnet_fast.ops.average_pool import ALIGNMENT, _windows
+from lgcnet_fast.ops import average_pool, average_pools, use_backend
+from lgcnet_fast.ops.average_pool import (
+    ALIGNMENT,
+    _average_pools,
+    _average_pools_backward,
+    _run_products,
+    _windows,
+)
 from lgcnet_fast.ops.constants import separate_constants
 
 SHAPES = [(2, 3, 8, 10), (1, 17, 7, 11), (2, 8, 5, 3), (1, 4, 1, 1), (3, 1, 1, 6)]
@@ -23,9 +29,16 @@ def case(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Te
     return values.to(device, dtype).movedim(-1, 1).requires_grad_()
 
 
-def outcome(backend: str, x: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    with use_backend(backend):
-        y = average_pool(x, bins)
+def pooled(form: str, x: Tensor, bins: int) -> Tensor:
+    """form: a backend, or `products`, those of the backend `cuda`, which need no GPU."""
+    if form == "products":
+        return _run_products(x, (bins,))[0]
+    with use_backend(form):
+        return average_pool(x, bins)
+
+
+def outcome(form: str, x: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    y = pooled(form, x, bins)
     torch.manual_seed(1)
     g = torch.randn(y.shape, dtype=torch.float64).to(y)
     return y, *torch.autograd.grad(y, x, g)
@@ -34,11 +47,12 @@ def outcome(backend: str, x: Tensor, bins: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bins", [1, 2, 5])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("form", ["triton", "products"])
 def test_fused_equals_float64(
-    shape: tuple[int, ...], bins: int, dtype: torch.dtype, device: torch.device
+    form: str, shape: tuple[int, ...], bins: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     x = case(shape, device, dtype)
-    found = outcome("triton", x, bins)
+    found = outcome(form, x, bins)
     exact = outcome("reference", x.detach().double().requires_grad_(), bins)
     for value, wanted in zip(found, exact, strict=True):
         assert value.dtype == dtype and value.shape == wanted.shape
@@ -52,12 +66,13 @@ def test_fused_equals_float64(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bins", [1, 2, 5])
 @pytest.mark.parametrize("shape", [(4, 144, 64, 128), (2, 48, 193, 97)], ids=str)
+@pytest.mark.parametrize("form", ["triton", "products"])
 def test_sizes_of_the_fusion_cell(
-    shape: tuple[int, ...], bins: int, dtype: torch.dtype, device: torch.device
+    form: str, shape: tuple[int, ...], bins: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Sums of thousands, for which matrix products choose other kernels than for few."""
     x = case(shape, device, dtype)
-    found = outcome("triton", x, bins)
+    found = outcome(form, x, bins)
     exact = outcome("reference", x.detach().double().requires_grad_(), bins)
     limit = max(3 * torch.finfo(dtype).eps, 1e-5)
     for value, wanted in zip(found, exact, strict=True):
@@ -65,24 +80,41 @@ def test_sizes_of_the_fusion_cell(
 
 
 @pytest.mark.parametrize("bins", [1, 2, 5])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_gradients_by_finite_differences(backend: str, bins: int, device: torch.device) -> None:
+@pytest.mark.parametrize("form", ["reference", "triton", "products"])
+def test_gradients_by_finite_differences(form: str, bins: int, device: torch.device) -> None:
     x = case((2, 3, 4, 7), device, torch.float64)
-    with use_backend(backend):
-        assert torch.autograd.gradcheck(lambda x: average_pool(x, bins), x)
+    assert torch.autograd.gradcheck(lambda x: pooled(form, x, bins), x, fast_mode=True)
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (2,)])
+def test_several_numbers_of_bins_together(used: tuple[int, ...], device: torch.device) -> None:
+    """Also where some of the pooled maps get no gradient."""
+    x, found = case((2, 3, 6, 7), device, torch.float64), []
+    for backend in ("triton", "reference"):
+        with use_backend(backend):
+            maps = average_pools(x, (2, 1, 5))
+        loss = sum(maps[index].square().sum() for index in used)
+        found.append((*maps, *torch.autograd.grad(loss, x)))
+    torch.testing.assert_close(*found)
+
+
+def test_registration(device: torch.device) -> None:
+    x = case((1, 3, 4, 5), device, torch.float32).detach()
+    torch.library.opcheck(_average_pools, (x, [1, 2]))
+    torch.library.opcheck(_average_pools_backward, (_average_pools(x, [2]), [1, 3, 4, 5], [2]))
 
 
 @pytest.mark.parametrize("bins", [1, 2])
 def test_great_values_do_not_overflow(bins: int, device: torch.device) -> None:
     x = torch.full((1, 2, 30, 41), 60000.0, dtype=torch.float16, device=device)
-    with use_backend("triton"):
-        y = average_pool(x, bins)
-    torch.testing.assert_close(y, torch.full_like(y, 60000.0), rtol=2e-3, atol=0)
+    for form in ("triton", "products"):
+        y = pooled(form, x, bins)
+        torch.testing.assert_close(y, torch.full_like(y, 60000.0), rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bins", [1, 2])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "triton", "products"])
 def test_autocast_keeps_the_dtype(
     backend: str, bins: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -97,15 +129,10 @@ def test_other_layouts_and_expanded_gradients(device: torch.device) -> None:
     x = torch.randn(2, 3, 6, 8, dtype=torch.float64, device=device)[:, :, ::2].requires_grad_()
     for bins in (1, 2):
         found, wanted = (
-            torch.autograd.grad(_pooled(backend, x, bins).sum(), x)
+            torch.autograd.grad(pooled(backend, x, bins).sum(), x)
             for backend in ("triton", "reference")
         )
         torch.testing.assert_close(found, wanted)
-
-
-def _pooled(backend: str, x: Tensor, bins: int) -> Tensor:
-    with use_backend(backend):
-        return average_pool(x, bins)
 
 
 def test_nothing_is_kept(device: torch.device) -> None:
@@ -117,8 +144,9 @@ def test_nothing_is_kept(device: torch.device) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        for bins in (1, 5):
-            outcome("triton", x, bins)
+        for form in ("triton", "products"):
+            for bins in (1, 5):
+                outcome(form, x, bins)
     assert not kept
 
 
