@@ -19,6 +19,7 @@ from lgcnet_fast.deploy.lower import lower
 from lgcnet_fast.deploy.operations import Size
 from lgcnet_fast.deploy.packing import Packing
 from lgcnet_fast.deploy.program import FoldedNetwork
+from lgcnet_fast.ops.compile_ahead import compile_ahead
 from lgcnet_fast.recording import recording
 
 MOST_REPLAYS = 8
@@ -208,7 +209,8 @@ def _recorded(
     graph = torch.cuda.CUDAGraph()
     turns.main.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(turns.main):
-        # Compiles and loads the kernels, which a recording must not.
+        compile_ahead(run)
+        # Loads the kernels, which a recording must not.
         run()
     with recording(graph, turns.main, pool=turns.pool):
         _overlapping(network.calls, network.schedule, turns.sides)

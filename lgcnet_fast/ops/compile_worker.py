@@ -9,11 +9,10 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import driver as nvidia
-from triton.runtime import driver
+if TYPE_CHECKING:
+    from triton.backends.compiler import GPUTarget
 
 
 class CompilingDriver:
@@ -30,6 +29,9 @@ class CompilingDriver:
 
 
 def main() -> int:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
     first, *kernels = sys.stdin.read().splitlines()
     driver.set_active(CompilingDriver(GPUTarget(*json.loads(first))))
     return int(not all([_compiled(**json.loads(kernel)) for kernel in kernels]))
@@ -37,6 +39,8 @@ def main() -> int:
 
 def _compiled(module: str, name: str, data: str) -> bool:
     """Whether the kernel, and what launches it, are on disk now."""
+    from triton.backends.nvidia import driver as nvidia
+
     try:
         kernel: Any = getattr(importlib.import_module(module), name).preload(data)
         # Until Triton 3.6 a C compiler makes a launcher for every signature.
