@@ -1,9 +1,9 @@
 """Compiling Triton kernels before they are launched, on all cores at once.
 
 Triton compiles a kernel when it is launched for the first time, so one after another: more than a
-hundred for a training step, minutes on one core. `compile_ahead` runs a rehearsal of the step, or of
-a frame, in which kernels that are not compiled yet are noted instead of launched. Processes then
-compile them (see compile_worker.py) into Triton's cache on disk, where the step itself finds them.
+hundred for a training step, minutes on one core. `compile_ahead` runs a rehearsal of what will be
+launched, in which kernels that are not compiled yet are noted instead. Processes then compile them
+(see compile_worker.py) into Triton's cache on disk, where the launches find them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def compile_ahead(rehearsal: Callable[[], object]) -> None:
 
     The rehearsal runs on the GPU, but what it computes is garbage as soon as a kernel was left out:
     it must work on copies, or on what is written again. Where everything is on disk already,
-    nothing is left out. Does nothing without Triton, in its interpreter and before Triton 3.4, which
-    cannot tell what it compiles.
+    nothing is left out. Does nothing without Triton, in its interpreter, and before Triton 3.4,
+    which cannot tell what it compiles.
     """
     if is_interpreted() or importlib.util.find_spec("triton") is None:
         return
