@@ -12,6 +12,12 @@ d) share input rows. A program walks down such a chain, loads the three horizont
 input row once and adds them to the up to three outputs that need them. The chains of one
 dilation start at the rows 0 to step - 1, the "phases".
 
+One walk goes on from chain to chain: a row outside the map comes before each chain, whose zeros
+end the one before and begin the next. The entries of this sequence of rows are numbered from 0,
+the row before the first chain; segments of it, tiles of columns and images are shared out among
+programs. All columns of a tile are in the same row, so that whatever depends on rows alone is
+computed once for all of them.
+
 Least traffic, in maps of y: s^2 + E B. Arithmetic: 9 E B multiply-adds an output.
 """
 
@@ -24,15 +30,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lgcnet_fast.kernels.common import accumulator, check_dense, check_like, check_map, empty_map
+from lgcnet_fast.kernels.common import (
+    INTERPRETED,
+    accumulator,
+    check_dense,
+    check_like,
+    check_map,
+    empty_map,
+)
+
+try:
+    from triton.language.target_info import cuda_capability_geq
+except ImportError:  # Triton before 3.5 does not tell
+
+    @tl.core.builtin
+    def cuda_capability_geq(major, minor, **_):
+        return tl.constexpr(False)
+
 
 MAX_BRANCHES = 7
 """Dilations of one launch: they travel as bytes of one signed 64-bit argument."""
 
 
+AT_ONCE = tl.constexpr(3)
+"""Rows of a walk whose loads are under way together."""
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
 @dataclass(frozen=True)
 class ForwardConfig:
-    """Tile of one program: `block_p` chains of `rows` outputs, `block_c` channels."""
+    """Tile of one program: about `rows` outputs of `block_p` columns and `block_c` channels."""
 
     rows: int
     block_p: int
@@ -43,11 +71,25 @@ class ForwardConfig:
     def default(
         cls, y_shape: tuple[int, ...], dilations: Sequence[int], stride: int
     ) -> ForwardConfig:
-        """8 bytes of 16-bit storage a thread and load."""
-        *_, channels, height, width = y_shape
-        block_c = min(64, triton.next_power_of_2(channels))
-        rows = default_rows(height, width, dilations, stride)
-        return cls(rows, block_p=512 // block_c, block_c=block_c, warps=4)
+        """8 bytes of 16-bit storage a thread and load; 4 programs for each of 132 cores."""
+        _, branches, images, channels, height, width = y_shape
+        block_p, block_c = default_block(width, channels)
+        tiles = images * branches * triton.cdiv(width, block_p) * triton.cdiv(channels, block_c)
+        return cls(share_rows(height, 528 // tiles), block_p, block_c, warps=4)
+
+
+def default_block(width: int, channels: int) -> tuple[int, int]:
+    """(columns, channels) of a tile of up to 512 elements: few of them outside the map."""
+    block_c = 64
+    while block_c > 16 and channels % block_c:
+        block_c //= 2
+    block_c = min(block_c, triton.next_power_of_2(channels))
+    return min(512 // block_c, triton.next_power_of_2(width)), block_c
+
+
+def share_rows(height: int, programs: int) -> int:
+    """Rows of each of so many programs, but not fewer than 4."""
+    return triton.cdiv(height, max(1, min(programs, height // 4)))
 
 
 def default_rows(height: int, width: int, dilations: Sequence[int], stride: int) -> int:
@@ -105,6 +147,55 @@ def locate_chains(position, dilation, HO, WO, STRIDE: tl.constexpr, ROWS: tl.con
 
 
 @triton.jit
+def chains_of(dilation, HO, STRIDE: tl.constexpr):
+    """(step, phases, rows of the longest chain) of one column."""
+    step = step_of(dilation, STRIDE)
+    return step, tl.minimum(step, HO), tl.cdiv(HO, step)
+
+
+@triton.jit
+def row_of(entry, step, phases, length):
+    """Output row of an entry: negative before a chain, beyond the map where a chain is short.
+
+    The last phase comes first, so that the row after the end of the sequence is negative too.
+    """
+    return phases - 1 - entry // (length + 1) + (entry % (length + 1) - 1) * step
+
+
+@triton.jit
+def within(index, size):
+    """Whether 0 <= index < size, by one comparison."""
+    return tl.cast(index, tl.uint32) < tl.cast(size, tl.uint32)
+
+
+@triton.jit
+def ready(x, RELU: tl.constexpr, ACC: tl.constexpr):
+    """What was loaded as the number to multiply: rectified, in the accumulator's dtype.
+
+    Two bfloat16 of a register take the compiler three instructions to widen, where two suffice: a
+    float32's upper half is the bfloat16. They are rectified by one instruction, where the GPU
+    has it.
+    """
+    BFLOAT16: tl.constexpr = x.dtype == tl.bfloat16
+    if BFLOAT16 and not _INTERPRETED:
+        PACKED: tl.constexpr = RELU and cuda_capability_geq(8, 0)
+        if PACKED:
+            wide = tl.inline_asm_elementwise(
+                "mov.b32 $1, 0; max.NaN.bf16x2 $1, $2, $1; "
+                "shl.b32 $0, $1, 16; and.b32 $1, $1, 0xffff0000;",
+                "=&r,=&r,r", [x], dtype=tl.int32, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            wide = tl.inline_asm_elementwise(
+                "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+                "=&r,=&r,r", [x], dtype=tl.int32, is_pure=True, pack=2,
+            )  # fmt: skip
+        return rectify(wide.to(tl.float32, bitcast=True).to(ACC), RELU and not PACKED)
+    else:
+        return rectify(x.to(ACC), RELU)
+
+
+@triton.jit
 def load_weight_row(w, row: tl.constexpr, mask, C, ACC: tl.constexpr):
     """Window row `row` of the weights: (left, middle, right), each of the shape of `w`."""
     left = tl.load(w + 3 * row * C, mask=mask, other=0.0).to(ACC)
@@ -116,9 +207,9 @@ def load_weight_row(w, row: tl.constexpr, mask, C, ACC: tl.constexpr):
 @triton.jit
 def load_taps(x, tap, left, middle, right, RELU: tl.constexpr, ACC: tl.constexpr):
     """The three horizontal taps around `x`, `tap` elements apart; the others are masks."""
-    x_left = rectify(tl.load(x - tap, mask=left, other=0.0).to(ACC), RELU)
-    x_middle = rectify(tl.load(x, mask=middle, other=0.0).to(ACC), RELU)
-    x_right = rectify(tl.load(x + tap, mask=right, other=0.0).to(ACC), RELU)
+    x_left = ready(tl.load(x - tap, mask=left, other=0.0), RELU, ACC)
+    x_middle = ready(tl.load(x, mask=middle, other=0.0), RELU, ACC)
+    x_right = ready(tl.load(x + tap, mask=right, other=0.0), RELU, ACC)
     return x_left, x_middle, x_right
 
 
@@ -149,58 +240,110 @@ def _window_rows(w, x, totals, EDGES: tl.constexpr):
 
 
 @triton.jit
-def _walk_chains(
-    x, w, y, mask, channel_mask, in_row, in_column, out_row, dilation, step, w_edge, y_edge,
-    H, W, HO, WO, C,
-    HOP: tl.constexpr, EDGES: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr,
+def _repeat(value, EDGES: tl.constexpr):
+    """(value, ...), one an edge."""
+    values = ()
+    for _ in tl.static_range(EDGES):
+        values = values + (value,)
+    return values
+
+
+@triton.jit
+def _store_row(y, y_edge, rows, mask, EDGES: tl.constexpr):
+    """A row of outputs of every edge."""
+    for edge in tl.static_range(EDGES):
+        tl.store(y + edge * y_edge, rows[edge], mask=mask)
+
+
+@triton.jit
+def _walk(
+    x, w, y, column, channel, first, rows, dilation, w_edge, y_edge, H, W, HO, WO, C,
+    STRIDE: tl.constexpr, HOP: tl.constexpr, EDGES: tl.constexpr, RELU: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of every chain of a tile (positions, channels), for all edges.
+    """The outputs of the `rows` entries after entry `first`, for all edges.
 
-    x, w, y point at the first input row (which may lie outside), the weights and the first
-    output row, of the first edge; w_edge and y_edge lead to the next one. Neighbouring outputs
-    lie HOP input rows of the chain apart: with HOP = 1 an input row serves three outputs, with
-    HOP = 2 (stride 2, odd dilation) every other one serves two.
+    x, w, y point at the image, the branch's weights and the image of y, of the first edge; w_edge
+    and y_edge lead to the next one. Neighbouring outputs of a chain lie HOP input rows apart: with
+    HOP = 1 an input row serves three outputs, with HOP = 2 (stride 2, odd dilation) every other
+    one serves two.
     """
-    w_top = _load_window_rows(w, 0, w_edge, channel_mask, C, EDGES, ACC)
-    w_centre = _load_window_rows(w, 1, w_edge, channel_mask, C, EDGES, ACC)
-    w_bottom = _load_window_rows(w, 2, w_edge, channel_mask, C, EDGES, ACC)
+    step, phases, length = chains_of(dilation, HO, STRIDE)
+    count = tl.maximum(tl.minimum(rows, phases * (length + 1) - 1 - first), 0)
+    mask = (column < WO) & (channel < C)
+    left = mask & (STRIDE * column >= dilation)
+    right = mask & (STRIDE * column + dilation < W)
     tap = dilation * C
-    x_pitch = (dilation * W).to(tl.int64) * C
-    y_pitch = (step * WO).to(tl.int64) * C
-    left = in_column >= dilation
-    right = in_column + dilation < W
-    nothing = ()
-    for _ in tl.static_range(EDGES):
-        nothing = nothing + (0.0,)
-    one_row, two_rows = nothing, nothing
-    # Input row u of the chain is the bottom row of output (u - 2) / HOP, the centre row of
-    # (u - 1) / HOP and the top row of u / HOP, where these are whole and among the ROWS outputs.
-    last_top: tl.constexpr = HOP * (ROWS - 1)
-    for u in tl.static_range(last_top + 3):
-        inside = mask & (in_row >= 0) & (in_row < H)
-        taps = load_taps(x, tap, inside & left, inside, inside & right, RELU, ACC)
-        if u >= 2 and u % HOP == 0:
-            three_rows = _window_rows(w_bottom, taps, two_rows, EDGES)
-            for edge in tl.static_range(EDGES):
-                tl.store(y + edge * y_edge, three_rows[edge], mask=mask & (out_row < HO))
-            y += y_pitch
-            out_row += step
-        if u % HOP == 1 % HOP and (u >= 1 and u <= last_top + 1):
-            two_rows = _window_rows(w_centre, taps, one_row, EDGES)
-        if u % HOP == 0 and u <= last_top:
-            one_row = _window_rows(w_top, taps, nothing, EDGES)
-        x += x_pitch
-        in_row += dilation
+    x_offset = STRIDE * column * C + channel
+    y_offset = column * C + channel
+    # From the last row of a chain the walk goes back to the row before the next one.
+    last_row = (length - 1) * step
+    back = -1 - length * step
+    x_step = (STRIDE * step * W).to(tl.int64) * C
+    x_back = (STRIDE * back * W).to(tl.int64) * C
+    y_step = (step * WO).to(tl.int64) * C
+    y_back = (back * WO).to(tl.int64) * C
+    row = row_of(first, step, phases, length)
+    x += (STRIDE * row * W).to(tl.int64) * C
+    y += (row * WO).to(tl.int64) * C
+    w_top = _load_window_rows(w + channel, 0, w_edge, channel < C, C, EDGES, ACC)
+    w_centre = _load_window_rows(w + channel, 1, w_edge, channel < C, C, EDGES, ACC)
+    w_bottom = _load_window_rows(w + channel, 2, w_edge, channel < C, C, EDGES, ACC)
+    nothing = _repeat(0.0, EDGES)
+    zeros = _repeat(tl.zeros((column.shape[0], channel.shape[1]), dtype=ACC), EDGES)
+    if HOP == 1:
+        # Row of entry e: the bottom row of output e - 1, the centre row of e, the top row of e + 1.
+        one_row, two_rows = zeros, zeros
+        before = HO  # no row: the output before the first is another program's
+        for done in range(-2, rows, AT_ONCE):
+            taps, outputs, masks = (), (), ()
+            for k in tl.static_range(AT_ONCE):
+                here = within(STRIDE * row, H)
+                taps = taps + (
+                    load_taps(x + x_offset, tap, here & left, here & mask, here & right, RELU, ACC),
+                )
+                outputs = outputs + (y + y_offset,)
+                masks = masks + (mask & within(before, HO) & within(done + k, count),)
+                over = row >= last_row
+                on = tl.where(before >= last_row, y_back, y_step)
+                y += on if k > 0 else tl.where(done > -2, on, 0)
+                x += tl.where(over, x_back, x_step)
+                before = row
+                row += tl.where(over, back, step)
+            for k in tl.static_range(AT_ONCE):
+                three_rows = _window_rows(w_bottom, taps[k], two_rows, EDGES)
+                two_rows = _window_rows(w_centre, taps[k], one_row, EDGES)
+                one_row = _window_rows(w_top, taps[k], nothing, EDGES)
+                _store_row(outputs[k], y_edge, three_rows, masks[k], EDGES)
+    else:
+        # Row of entry e: the centre row of output e. Below: its bottom row, the top row of e + 1.
+        x_below = (dilation * W).to(tl.int64) * C
+        one_row = zeros
+        for done in range(-1, rows):
+            here = within(STRIDE * row, H)
+            below = within(STRIDE * row + dilation, H)
+            centre = load_taps(x + x_offset, tap, here & left, here & mask, here & right, RELU, ACC)
+            bottom = load_taps(
+                x + x_below + x_offset, tap, below & left, below & mask, below & right, RELU, ACC
+            )
+            two_rows = _window_rows(w_centre, centre, one_row, EDGES)
+            three_rows = _window_rows(w_bottom, bottom, two_rows, EDGES)
+            one_row = _window_rows(w_top, bottom, nothing, EDGES)
+            valid = mask & within(row, HO) & within(done, count)
+            _store_row(y + y_offset, y_edge, three_rows, valid, EDGES)
+            over = row >= last_row
+            x += tl.where(over, x_back, x_step)
+            y += tl.where(over, y_back, y_step)
+            row += tl.where(over, back, step)
 
 
-@triton.jit(do_not_specialize=["packed_dilations", "N", "branches"])
+@triton.jit(do_not_specialize=["packed_dilations", "N", "branches", "segments"])
 def _forward_kernel(
-    x_ptr, w_ptr, y_ptr, packed_dilations, N, H, W, HO, WO, C, branches,
+    x_ptr, w_ptr, y_ptr, packed_dilations, N, H, W, HO, WO, C, branches, segments,
     STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
-    EDGES: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    EDGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_P chains, BLOCK_C channels, one branch, all edges.
+    """One program: a segment of a branch's sequence, BLOCK_P columns, BLOCK_C channels.
 
     Branches are neighbours in launch order, so that they find x in the L2 cache.
     """
@@ -208,29 +351,30 @@ def _forward_kernel(
     rest = tl.program_id(0) // branches
     channel_blocks = tl.cdiv(C, BLOCK_C)
     channel = (rest % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    position = (rest // channel_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    rest = rest // channel_blocks
+    column_blocks = tl.cdiv(WO, BLOCK_P)
+    column = (rest % column_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    rest = rest // column_blocks
+    image = (rest // segments).to(tl.int64)
 
     dilation = dilation_of(packed_dilations, branch)
-    step, image, out_row, out_column = locate_chains(position, dilation, HO, WO, STRIDE, ROWS)
-    in_row = STRIDE * out_row - dilation
-    in_column = STRIDE * out_column
-    mask = (image < N) & (channel < C)
-
-    x = x_ptr + ((image * H + in_row) * W + in_column) * C + channel
-    w = w_ptr + branch * 9 * C + channel
-    y_map = branch.to(tl.int64) * N + image
-    y = y_ptr + ((y_map * HO + out_row) * WO + out_column) * C + channel
+    _, phases, length = chains_of(dilation, HO, STRIDE)
+    rows = tl.cdiv(phases * (length + 1) - 1, segments)
+    first = rest % segments * rows
+    x = x_ptr + image * H * W * C
+    w = w_ptr + branch * 9 * C
+    y = y_ptr + (branch.to(tl.int64) * N + image) * HO * WO * C
     w_edge = branches * 9 * C
     y_edge = branches.to(tl.int64) * N * HO * WO * C
     if STRIDE == 1 or dilation % STRIDE == 0:
-        _walk_chains(
-            x, w, y, mask, channel < C, in_row, in_column, out_row, dilation, step, w_edge, y_edge,
-            H, W, HO, WO, C, 1, EDGES, ROWS, RELU, ACC,
+        _walk(
+            x, w, y, column, channel, first, rows, dilation, w_edge, y_edge, H, W, HO, WO, C,
+            STRIDE, 1, EDGES, RELU, ACC,
         )  # fmt: skip
     else:
-        _walk_chains(
-            x, w, y, mask, channel < C, in_row, in_column, out_row, dilation, step, w_edge, y_edge,
-            H, W, HO, WO, C, 2, EDGES, ROWS, RELU, ACC,
+        _walk(
+            x, w, y, column, channel, first, rows, dilation, w_edge, y_edge, H, W, HO, WO, C,
+            STRIDE, 2, EDGES, RELU, ACC,
         )  # fmt: skip
 
 
@@ -253,16 +397,13 @@ def depthwise_multi(
     out_height, out_width = -(-height // stride), -(-width // stride)
     y = empty_map((edges, branches, images, channels, out_height, out_width), x)
     config = config or ForwardConfig.default(tuple(y.shape), dilations, stride)
-    columns = max(
-        images * out_width * _pieces(out_height, d, stride, config.rows) for d in dilations
-    )
-    blocks = triton.cdiv(columns, config.block_p) * triton.cdiv(channels, config.block_c)
-    _forward_kernel[(blocks * branches,)](
+    segments = triton.cdiv(out_height, config.rows)
+    tiles = triton.cdiv(out_width, config.block_p) * triton.cdiv(channels, config.block_c)
+    _forward_kernel[(images * segments * tiles * branches,)](
         x, weights, y, pack(dilations), images, height, width, out_height, out_width, channels,
-        branches,
+        branches, segments,
         STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype),
-        EDGES=edges, ROWS=config.rows,
-        BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
+        EDGES=edges, BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
     return y
 
@@ -282,12 +423,6 @@ def pack(dilations: Sequence[int]) -> int:
 def _step(dilation: int, stride: int) -> int:
     """Distance of the output rows that share input rows."""
     return dilation // stride if dilation % stride == 0 else dilation
-
-
-def _pieces(out_height: int, dilation: int, stride: int, rows: int) -> int:
-    """Pieces of `rows` outputs in all chains of one image column."""
-    step = _step(dilation, stride)
-    return min(step, out_height) * triton.cdiv(triton.cdiv(out_height, step), rows)
 
 
 def check_arguments(

@@ -2,11 +2,12 @@
 
     dw[e, b, u, v, c] = sum_{n, i, j} r(x[n, s i + u d_b, s j + v d_b, c]) dy[e, b, n, i, j, c]
 
-The programs walk the same chains as the forward kernel: the three horizontal taps of an input
-row, loaded once, meet the dy of the up to three outputs that they served. A program adds up many
-tiles before it writes its share of dw; `sum_rows` adds the shares. Each map of dy has its own
-programs, since nine sums a channel are all that the registers hold; the maps are neighbours in
-launch order, so that they find x in the L2 cache.
+The programs walk the same sequence of rows as the forward kernel: the three horizontal taps of an
+input row, loaded once, meet the dy of the up to three outputs that they served, and a dy stays in
+registers from one row to the next. A program adds up several walks before it writes its share of
+dw; `sum_rows` adds the shares. Each map of dy has its own programs, since nine sums a channel are
+all that the registers hold; the maps are neighbours in launch order, so that they find x in the L2
+cache.
 
 Least traffic, in maps of y: s^2 + E B. Arithmetic: 9 E B multiply-adds an output.
 """
@@ -20,22 +21,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, sum_rows
+from lgcnet_fast.kernels.common import INTERPRETED, accumulator, accumulator_dtype, sum_rows
 from lgcnet_fast.kernels.depthwise import (
+    AT_ONCE,
+    chains_of,
     check_arguments,
     check_dy,
+    default_block,
     default_rows,
     dilation_of,
     load_taps,
-    locate_chains,
     pack,
-    pieces_of,
+    ready,
+    row_of,
+    share_rows,
+    within,
 )
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @dataclass(frozen=True)
 class WeightGradConfig:
-    """Tile: `block_p` chains of `rows` outputs, `block_c` channels; `programs` to a map of dy."""
+    """Tile: walks of about `rows` outputs of `block_p` columns and `block_c` channels.
+
+    `programs` of them to a map of dy; `depthwise_backward` takes the rows of a walk exactly.
+    """
 
     rows: int
     block_p: int
@@ -47,14 +58,22 @@ class WeightGradConfig:
     def default(
         cls, dy_shape: tuple[int, ...], dilations: Sequence[int], stride: int
     ) -> WeightGradConfig:
-        """8 bytes of 16-bit storage a thread and load; 4 programs for each of 132 cores."""
+        """8 bytes of 16-bit storage a thread and load; up to 4 programs for each of 132 cores.
+
+        Walks are long and as many as programs, or a multiple. Those of a single map are short, for
+        `depthwise_backward`.
+        """
         edges, branches, images, channels, height, width = dy_shape
-        block_c = min(64, triton.next_power_of_2(channels))
-        block_p = 512 // block_c
-        rows = default_rows(height, width, dilations, stride)
-        tiles = triton.cdiv(images * width * triton.cdiv(height, rows), block_p)
-        others = edges * branches * triton.cdiv(channels, block_c)
-        return cls(rows, block_p, block_c, warps=4, programs=min(tiles, max(528 // others, 1)))
+        block_p, block_c = default_block(width, channels)
+        most = max(1, 528 // (edges * branches * triton.cdiv(channels, block_c)))
+        walks = images * triton.cdiv(width, block_p)
+        if edges * branches == 1:
+            rows = default_rows(height, width, dilations, stride)
+        else:
+            rows = share_rows(height, most // walks)
+        walks *= triton.cdiv(height, rows)
+        programs = triton.cdiv(walks, triton.cdiv(walks, most))
+        return cls(rows, block_p, block_c, warps=4, programs=programs)
 
 
 @triton.jit
@@ -63,58 +82,131 @@ def add_products(total, taps, g):
 
 
 @triton.jit
-def _walk_chains(
-    top, centre, bottom, x, dy, mask, in_row, in_column, out_row, dilation, step,
-    H, W, HO, WO, C,
-    HOP: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+def _walk(
+    top, centre, bottom, x, dy, column, channel, first, rows, count, dilation, H, W, HO, WO, C,
+    STRIDE: tl.constexpr, HOP: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The three window rows of dw, each (left, middle, right), with a tile of chains added.
+    """The three window rows of dw, each (left, middle, right), with a walk added.
 
-    Input row u is the bottom row of output (u - 2) / HOP, the centre row of (u - 1) / HOP and the
-    top row of u / HOP, where these are whole and among the ROWS outputs.
+    Adds the products of the input rows of `count` (up to `rows`) entries: with HOP = 1 those after
+    entry `first`, with HOP = 2 those from it on. x and dy point at the image.
     """
+    step, phases, length = chains_of(dilation, HO, STRIDE)
+    mask = (column < WO) & (channel < C)
+    left = mask & (STRIDE * column >= dilation)
+    right = mask & (STRIDE * column + dilation < W)
     tap = dilation * C
-    x_pitch = (dilation * W).to(tl.int64) * C
-    y_pitch = (step * WO).to(tl.int64) * C
-    left = in_column >= dilation
-    right = in_column + dilation < W
-    last_top: tl.constexpr = HOP * (ROWS - 1)
-    g_one_ago, g_two_ago = 0.0, 0.0
-    for u in tl.static_range(last_top + 3):
-        inside = mask & (in_row >= 0) & (in_row < H)
-        taps = load_taps(x, tap, inside & left, inside, inside & right, RELU, ACC)
-        if u >= 2 and u % HOP == 0:
-            bottom = add_products(bottom, taps, g_two_ago)
-        g_two_ago = g_one_ago
-        if u % HOP == 1 % HOP and (u >= 1 and u <= last_top + 1):
-            centre = add_products(centre, taps, g_one_ago)
-        if u % HOP == 0 and u <= last_top:
-            g_one_ago = tl.load(dy, mask=mask & (out_row < HO), other=0.0).to(ACC)
-            top = add_products(top, taps, g_one_ago)
-            dy += y_pitch
-            out_row += step
-        x += x_pitch
-        in_row += dilation
+    x_offset = STRIDE * column * C + channel
+    offset = column * C + channel
+    # From the last row of a chain the walk goes back to the row before the next one.
+    last_row = (length - 1) * step
+    back = -1 - length * step
+    x_step = (STRIDE * step * W).to(tl.int64) * C
+    x_back = (STRIDE * back * W).to(tl.int64) * C
+    y_step = (step * WO).to(tl.int64) * C
+    y_back = (back * WO).to(tl.int64) * C
+    row = row_of(first, step, phases, length)
+    x += (STRIDE * row * W).to(tl.int64) * C
+    dy += (row * WO).to(tl.int64) * C
+    after = row + tl.where(row >= last_row, back, step)
+    # Output of entry e is g; the one before it g_before and the one after it g_after.
+    g = ready(tl.load(dy + offset, mask=mask & within(row, HO), other=0.0), False, ACC)
+    dy += tl.where(row >= last_row, y_back, y_step)
+    if HOP == 1:
+        x += tl.where(row >= last_row, x_back, x_step)
+        row = after
+        g_before = g
+        g = ready(tl.load(dy + offset, mask=mask & within(row, HO), other=0.0), False, ACC)
+        dy += tl.where(row >= last_row, y_back, y_step)
+        after = row + tl.where(row >= last_row, back, step)
+        for done in range(0, rows, AT_ONCE):
+            taps, later = (), ()
+            for k in tl.static_range(AT_ONCE):
+                counted = within(done + k, count)
+                here = within(STRIDE * row, H) & counted
+                taps = taps + (
+                    load_taps(x + x_offset, tap, here & left, here & mask, here & right, RELU, ACC),
+                )
+                there = mask & within(after, HO) & counted
+                later = later + (ready(tl.load(dy + offset, mask=there, other=0.0), False, ACC),)
+                x += tl.where(row >= last_row, x_back, x_step)
+                row = after
+                over = after >= last_row
+                dy += tl.where(over, y_back, y_step)
+                after += tl.where(over, back, step)
+            for k in tl.static_range(AT_ONCE):
+                bottom = add_products(bottom, taps[k], g_before)
+                centre = add_products(centre, taps[k], g)
+                top = add_products(top, taps[k], later[k])
+                g_before, g = g, later[k]
+    else:
+        x_below = (dilation * W).to(tl.int64) * C
+        for done in range(0, rows):
+            counted = within(done, count)
+            here = within(STRIDE * row, H) & counted
+            below = within(STRIDE * row + dilation, H) & counted
+            taps = load_taps(x + x_offset, tap, here & left, here & mask, here & right, RELU, ACC)
+            taps_below = load_taps(
+                x + x_below + x_offset, tap, below & left, below & mask, below & right, RELU, ACC
+            )
+            there = mask & within(after, HO) & counted
+            g_after = ready(tl.load(dy + offset, mask=there, other=0.0), False, ACC)
+            centre = add_products(centre, taps, g)
+            bottom = add_products(bottom, taps_below, g)
+            top = add_products(top, taps_below, g_after)
+            g = g_after
+            x += tl.where(row >= last_row, x_back, x_step)
+            row = after
+            over = after >= last_row
+            dy += tl.where(over, y_back, y_step)
+            after += tl.where(over, back, step)
     return top, centre, bottom
 
 
 @triton.jit
-def _add_tile(
-    top, centre, bottom, x_ptr, dy_ptr, position, channel, dilation, N, H, W, HO, WO, C,
-    STRIDE: tl.constexpr, HOP: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr,
-    ACC: tl.constexpr,
+def _add_walks(
+    x_ptr, dy_ptr, channel, program, programs, segments, dilation, N, H, W, HO, WO, C,
+    STRIDE: tl.constexpr, HOP: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The three window rows of dw with the chains `position` added."""
-    step, image, row, column = locate_chains(position, dilation, HO, WO, STRIDE, ROWS)
-    in_row = STRIDE * row - dilation
-    in_column = STRIDE * column
-    x = x_ptr + ((image * H + in_row) * W + in_column) * C + channel
-    dy = dy_ptr + ((image * HO + row) * WO + column) * C + channel
-    mask = (image < N) & (channel < C)
-    return _walk_chains(
-        top, centre, bottom, x, dy, mask, in_row, in_column, row, dilation, step, H, W, HO, WO, C,
-        HOP, ROWS, RELU, ACC,
-    )  # fmt: skip
+    """The three window rows of dw, summed over every `programs`-th walk."""
+    zero = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
+    top, centre, bottom = (zero, zero, zero), (zero, zero, zero), (zero, zero, zero)
+    _, phases, length = chains_of(dilation, HO, STRIDE)
+    entries = phases * (length + 1) + (HOP - 2)
+    rows = tl.cdiv(entries, segments)
+    column_blocks = tl.cdiv(WO, BLOCK_P)
+    for walk in range(program, N * segments * column_blocks, programs):
+        column = walk % column_blocks * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+        first = walk // column_blocks % segments * rows
+        count = tl.maximum(tl.minimum(rows, entries - first), 0)
+        image = (walk // column_blocks // segments).to(tl.int64)
+        top, centre, bottom = _walk(
+            top, centre, bottom, x_ptr + image * H * W * C, dy_ptr + image * HO * WO * C,
+            column, channel, first, rows, count, dilation,
+            H, W, HO, WO, C, STRIDE, HOP, RELU, ACC,
+        )  # fmt: skip
+    return top, centre, bottom
+
+
+@triton.jit
+def _add_nine(
+    a0, a1, a2, a3, a4, a5, a6, a7, a8, b0, b1, b2, b3, b4, b5, b6, b7, b8
+):  # fmt: skip
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7, a8 + b8
+
+
+@triton.jit
+def _store_share(share, top, centre, bottom, channel_mask, C):
+    """Sums the nine of dw over the columns of the tile, all at once, and writes them."""
+    if _INTERPRETED:  # where reductions of several values take long
+        store_window_row(share, top, channel_mask, C, 0)
+        store_window_row(share, centre, channel_mask, C, 1)
+        store_window_row(share, bottom, channel_mask, C, 2)
+    else:
+        sums = tl.reduce(top + centre + bottom, 0, _add_nine)
+        for tap in tl.static_range(9):
+            tl.store(share + tap * C, sums[tap][None, :], mask=channel_mask)
 
 
 @triton.jit
@@ -125,42 +217,37 @@ def store_window_row(share, row, channel_mask, C, WINDOW_ROW: tl.constexpr):
         tl.store(share + (3 * WINDOW_ROW + tap) * C, total, mask=channel_mask)
 
 
-@triton.jit(do_not_specialize=["packed_dilations", "N", "maps", "branches", "programs"])
+@triton.jit(do_not_specialize=["packed_dilations", "N", "maps", "branches", "programs", "segments"])
 def _weight_grad_kernel(
     dy_ptr, x_ptr, share_ptr, packed_dilations, N, H, W, HO, WO, C, maps, branches, programs,
+    segments,
     STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: every `programs`-th tile of chains of one map of dy, BLOCK_C channels."""
+    """One program: every `programs`-th walk of one map of dy, BLOCK_C channels.
+
+    There is a walk for every image, tile of columns and segment of the sequence of rows.
+    """
     k = tl.program_id(0) % maps
     rest = tl.program_id(0) // maps
     channel_blocks = tl.cdiv(C, BLOCK_C)
     channel = (rest % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     program = rest // channel_blocks
-    lane = tl.arange(0, BLOCK_P)[:, None]
 
     dilation = dilation_of(packed_dilations, k % branches)
-    chains = N * WO * pieces_of(dilation, HO, STRIDE, ROWS)
     dy_ptr += k.to(tl.int64) * N * HO * WO * C
-    zero = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
-    top, centre, bottom = (zero, zero, zero), (zero, zero, zero), (zero, zero, zero)
     if STRIDE == 1 or dilation % STRIDE == 0:
-        for first in range(program * BLOCK_P, chains, programs * BLOCK_P):
-            top, centre, bottom = _add_tile(
-                top, centre, bottom, x_ptr, dy_ptr, first + lane, channel, dilation,
-                N, H, W, HO, WO, C, STRIDE, 1, ROWS, RELU, ACC,
-            )  # fmt: skip
+        top, centre, bottom = _add_walks(
+            x_ptr, dy_ptr, channel, program, programs, segments, dilation, N, H, W, HO, WO, C,
+            STRIDE, 1, RELU, ACC, BLOCK_P, BLOCK_C,
+        )  # fmt: skip
     else:
-        for first in range(program * BLOCK_P, chains, programs * BLOCK_P):
-            top, centre, bottom = _add_tile(
-                top, centre, bottom, x_ptr, dy_ptr, first + lane, channel, dilation,
-                N, H, W, HO, WO, C, STRIDE, 2, ROWS, RELU, ACC,
-            )  # fmt: skip
-
+        top, centre, bottom = _add_walks(
+            x_ptr, dy_ptr, channel, program, programs, segments, dilation, N, H, W, HO, WO, C,
+            STRIDE, 2, RELU, ACC, BLOCK_P, BLOCK_C,
+        )  # fmt: skip
     share = share_ptr + (program * maps + k).to(tl.int64) * 9 * C + channel
-    store_window_row(share, top, channel < C, C, 0)
-    store_window_row(share, centre, channel < C, C, 1)
-    store_window_row(share, bottom, channel < C, C, 2)
+    _store_share(share, top, centre, bottom, channel < C, C)
 
 
 def depthwise_multi_weight_grad(
@@ -186,9 +273,9 @@ def depthwise_multi_weight_grad(
     blocks = config.programs * triton.cdiv(channels, config.block_c) * edges * branches
     _weight_grad_kernel[(blocks,)](
         dy, x, shares, pack(dilations), images, height, width, out_height, out_width, channels,
-        edges * branches, branches, config.programs,
+        edges * branches, branches, config.programs, triton.cdiv(out_height, config.rows),
         STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype),
-        ROWS=config.rows, BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
+        BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
     return sum_rows(shares)
 

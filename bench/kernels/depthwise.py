@@ -116,15 +116,29 @@ def tiles(kernel: Any, case: Case) -> Iterator[Any]:
     channels = case.shape[1]
     y_shape = (case.edges, len(case.dilations), case.shape[0], channels, *case.out_size)
     if kernel is forward:
-        yield ForwardConfig.default(y_shape, case.dilations, case.stride)
-        blocks = [(16, 32, 4), (8, 64, 4), (16, 64, 4), (32, 32, 4), (32, 16, 4)]
-        for rows, (p, c, warps) in itertools.product((2, 4, 8), blocks):
-            yield ForwardConfig(rows, p, c, warps)
+        default = ForwardConfig.default(y_shape, case.dilations, case.stride)
+        yield default
+        p, c, height = default.block_p, default.block_c, case.out_size[0]
+        for part in (2, 4):
+            yield ForwardConfig(-(-height // part), p, c, 4)
+            yield ForwardConfig(-(-height // part), 2 * p, c, 4)  # 16 bytes a thread and load
+        yield ForwardConfig(height, p // 2, c, 2)
+        yield ForwardConfig(-(-height // 2), 32, 16, 4)
     elif kernel is input_grad:
         yield InputGradConfig.default(channels, case.stride)
         blocks = [(16, 32, 4), (32, 32, 4), (16, 64, 4), (32, 64, 4), (64, 32, 4), (64, 64, 8)]
         for p, c, warps in [*blocks, (64, 16, 4)]:
             yield InputGradConfig(p, c, warps)
+    elif kernel is weight_grad:
+        default = WeightGradConfig.default(y_shape, case.dilations, case.stride)
+        yield default
+        p, c, rows, programs = default.block_p, default.block_c, default.rows, default.programs
+        yield WeightGradConfig(rows, p, c, 4, -(-programs * 3 // 4))
+        yield WeightGradConfig(-(-rows // 2), p, c, 4, programs)
+        yield WeightGradConfig(-(-rows // 2), p, c, 4, -(-programs * 3 // 4))
+        yield WeightGradConfig(rows, p // 2, c, 2, 2 * programs)
+        yield WeightGradConfig(rows, 2 * p, c, 4, -(-programs // 2))
+        yield WeightGradConfig(-(-rows // 2), 32, 16, 4, programs)
     else:
         yield WeightGradConfig.default(y_shape, case.dilations, case.stride)
         blocks = [(16, 32, 4), (8, 64, 4), (8, 32, 4), (32, 16, 4)]

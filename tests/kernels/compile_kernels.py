@@ -68,11 +68,11 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     """Kernel, compile-time arguments and warps: the defaults for 64 channels and large maps."""
     for stride in (1, 2):
         shared = {"STRIDE": stride, "RELU": True, "ACC": tl.float32}
-        tile = {"BLOCK_P": 8, "BLOCK_C": 64, "ROWS": 8}
+        tile = {"BLOCK_P": 8, "BLOCK_C": 64}
         for edges in (1, 2):
             yield depthwise._forward_kernel, shared | tile | {"EDGES": edges}, 4
         yield depthwise_weight_grad._weight_grad_kernel, shared | tile, 4
-        yield depthwise_backward._backward_kernel, shared | tile, 4
+        yield depthwise_backward._backward_kernel, shared | tile | {"ROWS": 8}, 4
         tile = {"BLOCK_P": 32 // stride, "BLOCK_C": 64}
         yield depthwise_input_grad._input_grad_kernel, shared | tile, 4
     counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}
