@@ -11,6 +11,11 @@ u of an even dilation reaches only even rows, from output row i - u d / 2; of an
 u = 0 reaches the even row from i, and u = -1 or 1 the odd row from i + (1 - u d) / 2. So each tap
 belongs to exactly one of the four positions, and none is computed in vain.
 
+How the kernel saves work: a tile is ROWS rows high, and a thread holds all rows of its column. For
+one v it goes down a column of dy, loads and widens each value once, and gives it to all rows of dx
+that need it: up to three where the reach of the window (d / s) is less than ROWS. The row is the
+same for a whole program, so that only columns have masks of their own.
+
 Least traffic, in maps of y: E B + 2 s^2 with a ReLU, E B + s^2 without. Arithmetic: 9 E B
 multiply-adds an output.
 """
@@ -24,135 +29,284 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lgcnet_fast.kernels.common import accumulator, empty_map
+from lgcnet_fast.kernels.common import INTERPRETED, accumulator, empty_map
 from lgcnet_fast.kernels.depthwise import check_arguments, check_dy, dilation_of, pack
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @dataclass(frozen=True)
 class InputGradConfig:
-    """Tile of one program: `block_p` output positions, `block_c` channels."""
+    """Tile of one program: `rows` x `block_p` positions of dy, `block_c` channels."""
 
+    rows: int
     block_p: int
     block_c: int
     warps: int
 
     @classmethod
-    def default(cls, channels: int, stride: int) -> InputGradConfig:
-        """16 bytes a thread and load of 16-bit storage; stride 2 holds four tiles of dx."""
-        block_c = min(64, triton.next_power_of_2(channels))
-        return cls(block_p=(2048 if stride == 1 else 1024) // block_c, block_c=block_c, warps=4)
+    def default(cls, dy_shape: tuple[int, ...], stride: int) -> InputGradConfig:
+        """16 bytes a thread and load of 16-bit storage; as high as leaves every core 11 warps.
+
+        Stride 2 holds four tiles of dx, which is what the registers take at two rows.
+        """
+        *_, images, channels, height, width = dy_shape
+        block_c = min(16, triton.next_power_of_2(channels))
+        rows = 2
+        while rows < min(height, 8) and images * channels * height * width >= 2 * rows * 390_000:
+            rows *= 2
+        return cls(2 if stride == 2 else rows, block_p=512 // block_c, block_c=block_c, warps=2)
 
 
 @triton.jit
-def _store(x, dx, value, offset, row, column, mask, H, W, RELU: tl.constexpr):
-    """Writes dx at `offset` from the pointers x and dx, masked by the ReLU."""
-    inside = mask & (row < H) & (column < W)
-    if RELU:
-        # Where x is NaN the gradient passes, as PyTorch's does.
-        dead = tl.load(x + offset, mask=inside, other=0.0) <= 0.0
-        value = tl.where(dead, 0.0, value)
-    tl.store(dx + offset, value, mask=inside)
+def _widen(x, ACC: tl.constexpr):
+    """x in the accumulator's dtype; two values of bfloat16 by two instructions."""
+    if x.dtype == tl.bfloat16 and not _INTERPRETED:
+        bits = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=&r,r", [x],
+            dtype=tl.int32, is_pure=True, pack=2,
+        )  # fmt: skip
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(ACC)
 
 
 @triton.jit
-def _add_tap(
-    dx, g, w, TAP: tl.constexpr, up, across, row, column, mask, channel_mask, HO, WO, C,
-    ACC: tl.constexpr,
+def _anew(row):
+    """row, of which the compiler cannot tell that it is the same in every turn of a loop.
+
+    Else it computes the addresses of all rows and windows ahead of the loop, and then the
+    registers do not hold them.
+    """
+    if not _INTERPRETED:
+        row = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [row], dtype=tl.int32, is_pure=False, pack=1
+        )
+    return row
+
+
+@triton.jit
+def _load_row(g, row, inside, HO, ACC: tl.constexpr):
+    """A row of dy at the pointers g, zero outside."""
+    # One comparison for both ends: a negative row is a large unsigned number.
+    within = tl.cast(row, tl.uint32) < tl.cast(HO, tl.uint32)
+    return _widen(tl.load(g, mask=inside & within, other=0.0), ACC)
+
+
+@triton.jit
+def _load_weights(w, channel_mask, C, ACC: tl.constexpr):
+    """A column of the window: the weights of the taps u = -1, 0 and 1, which is bottom up."""
+    low = tl.load(w, mask=channel_mask, other=0.0).to(ACC)
+    centre = tl.load(w + 3 * C, mask=channel_mask, other=0.0).to(ACC)
+    high = tl.load(w + 6 * C, mask=channel_mask, other=0.0).to(ACC)
+    return low, centre, high
+
+
+@triton.jit
+def _add_column(
+    sums, g, w, across, row, column, mask, channel_mask, reach, HO, WO, C,
+    ROWS: tl.constexpr, REACH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx with tap TAP of the window added."""
-    inside = (row + up >= 0) & (row + up < HO) & (column + across >= 0) & (column + across < WO)
-    value = tl.load(g + (up * WO + across) * C, mask=mask & inside, other=0.0).to(ACC)
-    return dx + tl.load(w + TAP * C, mask=channel_mask, other=0.0).to(ACC) * value
+    """The rows of dx with one column of the window added.
+
+    g points at row `row`, `across` columns from `column`. REACH is `reach` where a row of dy
+    serves several of the ROWS, else 0.
+    """
+    low, centre, high = _load_weights(w, channel_mask, C, ACC)
+    inside = mask & (column + across >= 0) & (column + across < WO)
+    pitch = tl.cast(WO, tl.int64) * C
+    above = g - reach * pitch
+    added = ()
+    if REACH:
+        rows = ()
+        for r in tl.static_range(ROWS + 2 * REACH):
+            rows = rows + (_load_row(above, row + (r - REACH), inside, HO, ACC),)
+            above += pitch
+            if r >= 2 * REACH:
+                total = sums[r - 2 * REACH] + high * rows[r - 2 * REACH]
+                added = added + (total + centre * rows[r - REACH] + low * rows[r],)
+    else:
+        below = g + reach * pitch
+        for r in tl.static_range(ROWS):
+            g_above = _load_row(above, row + r - reach, inside, HO, ACC)
+            g_here = _load_row(g, row + r, inside, HO, ACC)
+            g_below = _load_row(below, row + r + reach, inside, HO, ACC)
+            above += pitch
+            g += pitch
+            below += pitch
+            added = added + (sums[r] + high * g_above + centre * g_here + low * g_below,)
+    return added
 
 
 @triton.jit
-def _add_window(dx, g, w, reach, row, column, mask, channel_mask, HO, WO, C, ACC: tl.constexpr):
+def _add_reach(
+    sums, g, w, reach, row, column, channel, mask, channel_mask, HO, WO, C,
+    ROWS: tl.constexpr, REACH: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """All nine taps, `reach` positions apart, when they belong to one input position."""
-    for tap in tl.static_range(9):
-        up = (1 - tap // 3) * reach
-        across = (1 - tap % 3) * reach
-        dx = _add_tap(dx, g, w, tap, up, across, row, column, mask, channel_mask, HO, WO, C, ACC)
-    return dx
+    for v in range(3):
+        again = _anew(row)
+        across = (1 - v) * reach
+        at = g + again * (tl.cast(WO, tl.int64) * C) + ((column + across) * C + channel)
+        sums = _add_column(
+            sums, at, w + v * C + channel, across, again, column, mask, channel_mask, reach,
+            HO, WO, C, ROWS, REACH, ACC,
+        )  # fmt: skip
+    return sums
+
+
+@triton.jit
+def _add_window(
+    sums, g, w, reach, row, column, channel, mask, channel_mask, HO, WO, C,
+    ROWS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """`_add_reach` for any reach."""
+    if (reach == 1) & (ROWS > 1):
+        sums = _add_reach(
+            sums, g, w, 1, row, column, channel, mask, channel_mask, HO, WO, C, ROWS, 1, ACC
+        )
+    elif (reach == 2) & (ROWS > 2):
+        sums = _add_reach(
+            sums, g, w, 2, row, column, channel, mask, channel_mask, HO, WO, C, ROWS, 2, ACC
+        )
+    elif (reach == 4) & (ROWS > 4):
+        sums = _add_reach(
+            sums, g, w, 4, row, column, channel, mask, channel_mask, HO, WO, C, ROWS, 4, ACC
+        )
+    else:
+        sums = _add_reach(
+            sums, g, w, reach, row, column, channel, mask, channel_mask, HO, WO, C, ROWS, 0, ACC
+        )
+    return sums
+
+
+@triton.jit
+def _add_odd_column(
+    even, odd, g, w, across, row, column, channel, mask, channel_mask, up, down, HO, WO, C,
+    ROWS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Stride 2, odd dilation: the even and the odd rows of dx with a column of taps added."""
+    row = _anew(row)
+    pitch = tl.cast(WO, tl.int64) * C
+    high, centre, low = _load_weights(w + channel, channel_mask, C, ACC)
+    inside = mask & (column + across >= 0) & (column + across < WO)
+    here = g + row * pitch + ((column + across) * C + channel)
+    above = here + up * pitch
+    below = here + down * pitch
+    evens, odds = (), ()
+    for r in tl.static_range(ROWS):
+        evens = evens + (even[r] + centre * _load_row(here, row + r, inside, HO, ACC),)
+        total = odd[r] + high * _load_row(above, row + r + up, inside, HO, ACC)
+        odds = odds + (total + low * _load_row(below, row + r + down, inside, HO, ACC),)
+        here += pitch
+        above += pitch
+        below += pitch
+    return evens, odds
 
 
 @triton.jit
 def _add_odd_window(
-    ee, eo, oe, oo, g, w, dilation, row, column, mask, channel_mask, HO, WO, C,
-    ACC: tl.constexpr,
+    ee, eo, oe, oo, g, w, dilation, row, column, channel, mask, channel_mask, HO, WO, C,
+    ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Stride 2, odd dilation: `eo` is dx of the even row and odd column, and so on."""
+    """Stride 2, odd dilation: `eo` is dx of the even rows and odd columns, and so on."""
     up = (dilation + 1) // 2
     down = (1 - dilation) // 2
-    oo = _add_tap(oo, g, w, 0, up, up, row, column, mask, channel_mask, HO, WO, C, ACC)
-    oe = _add_tap(oe, g, w, 1, up, 0, row, column, mask, channel_mask, HO, WO, C, ACC)
-    oo = _add_tap(oo, g, w, 2, up, down, row, column, mask, channel_mask, HO, WO, C, ACC)
-    eo = _add_tap(eo, g, w, 3, 0, up, row, column, mask, channel_mask, HO, WO, C, ACC)
-    ee = _add_tap(ee, g, w, 4, 0, 0, row, column, mask, channel_mask, HO, WO, C, ACC)
-    eo = _add_tap(eo, g, w, 5, 0, down, row, column, mask, channel_mask, HO, WO, C, ACC)
-    oo = _add_tap(oo, g, w, 6, down, up, row, column, mask, channel_mask, HO, WO, C, ACC)
-    oe = _add_tap(oe, g, w, 7, down, 0, row, column, mask, channel_mask, HO, WO, C, ACC)
-    oo = _add_tap(oo, g, w, 8, down, down, row, column, mask, channel_mask, HO, WO, C, ACC)
+    eo, oo = _add_odd_column(
+        eo, oo, g, w, up, row, column, channel, mask, channel_mask, up, down, HO, WO, C, ROWS, ACC
+    )
+    ee, oe = _add_odd_column(
+        ee, oe, g, w + C, 0, row, column, channel, mask, channel_mask, up, down, HO, WO, C,
+        ROWS, ACC,
+    )  # fmt: skip
+    eo, oo = _add_odd_column(
+        eo, oo, g, w + 2 * C, down, row, column, channel, mask, channel_mask, up, down, HO, WO, C,
+        ROWS, ACC,
+    )  # fmt: skip
     return ee, eo, oe, oo
 
 
-@triton.jit(do_not_specialize=["packed_dilations", "row_step", "N", "maps", "branches"])
-def _input_grad_kernel(
-    dy_ptr, x_ptr, w_ptr, dx_ptr, packed_dilations, row_step,
-    N, H, W, HO, WO, C, maps, branches,
-    STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+@triton.jit
+def _store(
+    x, dx, sums, row, column, channel, mask, H, W, C,
+    STRIDE: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_P output positions, BLOCK_C channels, all maps of dy.
+    """Writes ROWS rows of dx, STRIDE apart, masked by the ReLU; x and dx point at the image."""
+    offset = column * C + channel
+    for r in tl.static_range(ROWS):
+        start = (row + STRIDE * r).to(tl.int64) * W * C
+        inside = mask & (row + STRIDE * r < H) & (column < W)
+        value = sums[r]
+        if RELU:
+            # Where x is NaN the gradient passes, as PyTorch's does.
+            dead = tl.load(x + start + offset, mask=inside, other=0.0) <= 0.0
+            value = tl.where(dead, 0.0, value)
+        tl.store(dx + start + offset, value, mask=inside)
 
-    Rows are visited `row_step` apart, so that a tile of one branch reads its rows of dy about
-    once instead of three times.
-    """
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+    """ROWS tiles of zeros."""
+    rows = ()
+    for _ in tl.static_range(ROWS):
+        rows = rows + (tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC),)
+    return rows
+
+
+@triton.jit(do_not_specialize=["packed_dilations", "N", "maps", "branches"])
+def _input_grad_kernel(
+    dy_ptr, x_ptr, w_ptr, dx_ptr, packed_dilations, N, H, W, HO, WO, C, maps, branches,
+    STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS x BLOCK_P output positions, BLOCK_C channels, all maps of dy."""
     channel_blocks = tl.cdiv(C, BLOCK_C)
+    column_blocks = tl.cdiv(WO, BLOCK_P)
+    row_blocks = tl.cdiv(HO, ROWS)
     channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     tile = tl.program_id(0) // channel_blocks
-    position = tile * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    chain = tl.cdiv(HO, row_step)
-    column = position % WO
-    turn = position // WO % (chain * row_step)
-    image = (position // WO // (chain * row_step)).to(tl.int64)
-    row = turn // chain + turn % chain * row_step
+    column = (tile % column_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    row = tile // column_blocks % row_blocks * ROWS
+    image = (tile // column_blocks // row_blocks).to(tl.int64)
     channel_mask = channel < C
-    mask = channel_mask & (image < N) & (row < HO)
+    mask = channel_mask & (column < WO)
 
-    offset = ((image * H + STRIDE * row) * W + STRIDE * column) * C + channel
-    x = x_ptr + offset
-    dx = dx_ptr + offset
-    g = dy_ptr + ((image * HO + row) * WO + column) * C + channel
-    w = w_ptr + channel
+    x = x_ptr + image * H * W * C
+    dx = dx_ptr + image * H * W * C
+    g = dy_ptr + image * HO * WO * C
+    w = w_ptr
     y_size = N.to(tl.int64) * HO * WO * C
-    ee = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
+    ee = _zeros(ROWS, BLOCK_P, BLOCK_C, ACC)
     if STRIDE == 1:
         for k in range(maps):
             reach = dilation_of(packed_dilations, k % branches)
-            ee = _add_window(ee, g, w, reach, row, column, mask, channel_mask, HO, WO, C, ACC)
+            ee = _add_window(
+                ee, g, w, reach, row, column, channel, mask, channel_mask, HO, WO, C, ROWS, ACC
+            )
             g += y_size
             w += 9 * C
     else:
-        eo = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
-        oe = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
-        oo = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
+        eo = _zeros(ROWS, BLOCK_P, BLOCK_C, ACC)
+        oe = _zeros(ROWS, BLOCK_P, BLOCK_C, ACC)
+        oo = _zeros(ROWS, BLOCK_P, BLOCK_C, ACC)
         for k in range(maps):
             dilation = dilation_of(packed_dilations, k % branches)
             if dilation % 2 == 0:
                 ee = _add_window(
-                    ee, g, w, dilation // 2, row, column, mask, channel_mask, HO, WO, C, ACC
-                )
+                    ee, g, w, dilation // 2, row, column, channel, mask, channel_mask,
+                    HO, WO, C, ROWS, ACC,
+                )  # fmt: skip
             else:
                 ee, eo, oe, oo = _add_odd_window(
-                    ee, eo, oe, oo, g, w, dilation, row, column, mask, channel_mask, HO, WO, C, ACC
-                )
+                    ee, eo, oe, oo, g, w, dilation, row, column, channel, mask, channel_mask,
+                    HO, WO, C, ROWS, ACC,
+                )  # fmt: skip
             g += y_size
             w += 9 * C
-        down, right = W * C, C
-        _store(x, dx, eo, right, 2 * row, 2 * column + 1, mask, H, W, RELU)
-        _store(x, dx, oe, down, 2 * row + 1, 2 * column, mask, H, W, RELU)
-        _store(x, dx, oo, down + right, 2 * row + 1, 2 * column + 1, mask, H, W, RELU)
-    _store(x, dx, ee, 0, STRIDE * row, STRIDE * column, mask, H, W, RELU)
+        tops, lefts = 2 * row, 2 * column
+        _store(x, dx, eo, tops, lefts + 1, channel, mask, H, W, C, 2, RELU, ROWS)
+        _store(x, dx, oe, tops + 1, lefts, channel, mask, H, W, C, 2, RELU, ROWS)
+        _store(x, dx, oo, tops + 1, lefts + 1, channel, mask, H, W, C, 2, RELU, ROWS)
+    _store(x, dx, ee, STRIDE * row, STRIDE * column, channel, mask, H, W, C, STRIDE, RELU, ROWS)
 
 
 def depthwise_multi_input_grad(
@@ -173,16 +327,14 @@ def depthwise_multi_input_grad(
     edges, branches, channels = check_arguments(x, weights, dilations, stride)
     images, _, height, width = x.shape
     out_height, out_width = check_dy(dy, x, weights, stride)
-    config = config or InputGradConfig.default(channels, stride)
-    row_step = _row_step(dilations, stride, out_height)
-    positions = images * out_width * row_step * triton.cdiv(out_height, row_step)
-    blocks = triton.cdiv(positions, config.block_p) * triton.cdiv(channels, config.block_c)
+    config = config or InputGradConfig.default(tuple(dy.shape), stride)
+    tiles = images * triton.cdiv(out_height, config.rows) * triton.cdiv(out_width, config.block_p)
     dx = empty_map(tuple(x.shape), x)
-    _input_grad_kernel[(blocks,)](
-        dy, x, weights, dx, pack(dilations), row_step,
+    _input_grad_kernel[(tiles * triton.cdiv(channels, config.block_c),)](
+        dy, x, weights, dx, pack(dilations),
         images, height, width, out_height, out_width, channels, edges * branches, branches,
         STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype),
-        BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
+        ROWS=config.rows, BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
     return dx
 
@@ -194,10 +346,3 @@ def depthwise_input_grad(
     return depthwise_multi_input_grad(
         dy[None, None], x, weight[None, None], (dilation,), stride, relu
     )
-
-
-def _row_step(dilations: Sequence[int], stride: int, out_height: int) -> int:
-    """The distance of the rows of dy that a tile shares: known for a single branch only."""
-    if len(dilations) > 1 or dilations[0] % stride:
-        return 1
-    return min(dilations[0] // stride, out_height)

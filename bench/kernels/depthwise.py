@@ -125,10 +125,14 @@ def tiles(kernel: Any, case: Case) -> Iterator[Any]:
         yield ForwardConfig(height, p // 2, c, 2)
         yield ForwardConfig(-(-height // 2), 32, 16, 4)
     elif kernel is input_grad:
-        yield InputGradConfig.default(channels, case.stride)
-        blocks = [(16, 32, 4), (32, 32, 4), (16, 64, 4), (32, 64, 4), (64, 32, 4), (64, 64, 8)]
-        for p, c, warps in [*blocks, (64, 16, 4)]:
-            yield InputGradConfig(p, c, warps)
+        default = InputGradConfig.default(y_shape, case.stride)
+        yield default
+        blocks = [(8, 32, 16, 2), (8, 16, 32, 2), (8, 64, 16, 4), (4, 32, 16, 2), (4, 64, 16, 4)]
+        blocks += [(4, 16, 32, 4), (2, 32, 16, 2), (2, 32, 32, 4)]
+        if case.stride == 2:
+            blocks = [(1, 32, 16, 2), (2, 64, 16, 4), (2, 16, 32, 2), (2, 16, 32, 4)]
+        others = [InputGradConfig(*block) for block in blocks]
+        yield from [config for config in others if config != default]
     elif kernel is weight_grad:
         default = WeightGradConfig.default(y_shape, case.dilations, case.stride)
         yield default

@@ -56,7 +56,7 @@ def depthwise_gradients(
     )
 
     launch = (x, windows, dilations, stride)
-    for_input = _tuned(InputGradConfig.default(x.shape[1], stride), "input_grad", *launch)
+    for_input = _tuned(InputGradConfig.default(tuple(dy.shape), stride), "input_grad", *launch)
     default = WeightGradConfig.default(tuple(dy.shape), dilations, stride)
     for_weight = _tuned(default, "weight_grad", *launch)
     dx, dw = side_by_side(

@@ -73,8 +73,9 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
             yield depthwise._forward_kernel, shared | tile | {"EDGES": edges}, 4
         yield depthwise_weight_grad._weight_grad_kernel, shared | tile, 4
         yield depthwise_backward._backward_kernel, shared | tile | {"ROWS": 8}, 4
-        tile = {"BLOCK_P": 32 // stride, "BLOCK_C": 64}
-        yield depthwise_input_grad._input_grad_kernel, shared | tile, 4
+        for rows in (2, 4, 8) if stride == 1 else (2,):
+            tile = {"BLOCK_P": 32, "BLOCK_C": 16, "ROWS": rows}
+            yield depthwise_input_grad._input_grad_kernel, shared | tile, 2
     counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}
     streaming = {"BLOCK_M": 32, "BLOCK_C": 64}
     statistics = {"K": BRANCHES, "ACC": tl.float32}

@@ -162,7 +162,7 @@ def test_tiles_of_other_sizes_agree(stride: int, device: torch.device, guarded: 
         forward = ForwardConfig(rows, block_p, block_c=4, warps=1)
         y = depthwise_multi(x, weights, *arguments, config=forward)
         torch.testing.assert_close(y, depthwise_multi(x, weights, *arguments))
-        config = InputGradConfig(block_p, block_c=4, warps=1)
+        config = InputGradConfig(rows, block_p, block_c=4, warps=1)
         dx = depthwise_multi_input_grad(dy, x, weights, *arguments, config=config)
         torch.testing.assert_close(dx, depthwise_multi_input_grad(dy, x, weights, *arguments))
         config = WeightGradConfig(rows, block_p, block_c=4, warps=1, programs=3)
@@ -173,6 +173,27 @@ def test_tiles_of_other_sizes_agree(stride: int, device: torch.device, guarded: 
             depthwise_backward(*single, config=config), depthwise_backward(*single), strict=True
         ):
             torch.testing.assert_close(tiled, plain)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_input_gradient_of_tiles_of_many_rows(
+    rows: int, stride: int, device: torch.device, guarded: None
+) -> None:
+    """Windows that reach into the tile and past it, tiles that the map ends in."""
+    case = Case((1, 3, 19, 13), (1, 2, 4, 8, 12, 3), stride)
+    x, weights, dy = inputs(case, torch.bfloat16, device)
+    truth = reference_gradients(x, weights, dy, case)[0]
+    magnitude = reference_gradients(x.abs(), weights.abs(), dy.abs(), case)[0]
+    config = InputGradConfig(rows, block_p=8, block_c=4, warps=1)
+    arguments = (dy, x, weights, case.dilations, stride, True)
+    assert_close(depthwise_multi_input_grad(*arguments, config=config), truth, magnitude)
+
+
+def test_input_gradient_tiles_grow_with_the_map() -> None:
+    shapes = ((16, 32, 64, 128), (16, 64, 32, 64), (16, 128, 16, 32), (1, 5, 3, 2))
+    rows = [InputGradConfig.default((1, 4, *shape), 1).rows for shape in shapes]
+    assert rows == [8, 4, 2, 2]
 
 
 def test_one_branch(device: torch.device) -> None:
