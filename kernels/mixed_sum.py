@@ -72,6 +72,21 @@ def tile_of(M, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     return tile, channel, position * C + channel, mask, tl.minimum(M - first, BLOCK_M)
 
 
+@triton.jit
+def _pivot(
+    y, inside, count, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The mean of four of the values at y, ROWS times: (ROWS, 1, BLOCK_C).
+
+    With the rows of a tile, every thread loads what it subtracts, and waits for no other.
+    """
+    pivot = tl.zeros((ROWS, 1, BLOCK_C), dtype=ACC)
+    for quarter in tl.static_range(4):
+        sample = tl.broadcast_to(y + quarter * (count // 4) * C, (ROWS, 1, BLOCK_C))
+        pivot += 0.25 * tl.load(sample, mask=inside, other=0.0).to(ACC)
+    return pivot
+
+
 @triton.jit(do_not_specialize=["M", "slab"])
 def _slab_statistics_kernel(
     y_ptrs, partial_ptr, M, slab, C,
@@ -96,23 +111,23 @@ def _slab_statistics_kernel(
     first = number.to(tl.int64) * slab
     count = tl.minimum(M - first, slab).to(tl.int32)
     y = pointer_of(y_ptrs, k, K) + first * C + channel
-    pivot = tl.zeros((1, 1, BLOCK_C), dtype=ACC)
-    for quarter in tl.static_range(4):
-        sample = y + quarter * (count // 4) * C
-        pivot += 0.25 * tl.load(sample, mask=inside, other=0.0).to(ACC)
     lane = tile_positions(BLOCK_M, LOADS)
+    following = tl.load(y + lane * C, mask=(lane < count) & inside, other=0.0)
+    pivot = _pivot(y, inside, count, C, BLOCK_M, BLOCK_C, ACC)
     total = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
     square = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
     for start in range(0, count, BLOCK_M * LOADS):
-        position = start + lane
-        mask = (position < count) & inside
-        distance = tl.load(y + position * C, mask=mask, other=0.0).to(ACC) - pivot
-        distance = tl.where(mask, distance, 0.0)
+        mask = (start + lane < count) & inside
+        distance = tl.where(mask, following.to(ACC) - pivot, 0.0)
+        # On its way while this tile is added up.
+        position = start + BLOCK_M * LOADS + lane
+        following = tl.load(y + position * C, mask=(position < count) & inside, other=0.0)
         total += tl.sum(distance, axis=1)
         square += tl.sum(distance * distance, axis=1)
     shift = tl.sum(total, axis=0)[None, None, :] / count.to(ACC)
     m2 = tl.sum(square, axis=0)[None, None, :] - shift * shift * count.to(ACC)
     partial = partial_ptr + (number.to(tl.int64) * K + k) * (2 * C) + channel
+    pivot = _pivot(y, inside, count, C, 1, BLOCK_C, ACC)
     tl.store(partial, pivot + shift, mask=inside)
     # Rounding may take it below zero; NaN stays.
     tl.store(partial + C, tl.where(m2 < 0, 0.0, m2), mask=inside)
@@ -156,12 +171,13 @@ def batch_statistics(
     check_positions("ys", ys[0], positions)
     config = config or TileConfig.reducing(channels)
     block_m = config.rows(ys[0].dtype)
+    loads = max(1, config.loads // 2)  # and as many of the following tile
     channel_blocks = triton.cdiv(channels, config.block_c)
-    slab = config.slab(positions, channels, count * channel_blocks, block_m * config.loads)
+    slab = config.slab(positions, channels, count * channel_blocks, block_m * loads)
     partial = empty_partial(count, channels, positions, slab, ys[0])
     _slab_statistics_kernel[(len(partial) * channel_blocks, count)](
         tuple(ys), partial, positions, slab, channels, K=count, ACC=accumulator(ys[0].dtype),
-        BLOCK_M=block_m, LOADS=config.loads, BLOCK_C=config.block_c, num_warps=config.warps,
+        BLOCK_M=block_m, LOADS=loads, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
     return merge_statistics(partial, positions, slab, eps, out)
 

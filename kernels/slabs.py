@@ -21,7 +21,7 @@ MOST_ELEMENTS = 2**30
 
 @dataclass(frozen=True)
 class SlabConfig:
-    """Of one program: `block_c` channels, `loads` vectors of 16 bytes a thread in flight."""
+    """Of one program: `block_c` channels; a thread holds `loads` vectors of 16 bytes of maps."""
 
     block_c: int
     warps: int

@@ -79,7 +79,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}
     streaming = {"BLOCK_M": 32, "BLOCK_C": 64}
     statistics = {"K": BRANCHES, "ACC": tl.float32}
-    slab = {"BLOCK_M": 16, "LOADS": 8, "BLOCK_C": 64}
+    slab = {"BLOCK_M": 16, "LOADS": 4, "BLOCK_C": 64}
     yield mixed_sum._slab_statistics_kernel, statistics | slab, 4
     merging = {"EPS": 1e-5, "BLOCK_T": slabs.MOST_SLABS, "BLOCK_C": 8}
     yield tile_statistics._merge_statistics_kernel, merging, 8
