@@ -118,12 +118,13 @@ def tiles(kernel: Any, case: Case) -> Iterator[Any]:
     if kernel is forward:
         default = ForwardConfig.default(y_shape, case.dilations, case.stride)
         yield default
-        p, c, height = default.block_p, default.block_c, case.out_size[0]
+        rows, p, c, height = default.rows, default.block_p, default.block_c, case.out_size[0]
         for part in (2, 4):
             yield ForwardConfig(-(-height // part), p, c, 4)
-            yield ForwardConfig(-(-height // part), 2 * p, c, 4)  # 16 bytes a thread and load
-        yield ForwardConfig(height, p // 2, c, 2)
-        yield ForwardConfig(-(-height // 2), 32, 16, 4)
+        yield ForwardConfig(-(-height // 2), 2 * p, c, 4)  # 16 bytes a thread and load
+        yield ForwardConfig(rows, p // 2, c, 2)
+        yield ForwardConfig(rows, 2 * p, c, 8)  # fewer of a tile's taps outside its columns
+        yield ForwardConfig(rows, 512 // _other(c), _other(c), 4)
     elif kernel is input_grad:
         default = InputGradConfig.default(y_shape, case.stride)
         yield default
@@ -139,16 +140,21 @@ def tiles(kernel: Any, case: Case) -> Iterator[Any]:
         p, c, rows, programs = default.block_p, default.block_c, default.rows, default.programs
         yield WeightGradConfig(rows, p, c, 4, -(-programs * 3 // 4))
         yield WeightGradConfig(-(-rows // 2), p, c, 4, programs)
-        yield WeightGradConfig(-(-rows // 2), p, c, 4, -(-programs * 3 // 4))
         yield WeightGradConfig(rows, p // 2, c, 2, 2 * programs)
-        yield WeightGradConfig(rows, 2 * p, c, 4, -(-programs // 2))
-        yield WeightGradConfig(-(-rows // 2), 32, 16, 4, programs)
+        yield WeightGradConfig(rows, 2 * p, c, 4, -(-programs // 2))  # 16 bytes a thread and load
+        yield WeightGradConfig(rows, 2 * p, c, 8, -(-programs // 2))
+        yield WeightGradConfig(rows, 512 // _other(c), _other(c), 4, -(-programs * _other(c) // c))
     else:
         yield WeightGradConfig.default(y_shape, case.dilations, case.stride)
         blocks = [(16, 32, 4), (8, 64, 4), (8, 32, 4), (32, 16, 4)]
         for rows, (p, c, warps) in itertools.product((4, 8), blocks):
             for programs in (264, 528):
                 yield WeightGradConfig(rows, p, c, warps, programs)
+
+
+def _other(block_c: int) -> int:
+    """Another width of a tile: one memory transaction of 32 bytes, or two."""
+    return 32 if block_c == 16 else 16
 
 
 FAMILY = Family("depthwise", all_comparisons, sweeps)
