@@ -52,7 +52,11 @@ class SlabConfig:
 
 @triton.jit
 def tile_positions(BLOCK_M: tl.constexpr, LOADS: tl.constexpr):
-    """Positions (BLOCK_M, LOADS, 1) of a tile; a thread holds all of the second axis."""
+    """Positions (BLOCK_M, LOADS, 1) of a tile.
+
+    Triton 3.6 gives all of the second axis to one thread, so that sums over it are free; 3.7 lays
+    threads along it, with the same results from more instructions.
+    """
     load = tl.arange(0, LOADS)[None, :, None]
     return load * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
 
