@@ -6,8 +6,8 @@ With g = dy, reach e = d / s, and an output position (i, j), whose centre is x[s
     dw[u, v, c] = sum_{n, i, j} r(x[n, s i, s j, c]) g[n, i - u e, j - v e, c]
 
 with m = [x > 0] under a ReLU, else 1; with stride 2 all other dx are zero. Both need the same nine
-values of g. A program walks down chains of rows e apart, as the forward kernel does: three taps
-of each row of g, loaded once, serve three rows of dx and of dw.
+values of g. A program walks down chains of rows e apart: three taps of each row of g, loaded once,
+serve three rows of dx and of dw. All columns of a walk are in the same row.
 
 Least traffic, in maps of y: 1 + 2 s^2. Arithmetic: 18 multiply-adds an output.
 """
@@ -22,19 +22,18 @@ from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, empty_map
 from lgcnet_fast.kernels.depthwise import (
     check_arguments,
     check_dy,
-    load_taps,
     load_weight_row,
-    locate_chains,
     pieces_of,
-    rectify,
+    ready,
     window_row,
+    within,
 )
 from lgcnet_fast.kernels.depthwise_input_grad import depthwise_input_grad
 from lgcnet_fast.kernels.depthwise_weight_grad import (
     WeightGradConfig,
+    _store_share,
     add_products,
     depthwise_weight_grad,
-    store_window_row,
 )
 
 
@@ -55,49 +54,72 @@ def _store_dx(dx, value, x, row, column, mask, H, W, C, STRIDE: tl.constexpr, RE
 
 
 @triton.jit
-def _walk_chains(
-    top, centre, bottom, w_top, w_centre, w_bottom, dy, x, dx, mask, row, column, reach,
-    H, W, HO, WO, C,
-    STRIDE: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+def _load_walk(
+    dy, x, mask, column, offset, x_offset, row, reach, H, W, HO, WO, C,
+    STRIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Writes ROWS rows of dx of every chain of a tile; returns the window rows of dw, added to.
-
-    dy points one row of the chain above `row`. Row v of the walk meets output v from below the
-    window's centre (u = 1), output v - 1 at it and output v - 2 from above.
-    """
+    """What a walk reads, as stored: ROWS + 2 rows of dy, each (right, middle, left), ROWS of x."""
     tap = reach * C
     dy_pitch = (reach * WO).to(tl.int64) * C
     x_pitch = (STRIDE * reach * W).to(tl.int64) * C
-    left = column >= reach
-    right = column + reach < WO
-    dy_row = row - reach
-    x_row = row
+    left = mask & (column >= reach)
+    right = mask & (column + reach < WO)
+    dy += ((row - reach) * WO).to(tl.int64) * C
+    x += (STRIDE * row * W).to(tl.int64) * C
+    g_rows, x_rows = (), ()
+    for v in tl.static_range(ROWS + 2):
+        here = within(row + (v - 1) * reach, HO)
+        at = dy + offset
+        g_right = tl.load(at + tap, mask=here & right, other=0.0)
+        g_middle = tl.load(at, mask=here & mask, other=0.0)
+        g_left = tl.load(at - tap, mask=here & left, other=0.0)
+        g_rows = g_rows + ((g_right, g_middle, g_left),)
+        dy += dy_pitch
+        if v < ROWS:
+            here = within(row + v * reach, HO)
+            x_rows = x_rows + (tl.load(x + x_offset, mask=here & mask, other=0.0),)
+            x += x_pitch
+    return g_rows, x_rows
+
+
+@triton.jit
+def _walk(
+    top, centre, bottom, w_top, w_centre, w_bottom, dy, x, dx, mask, column, channel, row, reach,
+    H, W, HO, WO, C,
+    STRIDE: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Writes ROWS rows of dx, from `row` on; returns the window rows of dw, added to.
+
+    dy, x and dx point at the image. Row v of the walk meets output v from below the window's
+    centre (u = 1), output v - 1 at it and output v - 2 from above. All loads come before the first
+    store, which they could not overtake.
+    """
+    offset = column * C + channel
+    x_offset = STRIDE * column * C + channel
+    g_rows, x_rows = _load_walk(
+        dy, x, mask, column, offset, x_offset, row, reach, H, W, HO, WO, C, STRIDE, ROWS
+    )
+    dx_pitch = (STRIDE * reach * W).to(tl.int64) * C
+    dx += (STRIDE * row * W).to(tl.int64) * C
     x_one_ago, x_two_ago, one_row, two_rows = 0.0, 0.0, 0.0, 0.0
     for v in tl.static_range(ROWS + 2):
-        inside = mask & (dy_row >= 0) & (dy_row < HO)
-        g_left, g_middle, g_right = load_taps(
-            dy, tap, inside & left, inside, inside & right, False, ACC
-        )
-        g = (g_right, g_middle, g_left)
+        right, middle, left = g_rows[v]
+        g = (ready(right, False, ACC), ready(middle, False, ACC), ready(left, False, ACC))
         if v >= 2:
             top = add_products(top, g, x_two_ago)
             value = window_row(w_top, g, two_rows)
-            inside = mask & (row < HO)
-            _store_dx(dx, value, x_two_ago, row, column, inside, H, W, C, STRIDE, RELU)
-            dx += x_pitch
+            here = mask & within(row, HO)
+            _store_dx(dx + x_offset, value, x_two_ago, row, column, here, H, W, C, STRIDE, RELU)
+            dx += dx_pitch
             row += reach
         x_two_ago = x_one_ago
         if v >= 1 and v <= ROWS:
             centre = add_products(centre, g, x_one_ago)
             two_rows = window_row(w_centre, g, one_row)
         if v < ROWS:
-            x_one_ago = rectify(tl.load(x, mask=mask & (x_row < HO), other=0.0).to(ACC), RELU)
+            x_one_ago = ready(x_rows[v], RELU, ACC)
             bottom = add_products(bottom, g, x_one_ago)
             one_row = window_row(w_bottom, g, 0.0)
-            x += x_pitch
-            x_row += reach
-        dy += dy_pitch
-        dy_row += reach
     return top, centre, bottom
 
 
@@ -107,12 +129,11 @@ def _backward_kernel(
     STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: every `programs`-th tile of chains, BLOCK_C channels."""
+    """One program: every `programs`-th walk, of ROWS rows and BLOCK_P columns; BLOCK_C channels."""
     channel_blocks = tl.cdiv(C, BLOCK_C)
     channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     program = tl.program_id(0) // channel_blocks
     channel_mask = channel < C
-    lane = tl.arange(0, BLOCK_P)[:, None]
     w_top = load_weight_row(w_ptr + channel, 0, channel_mask, C, ACC)
     w_centre = load_weight_row(w_ptr + channel, 1, channel_mask, C, ACC)
     w_bottom = load_weight_row(w_ptr + channel, 2, channel_mask, C, ACC)
@@ -120,21 +141,22 @@ def _backward_kernel(
     reach = dilation // STRIDE
     zero = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
     top, centre, bottom = (zero, zero, zero), (zero, zero, zero), (zero, zero, zero)
-    chains = N * WO * pieces_of(dilation, HO, STRIDE, ROWS)
-    for first in range(program * BLOCK_P, chains, programs * BLOCK_P):
-        _, image, row, column = locate_chains(first + lane, dilation, HO, WO, STRIDE, ROWS)
-        x_offset = ((image * H + STRIDE * row) * W + STRIDE * column) * C + channel
-        dy = dy_ptr + ((image * HO + row - reach) * WO + column) * C + channel
-        top, centre, bottom = _walk_chains(
-            top, centre, bottom, w_top, w_centre, w_bottom, dy, x_ptr + x_offset,
-            dx_ptr + x_offset, (image < N) & channel_mask, row, column, reach, H, W, HO, WO, C,
-            STRIDE, ROWS, RELU, ACC,
+    column_blocks = tl.cdiv(WO, BLOCK_P)
+    phases = tl.minimum(reach, HO)
+    pieces = pieces_of(dilation, HO, STRIDE, ROWS)
+    for walk in range(program, N * pieces * column_blocks, programs):
+        column = walk % column_blocks * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+        piece = walk // column_blocks % pieces
+        row = piece % phases + piece // phases * (reach * ROWS)
+        image = (walk // column_blocks // pieces).to(tl.int64)
+        top, centre, bottom = _walk(
+            top, centre, bottom, w_top, w_centre, w_bottom, dy_ptr + image * HO * WO * C,
+            x_ptr + image * H * W * C, dx_ptr + image * H * W * C, (column < WO) & channel_mask,
+            column, channel, row, reach, H, W, HO, WO, C, STRIDE, ROWS, RELU, ACC,
         )  # fmt: skip
 
     share = share_ptr + program.to(tl.int64) * 9 * C + channel
-    store_window_row(share, top, channel_mask, C, 0)
-    store_window_row(share, centre, channel_mask, C, 1)
-    store_window_row(share, bottom, channel_mask, C, 2)
+    _store_share(share, top, centre, bottom, channel_mask, C)
 
 
 def depthwise_backward(

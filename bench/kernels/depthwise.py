@@ -146,10 +146,10 @@ def tiles(kernel: Any, case: Case) -> Iterator[Any]:
         yield WeightGradConfig(rows, 512 // _other(c), _other(c), 4, -(-programs * _other(c) // c))
     else:
         yield WeightGradConfig.default(y_shape, case.dilations, case.stride)
-        blocks = [(16, 32, 4), (8, 64, 4), (8, 32, 4), (32, 16, 4)]
-        for rows, (p, c, warps) in itertools.product((4, 8), blocks):
-            for programs in (264, 528):
-                yield WeightGradConfig(rows, p, c, warps, programs)
+        blocks = [(8, 16, 32, 4, 264), (4, 16, 32, 4, 264), (4, 16, 32, 4, 528), (4, 8, 64, 4, 264)]
+        blocks += [(2, 16, 32, 4, 396), (8, 8, 32, 2, 528), (4, 8, 32, 2, 528)]
+        for rows, p, c, warps, programs in blocks:
+            yield WeightGradConfig(rows, p, c, warps, -(-programs // -(-channels // c)))
 
 
 def _other(block_c: int) -> int:
