@@ -25,7 +25,7 @@ LAYERS = (
     {"kernels", "native"},
     {"doctor"},
     {"stack"},
-    {"config"},
+    {"config", "parallel"},
     {"errors", "files", "recording"},
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

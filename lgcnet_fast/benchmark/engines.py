@@ -10,7 +10,6 @@ import torch
 
 from lgcnet_fast.benchmark.case import Case
 from lgcnet_fast.benchmark.networks import random_network
-from lgcnet_fast.benchmark.parallel import in_processes
 from lgcnet_fast.benchmark.plain import TensorFrame, with_copies
 from lgcnet_fast.config import Size
 from lgcnet_fast.data.classes import ClassSet
@@ -18,10 +17,11 @@ from lgcnet_fast.deploy.blueprint import Blueprint
 from lgcnet_fast.deploy.engine import Engine, ReferenceEngine
 from lgcnet_fast.deploy.fold import fold
 from lgcnet_fast.errors import ConfigError
-from lgcnet_fast.latency.networks import FrameTimer
+from lgcnet_fast.latency.networks import FrameTimer, Progress
 from lgcnet_fast.latency.providers import measured_on
 from lgcnet_fast.latency.timing import Frame
 from lgcnet_fast.ops import use_backend
+from lgcnet_fast.parallel import in_processes
 from lgcnet_fast.space.base import SegmentationNetwork
 from lgcnet_fast.space.genotype import Genotype, parse_genotype
 
@@ -97,9 +97,9 @@ def engine_timer(
     """
     recipe = EngineRecipe(Case(size, batch, dtype), num_classes, device, backend)
 
-    def prepare(genotypes: Sequence[Genotype]) -> None:
+    def prepare(genotypes: Sequence[Genotype], progress: Progress) -> None:
         if genotypes and recipe.compiles(genotypes[0]):
-            in_processes(recipe.run_once, [each.model_dump_json() for each in genotypes])
+            in_processes(recipe.run_once, [each.model_dump_json() for each in genotypes], progress)
 
     made_on = measured_on(device, "fitted", "deploy", recipe.case.torch_dtype, batch, backend)
     return FrameTimer(recipe.frame, device, made_on, prepare)

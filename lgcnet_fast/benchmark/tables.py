@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -14,13 +14,12 @@ from lgcnet_fast.latency.build import build_table
 from lgcnet_fast.latency.check import LatencyCheck, check_predictions
 from lgcnet_fast.latency.engine_table import FULL_FIT, build_engine_table
 from lgcnet_fast.latency.measure import FULL_EFFORT
-from lgcnet_fast.latency.networks import FrameTimer
+from lgcnet_fast.latency.networks import FrameTimer, Progress, silent
 from lgcnet_fast.latency.providers import EagerProvider, RooflineProvider, check_runtime
 from lgcnet_fast.latency.table import LookupTable
 from lgcnet_fast.space.base import SearchSpace
 from lgcnet_fast.space.genotype import Genotype
 
-Progress = Callable[[int, int], None]
 NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -33,7 +32,7 @@ def make_table(
     dtype: str = "fp32",
     batch: int = 1,
     backend: str = "auto",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> LookupTable:
     """The latency table of `space` for inputs of `size` (height, width).
 
@@ -61,7 +60,7 @@ def check_latencies(
     runtime: str | None = None,
     count: int = 50,
     given: Mapping[str, Genotype] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> LatencyCheck:
     """`check_predictions` on this device.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from lgcnet_fast.errors import TableError
 from lgcnet_fast.latency.genotypes import fingerprint, uniform_genotypes, varied_genotypes
-from lgcnet_fast.latency.networks import Measurable
+from lgcnet_fast.latency.networks import Measurable, Progress, silent
 from lgcnet_fast.latency.regression import spearman
 from lgcnet_fast.latency.table import LookupTable, Provenance
 from lgcnet_fast.space.base import SearchSpace
@@ -77,12 +77,14 @@ def check_predictions(
     timer: Measurable,
     count: int = 50,
     given: Mapping[str, Genotype] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> LatencyCheck:
     """Measures `count` uniform genotypes, as many of varied lightness, and the given ones by name.
 
     Varied lightness is a share of light operations from 0.1 to 0.9. None of the random ones is
-    among those that the table was fitted to. Raises `TableError` if the table is not one of
+    among those that the table was fitted to. `progress` is called with the number of networks so
+    far and of all, while they are prepared and again while they are measured; an interrupt then
+    ends with those of them that are measured. Raises `TableError` if the table is not one of
     `space`, and `GenotypeError` for a given genotype of another space.
     """
     uniform, varied = CHECK_SEEDS
@@ -92,16 +94,21 @@ def check_predictions(
         **({GIVEN: given} if given else {}),
     }
     predicted = {name: _predictions(table, space, members) for name, members in groups.items()}
-    timer.prepare([genotype for members in groups.values() for genotype in members.values()])
+    everything = [genotype for members in groups.values() for genotype in members.values()]
+    timer.prepare(everything, progress)
     total = sum(map(len, groups.values()))
     checked: dict[str, list[CheckedNetwork]] = {name: [] for name in groups}
     for done, (group, name) in enumerate(_members(groups), start=1):
-        milliseconds = timer.milliseconds(groups[group][name])
+        try:
+            milliseconds = timer.milliseconds(groups[group][name])
+        except KeyboardInterrupt:
+            if done == 1:
+                raise
+            break
         terms = predicted[group][name]
         checked[group].append(CheckedNetwork(name, *terms, measured_ms=milliseconds))
-        if progress is not None:
-            progress(done, total)
-    networks = {name: tuple(members) for name, members in checked.items()}
+        progress(done, total)
+    networks = {name: tuple(members) for name, members in checked.items() if members}
     return LatencyCheck(table.made_on, timer.provenance(), networks)
 
 

@@ -7,14 +7,14 @@ entries are instead fitted to the times of whole networks (design.py tells which
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lgcnet_fast.latency.design import fitting_genotypes
 from lgcnet_fast.latency.genotypes import fingerprint
-from lgcnet_fast.latency.networks import Measurable, entry_counts
+from lgcnet_fast.latency.networks import Measurable, Progress, entry_counts, silent
 from lgcnet_fast.latency.regression import FOLDS, Array, FittedCosts, cross_validate, fit_costs
 from lgcnet_fast.latency.roofline import roofline_ms
 from lgcnet_fast.latency.table import Entry, Fit, LookupTable, make_entry
@@ -24,10 +24,10 @@ from lgcnet_fast.space.genotype import Genotype
 
 @dataclass(frozen=True)
 class FitEffort:
-    networks: int = 300
+    networks: int = 160
     bases: int = 16
     """Networks that provide the combinations of operations that all are made of."""
-    most_seconds: float = 90.0
+    most_seconds: float = 75.0
     """Measuring, without the compilation before it, ends then with the networks so far."""
     fewest: int = 2 * FOLDS
     """Networks, however long they take."""
@@ -42,11 +42,12 @@ def build_engine_table(
     num_classes: int,
     timer: Measurable,
     effort: FitEffort = FULL_FIT,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> LookupTable:
     """Fits the entries of `space` at input `size` to networks that `timer` measures.
 
-    `progress` is called with the number of networks so far and of all.
+    `progress` is called with the number of networks so far and of all, while they are prepared and
+    again while they are measured. An interrupt ends measuring, as time does.
     """
     started = time.perf_counter()
     keys = tuple(dict.fromkeys(space.engine_keys(size, num_classes)))
@@ -72,22 +73,23 @@ def build_engine_table(
 
 
 def _measure(
-    space: SearchSpace,
-    timer: Measurable,
-    effort: FitEffort,
-    progress: Callable[[int, int], None] | None,
+    space: SearchSpace, timer: Measurable, effort: FitEffort, progress: Progress
 ) -> tuple[list[Genotype], Array]:
     genotypes = fitting_genotypes(space, effort.bases, effort.networks)
-    timer.prepare(genotypes)
+    timer.prepare(genotypes, progress)
     measured: list[float] = []
     started = time.perf_counter()
     for genotype in genotypes:
         late = time.perf_counter() - started > effort.most_seconds
         if late and len(measured) >= effort.fewest:
             break
-        measured.append(timer.milliseconds(genotype))
-        if progress is not None:
-            progress(len(measured), len(genotypes))
+        try:
+            measured.append(timer.milliseconds(genotype))
+        except KeyboardInterrupt:
+            if len(measured) < effort.fewest:
+                raise
+            break
+        progress(len(measured), len(genotypes))
     return list(genotypes[: len(measured)]), np.array(measured)
 
 

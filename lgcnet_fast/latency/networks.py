@@ -21,13 +21,23 @@ COLLECT_EVERY = 16
 """Networks between two collections of what they have left in memory."""
 
 
+Progress = Callable[[int, int], None]
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody wants to see."""
+
+
 class Measurable(Protocol):
     """Something that times a network of one space, input size and number of classes."""
 
     def provenance(self) -> Provenance: ...
 
-    def prepare(self, genotypes: Sequence[Genotype]) -> None:
-        """Does once what would otherwise slow down every measurement, such as compiling."""
+    def prepare(self, genotypes: Sequence[Genotype], progress: Progress) -> None:
+        """Does once what would otherwise slow down every measurement, such as compiling.
+
+        `progress` is called with the number of genotypes done and of all.
+        """
         ...
 
     def milliseconds(self, genotype: Genotype) -> float:
@@ -42,16 +52,16 @@ class FrameTimer:
     build: Callable[[Genotype], Frame]
     device: torch.device
     made_on: Provenance
-    prepared: Callable[[Sequence[Genotype]], None] | None = None
+    prepared: Callable[[Sequence[Genotype], Progress], None] | None = None
     """Makes the frames of genotypes quick to build."""
     measured: int = 0
 
     def provenance(self) -> Provenance:
         return self.made_on
 
-    def prepare(self, genotypes: Sequence[Genotype]) -> None:
+    def prepare(self, genotypes: Sequence[Genotype], progress: Progress) -> None:
         if self.prepared is not None:
-            self.prepared(genotypes)
+            self.prepared(genotypes, progress)
 
     def milliseconds(self, genotype: Genotype) -> float:
         with fastest_convolutions():

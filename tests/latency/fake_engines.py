@@ -61,8 +61,9 @@ class FakeTimer:
     def provenance(self) -> Provenance:
         return Provenance(provider="fitted", device="Fake GPU", runtime="deploy", dtype="float16")
 
-    def prepare(self, genotypes) -> None:
+    def prepare(self, genotypes, progress) -> None:
         self.prepared = len(genotypes)
+        progress(len(genotypes), len(genotypes))
 
     def milliseconds(self, genotype: LGCNetGenotype) -> float:
         self.asked.append(genotype)

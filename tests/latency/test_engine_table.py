@@ -224,6 +224,31 @@ def test_everything_is_prepared_before_the_first_measurement():
     check_predictions(table, SPACE, Timer(), count=6)
 
 
+class Interrupted(FakeTimer):
+    """Somebody presses Ctrl-C while network `at` is measured."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def milliseconds(self, genotype):
+        if len(self.asked) == self.at:
+            raise KeyboardInterrupt
+        return super().milliseconds(genotype)
+
+
+def test_an_interrupt_keeps_what_is_measured(exact):
+    effort = FitEffort(networks=30, bases=4, fewest=10)
+    table = build_engine_table(SPACE, SIZE, 19, Interrupted(at=20), effort)
+    assert table.fit is not None and table.fit.networks == 20
+    with pytest.raises(KeyboardInterrupt):
+        build_engine_table(SPACE, SIZE, 19, Interrupted(at=9), effort)
+    check = check_predictions(exact, SPACE, Interrupted(at=3), count=5)
+    assert check.summary()[UNIFORM]["networks"] == 3 and VARIED not in check.groups
+    with pytest.raises(KeyboardInterrupt):
+        check_predictions(exact, SPACE, Interrupted(at=0), count=5)
+
+
 # -- genotypes ------------------------------------------------------------------------------------
 
 
@@ -274,7 +299,7 @@ def test_given_genotypes_form_their_own_group(exact):
         exact, SPACE, FakeTimer(), 2, {"mine": genotype}, lambda *report: seen.append(report)
     )
     assert list(check.groups) == [UNIFORM, VARIED, "given"]
-    assert seen == [(i + 1, 5) for i in range(5)]
+    assert seen == [(5, 5), *((i + 1, 5) for i in range(5))]
     (mine,) = check.groups["given"]
     assert mine.name == "mine" and mine.measured_ms == fused_ms(genotype)
     values = json.loads(json.dumps(check.as_json(), allow_nan=False))

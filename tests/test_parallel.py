@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lgcnet_fast.benchmark import engines, parallel
+from lgcnet_fast import parallel
 from lgcnet_fast.errors import ConfigError, DeviceError
 
 
@@ -22,7 +22,11 @@ def note(folder: str, item: str) -> None:
 
 def test_all_items_are_done_in_other_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "_cores", lambda: 2)
-    parallel.in_processes(partial(note, str(tmp_path)), ["a", "b", "c"])
+    told = []
+    parallel.in_processes(
+        partial(note, str(tmp_path)), ["a", "b", "c"], lambda *counts: told.append(counts)
+    )
+    assert told == [(1, 3), (2, 3), (3, 3)]
     processes = {int(path.read_text()) for path in tmp_path.iterdir()}
     assert len(list(tmp_path.iterdir())) == 3 and os.getpid() not in processes
 
@@ -32,21 +36,3 @@ def test_errors_come_back(tmp_path):
         parallel.in_processes(partial(note, str(tmp_path)), ["bad"])
     with pytest.raises(DeviceError, match="a process that compiled kernels died"):
         parallel.in_processes(partial(note, str(tmp_path)), ["deadly"])
-
-
-def test_engines_that_compile_nothing_start_no_processes(monkeypatch):
-    import torch
-
-    from lgcnet_fast.space.genotype import load_genotype
-
-    called = []
-    monkeypatch.setattr(engines, "in_processes", lambda *arguments: called.append(arguments))
-    timer = engines.engine_timer((33, 65), 3, torch.device("cpu"), "fp32")
-    genotype = load_genotype("reference")
-    timer.prepare([genotype])
-    assert called == []
-    monkeypatch.setattr(engines.EngineRecipe, "compiles", lambda recipe, genotype: True)
-    timer.prepare([genotype])
-    ((work, (item,)),) = called
-    # What is sent can be run there: it builds the engine and runs it.
-    work(item)

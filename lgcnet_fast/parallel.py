@@ -14,8 +14,14 @@ MOST_PROCESSES = 16
 """Each holds a context of its own on the GPU, about half a gigabyte."""
 
 
-def in_processes(work: Callable[[str], None], items: Sequence[str]) -> None:
+def in_processes(
+    work: Callable[[str], None],
+    items: Sequence[str],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
     """Calls `work`, which must be picklable, with every item; what it raises is raised here.
+
+    `progress` is called with the number of items done and of all.
 
     Raises `DeviceError` if a process dies, as it does where memory ends.
     """
@@ -24,8 +30,8 @@ def in_processes(work: Callable[[str], None], items: Sequence[str]) -> None:
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(processes, mp_context=context) as pool:
-            for _ in pool.map(work, items):
-                pass
+            for done, _ in enumerate(pool.map(work, items), start=1):
+                progress(done, len(items))
     except BrokenProcessPool:
         raise DeviceError(
             f"a process that compiled kernels died, one of {processes}; probably memory ended: "
