@@ -6,7 +6,6 @@ Maps are warm in the L2 cache here, as they are in the network.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -20,8 +19,9 @@ from lgcnet_fast.benchmark.networks import random_network, settle_batch_norms
 from lgcnet_fast.deploy.fold import fold
 from lgcnet_fast.deploy.fused import FusedNetwork
 from lgcnet_fast.deploy.lower import lower
-from lgcnet_fast.deploy.packing import Packing, has_matrix_units
+from lgcnet_fast.deploy.packing import Packing
 from lgcnet_fast.deploy.plan import Plan, Tile
+from lgcnet_fast.deploy.tune import candidates
 from lgcnet_fast.kernels.infer_tile import TileConfig
 
 SIZES: tuple[Size, ...] = ((769, 1537), (360, 480))
@@ -58,9 +58,7 @@ def _plan(size: Size | None, dtype: torch.dtype) -> Plan:
 
 
 def _sweep(plan: Plan, index: int, launch: Tile, size: Size | None) -> Sweep:
-    height, width = launch.out.size
-    matrix_units = has_matrix_units(DEVICE, plan.dtype)
-    default = TileConfig.default(plan.batch * height * width, launch.out.channels, matrix_units)
+    configs = candidates(FusedNetwork(plan, DEVICE), launch)
     networks: dict[TileConfig, FusedNetwork] = {}
 
     def run(_: object, config: TileConfig) -> None:
@@ -75,23 +73,13 @@ def _sweep(plan: Plan, index: int, launch: Tile, size: Size | None) -> Sweep:
         bytes=sum(map(plan.bytes_of, {*launch.reads, *launch.writes})),
         make=_nothing,
         run=run,
-        configs=[default, *tiles(plan)] if size else [default],
+        configs=configs if size else configs[:1],
         input=size,
     )
 
 
 def _nothing() -> None:
     """The maps belong to the network."""
-
-
-def tiles(plan: Plan) -> list[TileConfig]:
-    matrix_units = has_matrix_units(DEVICE, plan.dtype)
-    blocks = (32, 64) if matrix_units else (16, 32)
-    found = [
-        TileConfig(rows, 8, block, warps)
-        for rows, block, warps in itertools.product((2, 4, 8), blocks, (4, 8))
-    ]
-    return [config for config in found if not config.is_miscompiled(matrix_units)]
 
 
 FAMILY = Family("tiles of the deploy engine", comparisons, sweeps)

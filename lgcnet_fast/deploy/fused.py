@@ -159,6 +159,10 @@ class FusedNetwork:
             tile.relu_out,
         )
 
+    def written_by(self, tile: Tile) -> list[Tensor]:
+        """The memory of the maps that a launch writes, one-dimensional."""
+        return [self._data(buffer) for buffer in tile.writes]
+
     def _pool(self, pool: Pool) -> Call:
         from lgcnet_fast.kernels.infer_pool import run_pool_product, run_pool_sums
 

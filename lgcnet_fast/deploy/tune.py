@@ -1,12 +1,11 @@
 """Measures tiles of a plan's launches on a GPU and writes the best into its tuning table.
 
-    python -m lgcnet_fast.deploy.tune GENOTYPE HEIGHT WIDTH fp16 --batch 1 --seconds 300
+    python -m lgcnet_fast.deploy.tune GENOTYPE HEIGHT WIDTH fp16 --batch 1 --seconds 200
 
 GENOTYPE: the name of one that comes with the package, as `reference`, or a file; its weights do
-not matter. Launches are taken in turn, the slowest first, until the time is over. For each, one
-property of the tile after another is tried: pixels and warps, block of input channels, stages.
-Times are those of the launch alone, replayed from a CUDA graph with its maps in the cache, as in
-the network.
+not matter. Processes first compile what may be tried. Then launches are taken in turn, the slowest
+first, until the time is over; the table is written after each. Times are those of the launch alone,
+replayed from a CUDA graph with its maps in the cache, as in the network.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from lgcnet_fast.deploy.fold import fold
 from lgcnet_fast.deploy.fused import Call, FusedNetwork
@@ -28,6 +28,8 @@ from lgcnet_fast.deploy.lower import lower
 from lgcnet_fast.deploy.packing import Packing
 from lgcnet_fast.deploy.plan import Tile
 from lgcnet_fast.ops import tuning
+from lgcnet_fast.parallel import in_processes
+from lgcnet_fast.recording import recording
 from lgcnet_fast.space.genotype import load_genotype
 from lgcnet_fast.space.registry import registered_spaces
 
@@ -39,10 +41,26 @@ GAIN = 0.97
 """A candidate replaces what was best so far if it takes less than this share of its time."""
 REPEATS = 20
 """Launches of one graph."""
-PIXELS = ((2, 8), (4, 8), (8, 8), (4, 16), (8, 16), (1, 16))
+SMALL = 2**13
+"""Pixels of a map from which on instructions count rather than waiting for memory."""
+SMALL_MAPS = (
+    (8, 8, 64, 8, 3, 9), (8, 8, 128, 8, 2, 9), (4, 8, 128, 8, 2, 9), (4, 8, 64, 8, 3, 9),
+    (2, 8, 128, 8, 2, 9), (2, 8, 64, 4, 3, 9), (4, 8, 64, 4, 2, 3),
+)  # fmt: skip
+LARGE_MAPS = (
+    (8, 8, 64, 8, 2, 9), (8, 8, 64, 8, 2, 3), (4, 8, 64, 4, 2, 9), (4, 8, 64, 4, 2, 3),
+    (4, 8, 32, 2, 2, 3), (4, 8, 16, 2, 2, 3), (4, 8, 16, 2, 2, 9),
+)  # fmt: skip
+WITHOUT_MATRIX_UNITS = (
+    (4, 8, 16, 4, 1, 3), (4, 8, 16, 8, 1, 3), (8, 8, 16, 8, 1, 3), (8, 8, 16, 4, 1, 3),
+    (2, 8, 16, 4, 1, 3), (4, 8, 32, 8, 1, 3), (2, 8, 32, 4, 1, 3),
+)  # fmt: skip
+"""Fields of `TileConfig`, in its order."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-Measure = Callable[[Call], float]
-"""Microseconds of a launch."""
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Between the results of two tiles, relative to the largest value."""
+Measure = Callable[[Tile, "TileConfig"], float]
+"""Microseconds of a launch; inf where the tile cannot serve."""
 
 
 @dataclass(frozen=True)
@@ -54,48 +72,69 @@ class TunedTile:
     best_us: float
 
 
-def variants(best: TileConfig, matrix_units: bool) -> Generator[list[TileConfig], TileConfig, None]:
-    """Candidates around the best so far, one property at a time; send in the new best.
+@dataclass(frozen=True)
+class Recipe:
+    """The network whose launches are tuned; can be sent to other processes."""
 
-    Pixels and warps go together, as one decides which of the other Triton compiles rightly.
-    """
-    shapes = [
-        replace(best, rows=rows, columns=columns, warps=warps)
-        for (rows, columns), warps in product(PIXELS, (2, 4, 8))
-    ]
-    best = yield [config for config in shapes if not config.is_miscompiled(matrix_units)]
-    blocks = (32, 64, 128) if matrix_units else (16, 32)
-    best = yield [replace(best, block_k=block) for block in blocks]
-    yield [replace(best, stages=stages) for stages in (1, 2, 3, 4)]
+    genotype: str
+    size: tuple[int, int]
+    batch: int
+    dtype: str
+
+    def compile(self, key: str) -> None:
+        """Every candidate of a launch, into the cache that all processes share."""
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import OutOfResources
+
+        network = _network(self)
+        for config in candidates(network, launches(network)[key]):
+            try:
+                network.tile_call(launches(network)[key], config)()
+            except (OutOfResources, CompilationError):
+                continue
+        torch.cuda.synchronize()
+
+
+@cache
+def _network(recipe: Recipe) -> FusedNetwork:
+    device = torch.device("cuda")
+    genotype = load_genotype(recipe.genotype)
+    folded = fold(registered_spaces()[genotype.space].build(genotype, 19).eval())
+    packing = Packing(device, DTYPES[recipe.dtype])
+    return FusedNetwork(lower(folded, recipe.size, recipe.batch, packing), device)
+
+
+def launches(network: FusedNetwork) -> dict[str, Tile]:
+    """Those of nodes by key, equal ones once."""
+    tiles = (launch for launch in network.plan.launches if isinstance(launch, Tile))
+    return {network.plan.key_of(tile): tile for tile in tiles}
+
+
+def candidates(network: FusedNetwork, tile: Tile) -> list[TileConfig]:
+    """At most 8: what the engine takes now, then others for maps of this size."""
+    from lgcnet_fast.kernels.infer_tile import TileConfig
+
+    height, width = tile.out.size
+    if not network.matrix_units:
+        others = WITHOUT_MATRIX_UNITS
+    elif network.plan.batch * height * width < SMALL:
+        others = SMALL_MAPS
+    else:
+        others = LARGE_MAPS
+    configs = [network.tile_config(tile), *(TileConfig(*fields) for fields in others)]
+    right = (config for config in configs if not config.is_miscompiled(network.matrix_units))
+    return list(dict.fromkeys(right))
 
 
 def tune_tile(network: FusedNetwork, tile: Tile, measure: Measure) -> TunedTile:
-    """The best tile of one launch. A candidate that does not fit on the GPU is passed over."""
-    best = network.tile_config(tile)
-    tried = {best: measure(network.tile_call(tile, best))}
-    default_us = tried[best]
-    rounds = variants(best, matrix_units=network.matrix_units)
-    candidates = next(rounds)
-    while True:
-        for candidate in candidates:
-            if candidate not in tried:
-                tried[candidate] = _measured(network, tile, candidate, measure)
-            if tried[candidate] < GAIN * tried[best]:
-                best = candidate
-        try:
-            candidates = rounds.send(best)
-        except StopIteration:
-            return TunedTile(network.plan.key_of(tile), default_us, best, tried[best])
-
-
-def _measured(network: FusedNetwork, tile: Tile, config: TileConfig, measure: Measure) -> float:
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources
-
-    try:
-        return measure(network.tile_call(tile, config))
-    except (OutOfResources, CompilationError):
-        return float("inf")
+    """The best tile of one launch."""
+    best, *others = candidates(network, tile)
+    default_us = best_us = measure(tile, best)
+    for config in others:
+        found = measure(tile, config)
+        if found < GAIN * best_us:
+            best, best_us = config, found
+    return TunedTile(network.plan.key_of(tile), default_us, best, best_us)
 
 
 def tune_network(
@@ -104,18 +143,11 @@ def tune_network(
     measure: Measure | None = None,
     report: Callable[[TunedTile], None] = lambda tuned: None,
 ) -> list[TunedTile]:
-    """The launches that make a difference first; equal launches once."""
-    measure = measure or microseconds
+    """The launches that make a difference first."""
+    measure = measure or OnGpu(network)
     end = time.monotonic() + seconds
-    tiles: dict[str, Tile] = {}
-    for launch in network.plan.launches:
-        if isinstance(launch, Tile):
-            tiles.setdefault(network.plan.key_of(launch), launch)
-    network.run()
-    times = {
-        key: measure(network.tile_call(tile, network.tile_config(tile)))
-        for key, tile in tiles.items()
-    }
+    tiles = launches(network)
+    times = {key: measure(tile, network.tile_config(tile)) for key, tile in tiles.items()}
     found = []
     for key in sorted(tiles, key=lambda key: -times[key]):
         if time.monotonic() > end:
@@ -125,12 +157,48 @@ def tune_network(
     return found
 
 
+class OnGpu:
+    """Times launches, on maps of random numbers, and looks whether tiles agree on the result."""
+
+    def __init__(self, network: FusedNetwork) -> None:
+        self._network = network
+        # As small as a map's numbers, whichever maps lie there.
+        network.arena.view(network.plan.dtype).normal_()
+
+    def __call__(self, tile: Tile, config: TileConfig) -> float:
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import OutOfResources
+
+        call = self._network.tile_call(tile, config)
+        try:
+            if not self._agree(self._results(tile), self._results(tile, config)):
+                return float("inf")
+            return microseconds(call)
+        except (OutOfResources, CompilationError):
+            return float("inf")
+
+    def _results(self, tile: Tile, config: TileConfig | None = None) -> list[Tensor]:
+        written = self._network.written_by(tile)
+        for data in written:
+            data.zero_()
+        self._network.tile_call(tile, config or self._network.tile_config(tile))()
+        return [data.clone() for data in written]
+
+    def _agree(self, expected: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+        tolerance = TOLERANCE[self._network.plan.dtype]
+        return all(
+            bool(((x - y).abs().max() <= tolerance * x.abs().max()).item())
+            for x, y in zip(expected, found, strict=True)
+        )
+
+
 def microseconds(call: Call) -> float:
     """Median over replays of a CUDA graph of `REPEATS` launches."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    with recording(graph, stream):
         for _ in range(REPEATS):
             call()
     graph.replay()
@@ -164,26 +232,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("width", type=int)
     parser.add_argument("dtype", choices=sorted(DTYPES))
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--seconds", type=float, default=200.0, help="in all")
     parser.add_argument("--folder", type=Path, default=tuning.FOLDER, help="of the tables")
     chosen = parser.parse_args(arguments)
 
-    device = torch.device("cuda")
-    genotype = load_genotype(chosen.genotype)
-    folded = fold(registered_spaces()[genotype.space].build(genotype, 19).eval())
-    size = (chosen.height, chosen.width)
-    packing = Packing(device, DTYPES[chosen.dtype])
-    network = FusedNetwork(lower(folded, size, chosen.batch, packing), device)
-    network.image.random_(0, 256)
-    found = tune_network(
-        network,
-        chosen.seconds,
-        report=lambda t: print(f"{t.default_us:8.2f} -> {t.best_us:8.2f} us  {t.key}", flush=True),
+    end = time.monotonic() + chosen.seconds
+    recipe = Recipe(chosen.genotype, (chosen.height, chosen.width), chosen.batch, chosen.dtype)
+    network = _network(recipe)
+    in_processes(
+        recipe.compile,
+        list(launches(network)),
+        lambda done, total: print(f"compiled for {done} of {total} launches", flush=True),
     )
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name()
     path = tuning.table_path(name, chosen.folder)
-    table = tuning.read_table(path) if path.exists() else None
-    print(tuning.write_table(with_tiles(table, name, found), chosen.folder))
+
+    def report(tuned: TunedTile) -> None:
+        table = tuning.read_table(path) if path.exists() else None
+        tuning.write_table(with_tiles(table, name, [tuned]), chosen.folder)
+        print(f"{tuned.default_us:8.2f} -> {tuned.best_us:8.2f} us  {tuned.key}", flush=True)
+
+    tune_network(network, end - time.monotonic(), report=report)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -10,68 +10,71 @@ import pytest
 import torch
 
 from lgcnet_fast.deploy import tune
-from lgcnet_fast.deploy.fused import Call, FusedNetwork
+from lgcnet_fast.deploy.fused import FusedNetwork
 from lgcnet_fast.deploy.plan import Tile
 from lgcnet_fast.errors import BackendError
 from lgcnet_fast.kernels.infer_tile import TileConfig
 from lgcnet_fast.ops import tuning
 from tests.deploy.test_plan import planned, small_network
 
-BEST = TileConfig(rows=8, columns=16, block_k=32, warps=2, stages=3)
-
 
 @pytest.fixture(scope="module")
 def network() -> FusedNetwork:
-    plan = planned(small_network(), (17, 33), dtype=torch.float16)
-    return FusedNetwork(plan, torch.device("cpu"))
+    return network_of(torch.float16)
 
 
-def made_up(call: Call) -> float:
+def network_of(dtype: torch.dtype) -> FusedNetwork:
+    return FusedNetwork(planned(small_network(), (17, 33), dtype=dtype), torch.device("cpu"))
+
+
+def first_tile(network: FusedNetwork) -> Tile:
+    return next(launch for launch in network.plan.launches if isinstance(launch, Tile))
+
+
+BEST = TileConfig(*tune.SMALL_MAPS[-1])
+
+
+def made_up(tile: Tile, config: TileConfig) -> float:
     """Microseconds that grow with the number of fields that differ from `BEST`."""
-    config = call.args[7]  # type: ignore[attr-defined]
-    fields = ("rows", "columns", "block_k", "warps", "stages")
+    fields = ("rows", "columns", "block_k", "warps", "stages", "taps")
     return 10.0 + sum(getattr(config, name) != getattr(BEST, name) for name in fields)
 
 
-def test_every_property_is_searched(network: FusedNetwork) -> None:
-    tile = next(launch for launch in network.plan.launches if isinstance(launch, Tile))
+def test_the_fastest_candidate_is_found(network: FusedNetwork) -> None:
+    tile = first_tile(network)
     tuned = tune.tune_tile(network, tile, made_up)
-    assert tuned.best == BEST
+    assert tuned.best == BEST and tuned.best in tune.candidates(network, tile)
     assert tuned.best_us < tuned.default_us
     assert tuned.key == network.plan.key_of(tile)
 
 
 def test_small_gains_do_not_count(network: FusedNetwork) -> None:
-    tile = next(launch for launch in network.plan.launches if isinstance(launch, Tile))
-    tuned = tune.tune_tile(network, tile, lambda call: 100 + made_up(call) / 10)
+    tile = first_tile(network)
+    tuned = tune.tune_tile(network, tile, lambda *given: 100 + made_up(*given) / 10)
     assert tuned.best == network.tile_config(tile)
 
 
-def test_what_does_not_fit_is_passed_over(network: FusedNetwork) -> None:
-    from triton.runtime.errors import OutOfResources
-
-    tile = next(launch for launch in network.plan.launches if isinstance(launch, Tile))
+def test_what_cannot_serve_is_passed_over(network: FusedNetwork) -> None:
+    tile = first_tile(network)
     default = network.tile_config(tile)
 
-    def measure(call: Call) -> float:
-        if call.args[7] != default:  # type: ignore[attr-defined]
-            raise OutOfResources(300_000, 232_448, "shared memory")
-        return 10.0
+    def measure(tile: Tile, config: TileConfig) -> float:
+        return 10.0 if config == default else float("inf")
 
     assert tune.tune_tile(network, tile, measure).best == default
 
 
-def test_equal_launches_once_and_the_slowest_first(
-    network: FusedNetwork, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(network, "run", lambda: None)
-    found = tune.tune_network(network, seconds=60, measure=made_up)
+def test_equal_launches_once_and_the_slowest_first(network: FusedNetwork) -> None:
+    def measure(tile: Tile, config: TileConfig) -> float:
+        return made_up(tile, config) * tile.out.channels
+
+    found = tune.tune_network(network, seconds=60, measure=measure)
     keys = [tuned.key for tuned in found]
     tiles = [launch for launch in network.plan.launches if isinstance(launch, Tile)]
     assert len(keys) == len(set(keys)) and set(keys) == {network.plan.key_of(t) for t in tiles}
     defaults = [tuned.default_us for tuned in found]
     assert defaults == sorted(defaults, reverse=True)
-    assert tune.tune_network(network, seconds=-1, measure=made_up) == []
+    assert tune.tune_network(network, seconds=-1, measure=measure) == []
 
 
 def test_the_table_is_what_engines_read(
@@ -93,21 +96,19 @@ def test_the_table_is_what_engines_read(
     assert tune.with_tiles(None, "new", found).configs == {tune.OPERATION: {key: vars_of(BEST)}}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_no_tile_that_is_compiled_wrongly_is_tried(dtype: torch.dtype) -> None:
-    network = FusedNetwork(planned(small_network(), (17, 33), dtype=dtype), torch.device("cpu"))
-    tile = next(launch for launch in network.plan.launches if isinstance(launch, Tile))
-    tried: list[TileConfig] = []
-
-    def measure(call: Call) -> float:
-        tried.append(call.args[7])  # type: ignore[attr-defined]
-        return 10.0 - (tried[-1].warps == 4) - tried[-1].rows / 10
-
-    tune.tune_tile(network, tile, measure)
-    assert len(tried) > 12
-    assert not any(config.is_miscompiled(network.matrix_units) for config in tried)
-    if network.matrix_units:
-        assert not any(config.rows * config.columns >= 64 and config.warps == 4 for config in tried)
+@pytest.mark.parametrize("matrix_units", [False, True])
+@pytest.mark.parametrize("small", [tune.SMALL, 0])
+def test_few_candidates_none_of_which_is_compiled_wrongly(
+    matrix_units: bool, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "SMALL", small)
+    monkeypatch.setattr(FusedNetwork, "matrix_units", matrix_units)
+    network = network_of(torch.float16)
+    for tile in tune.launches(network).values():
+        tried = tune.candidates(network, tile)
+        assert tried[0] == network.tile_config(tile)
+        assert 6 <= len(set(tried)) == len(tried) <= 8
+        assert not any(config.is_miscompiled(matrix_units) for config in tried)
 
 
 @pytest.mark.parametrize("pixels", [2**6, 2**13, 2**14, 2**15, 2**22])
@@ -131,14 +132,6 @@ def test_no_default_is_compiled_wrongly(pixels: int, channels: int, matrix_units
 def test_tiles_that_are_compiled_wrongly(config: TileConfig, miscompiled: bool) -> None:
     assert config.is_miscompiled(matrix_units=True) == miscompiled
     assert not config.is_miscompiled(matrix_units=False)
-
-
-def test_the_sweep_of_the_bench_leaves_them_out() -> None:
-    from bench.kernels.infer_tile import tiles
-
-    plan = planned(small_network(), (17, 33), dtype=torch.float16)
-    assert len(tiles(plan)) > 5
-    assert not any(config.is_miscompiled(matrix_units=True) for config in tiles(plan))
 
 
 def test_a_table_with_such_a_tile_is_refused(
