@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lgcnet_fast.nn.mixed import MixedOp, Terms, edge_terms, node_sum
+from lgcnet_fast.nn.mixed import MixedOp, Terms, edge_terms, node_sum, node_weights
 from lgcnet_fast.nn.operations import CELL_OPS, cell_operation
 from lgcnet_fast.nn.primitives import FactorizedReduce, ReLUConvBN, Source, applied_together
 
@@ -66,15 +66,26 @@ class SearchCell(Cell):
             _mixed_edge(channels, edge_stride(edge, reduction)) for edge in range(EDGES_PER_CELL)
         )
 
-    def forward(self, s0: Tensor | Source, s1: Tensor | Source, z: Tensor) -> Tensor:
-        """s0: output of cell k - 2, s1: of cell k - 1; z: (5, 8). Returns (N, 2C, H', W')."""
+    def forward(
+        self, s0: Tensor | Source, s1: Tensor | Source, z: Tensor | Sequence[Tensor]
+    ) -> Tensor:
+        """s0: output of cell k - 2, s1: of cell k - 1. Returns (N, 2C, H', W').
+
+        z: (5, 8), or what `weights_of` picked from it together with that of other cells.
+        """
+        weights1, weights2 = weights_of([self], z)[0] if isinstance(z, Tensor) else z
         first, second = map(Source, self.preprocessed(s0, s1))
         terms = self._leave({"i1": first, "i2": second})
-        rows1, rows2 = z.split([len(edges) for edges in _EDGES_INTO.values()])
-        x1 = Source(node_sum([terms[edge] for edge in _EDGES_INTO["x1"]], rows1))
+        x1 = Source(node_sum([terms[edge] for edge in _EDGES_INTO["x1"]], weights1))
         terms |= self._leave({"x1": x1})
-        x2 = node_sum([terms[edge] for edge in _EDGES_INTO["x2"]], rows2)
+        x2 = node_sum([terms[edge] for edge in _EDGES_INTO["x2"]], weights2)
         return torch.cat((x1.plain(), x2), dim=1)
+
+    def nodes(self) -> list[list[MixedOp]]:
+        """The edges that end in x1, and those that end in x2."""
+        return [
+            [cast(MixedOp, self.edges[edge]) for edge in edges] for edges in _EDGES_INTO.values()
+        ]
 
     def _leave(self, sources: Mapping[str, Source]) -> dict[int, Terms]:
         """What the edges that leave some nodes bring to their ends, by edge; sources: the maps."""
@@ -84,6 +95,13 @@ class SearchCell(Cell):
         ]
         numbers = [edge for node in sources for edge in _EDGES_FROM[node]]
         return dict(zip(numbers, edge_terms(leaving), strict=True))
+
+
+def weights_of(cells: Sequence[SearchCell], z: Tensor) -> list[list[Tensor]]:
+    """The weights of both nodes of each cell; z: (cells * 5, 8)."""
+    weights = node_weights([node for cell in cells for node in cell.nodes()], z)
+    nodes = len(_EDGES_INTO)
+    return [weights[first : first + nodes] for first in range(0, len(weights), nodes)]
 
 
 class DerivedCell(Cell):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import cast
+from itertools import count, groupby
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from lgcnet_fast.nn.primitives import (
@@ -29,6 +30,10 @@ from lgcnet_fast.ops import (
     second_stages,
     separable_branches,
 )
+from lgcnet_fast.ops.constants import constant
+
+ALIGNMENT = 8
+"""Numbers: at least 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,6 @@ class Terms:
     """(N, C, H, W), or stacks (B, N, C, H, W) of neighbouring candidates."""
     norms: list[nn.Module | None]
     """One a candidate; none where its map counts as it is."""
-    options: tuple[int, ...]
-    """Positions of the candidates in the edge's row of Z."""
     recomputable: list[Recomputable]
     """Those of the maps that the node need not keep."""
 
@@ -58,7 +61,12 @@ class MixedOp(nn.Module):
 
     def forward(self, weights: Tensor, x: Tensor, *inputs: object) -> Tensor:
         """weights: (options,), one row of Z; x, inputs: what the candidates take."""
-        return node_sum(edge_terms([(Source(x), [self])], *inputs), weights[None])
+        (weights,) = node_weights([[self]], weights[None])
+        return node_sum(edge_terms([(Source(x), [self])], *inputs), weights)
+
+    def norms(self) -> list[nn.Module | None]:
+        """The batch norm of each candidate; None where its map counts as it is."""
+        return [getattr(candidate, "norm", None) for candidate in self.candidates.values()]
 
     def runs(self) -> Iterator[list[nn.Module]]:
         """The candidates, those of a stack together."""
@@ -70,12 +78,10 @@ class MixedOp(nn.Module):
     ) -> Terms:
         """computed: the raw maps of runs that are there already, by their first candidate."""
         maps: list[Tensor] = []
-        norms: list[nn.Module | None] = []
         pools = [one.bins for one in self.candidates.values() if isinstance(one, GlobalPool)]
         if pools:
             source.average(pools)
         for run in self.runs():
-            norms += [getattr(candidate, "norm", None) for candidate in run]
             if run[0] in computed:
                 maps += computed[run[0]]
             elif isinstance(run[0], nn.Identity):
@@ -83,7 +89,7 @@ class MixedOp(nn.Module):
             else:
                 raw = cast(Callable[..., Tensor], run[0].raw)
                 maps.append(raw(source, *inputs))
-        return Terms(maps, norms, self.options, source.recomputable)
+        return Terms(maps, self.norms(), source.recomputable)
 
 
 Leaving = tuple[Source, Sequence[MixedOp]]
@@ -99,15 +105,58 @@ def edge_terms(leaving: Sequence[tuple[Source, Sequence[MixedOp]]], *inputs: obj
     return [edge.terms(source, computed, *inputs) for source, edges in leaving for edge in edges]
 
 
-def node_sum(edges: Sequence[Terms], z: Tensor) -> Tensor:
-    """The map of a node: all terms of the edges that end there; z: (edges, options)."""
-    options = z.shape[1]
+def node_weights(nodes: Sequence[Sequence[MixedOp]], z: Tensor) -> list[Tensor]:
+    """What `node_sum` takes for each of several nodes, picked from Z at once.
+
+    nodes: the edges that end in each; z: (edges of all nodes, options).
+    """
+    picked: list[tuple[int, ...]] = []
+    first = 0
+    for edges in nodes:
+        found = [
+            (norm is None, row * z.shape[1] + option)
+            for row, edge in enumerate(edges, start=first)
+            for option, norm in zip(edge.options, edge.norms(), strict=True)
+        ]
+        picked.append(tuple(position for _, position in sorted(found)))
+        first += len(edges)
+    if picked == [tuple(range(z.numel()))]:
+        return [z.flatten()]
+    return list(_Picked.apply(z.flatten(), picked))
+
+
+class _Picked(torch.autograd.Function):
+    """Elements of a vector at several lists of positions: one launch, and two for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, picked: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+        ctx.size, ctx.positions = len(z), sum(picked, ())
+        # Kernels are compiled anew for vectors that do not begin at multiples of 16 bytes.
+        padded = [positions + (0,) * (-len(positions) % ALIGNMENT) for positions in picked]
+        together = z.index_select(0, constant(sum(padded, ()), z.device))
+        parts = together.split([len(positions) for positions in padded])
+        return tuple(part[: len(own)] for part, own in zip(parts, picked, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        together = torch.cat(gradients)
+        positions = constant(ctx.positions, together.device)
+        return together.new_zeros(ctx.size).index_copy_(0, positions, together), None
+
+
+def node_sum(edges: Sequence[Terms], weights: Tensor) -> Tensor:
+    """The map of a node: all terms of the edges that end there.
+
+    weights: one a term, first of those with a batch norm, which is how they are summed.
+    """
+    norms = [norm for terms in edges for norm in terms.norms]
+    with_norm, plain = count(), count(sum(norm is not None for norm in norms))
     with recomputed(*(one for terms in edges for one in terms.recomputable)):
         return mixed_norm_sum(
             [y for terms in edges for y in terms.maps],
-            z.flatten(),
-            [norm for terms in edges for norm in terms.norms],
-            [row * options + option for row, terms in enumerate(edges) for option in terms.options],
+            weights,
+            norms,
+            [next(plain if norm is None else with_norm) for norm in norms],
         )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
 from lgcnet_fast.nn.autocast_weights import cast_weights
-from lgcnet_fast.nn.cell import EDGES_PER_CELL, Cell, DerivedCell, SearchCell
+from lgcnet_fast.nn.cell import Cell, DerivedCell, SearchCell, weights_of
 from lgcnet_fast.nn.fusion import (
     FUSION_WIDTH,
     FusionCell,
@@ -38,9 +39,9 @@ class Backbone(nn.Module):
         stem0, stem1 = self.stem(x)
         # The ReLU that ends the second stage of the stem keeps its output.
         s0, s1 = Source(stem0), Source(stem1, only_rectified=True)
-        choices: Sequence[tuple[Tensor, ...]] = [()] * len(self.cells)
+        choices: Sequence[tuple[Sequence[Tensor], ...]] = [()] * len(self.cells)
         if z is not None:
-            choices = [(rows,) for rows in z.split(EDGES_PER_CELL)]
+            choices = [(weights,) for weights in weights_of(cast(list[SearchCell], self.cells), z)]
         features = []
         for k, (cell, choice) in enumerate(zip(self.cells, choices, strict=True)):
             out = cell(s0, s1, *choice)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lgcnet_fast.nn.cell import CELL_EDGES, DerivedCell, SearchCell, edge_stride
+from lgcnet_fast.nn.cell import CELL_EDGES, DerivedCell, SearchCell, edge_stride, weights_of
 from lgcnet_fast.nn.operations import CELL_OPS
 
 NO_OP = ("none",) * 5
@@ -113,3 +113,22 @@ def test_zeros_keep_the_memory_layout():
 
 def test_edge_order():
     assert CELL_EDGES == (("i1", "x1"), ("i2", "x1"), ("i1", "x2"), ("i2", "x2"), ("x1", "x2"))
+
+
+@pytest.mark.parametrize("used", [(0, 1), (1,)])
+def test_weights_of_several_cells_are_picked_together(used: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    cells = [SearchCell(2, 3, 4, reduction, reduce_first=False) for reduction in (False, True)]
+    cells = [cell.double() for cell in cells]
+    s0, s1 = (torch.randn(2, c, 5, 6, dtype=torch.float64) for c in (2, 3))
+    found = []
+    for together in (True, False):
+        z = torch.linspace(0.1, 0.9, 80, dtype=torch.float64).view(10, 8).requires_grad_()
+        weights = weights_of(cells, z) if together else z.split(5)
+        outputs = [cells[k](s0, s1, weights[k]) for k in used]
+        (gradient,) = torch.autograd.grad(sum(y.square().sum() for y in outputs), z)
+        found.append((*outputs, gradient))
+    torch.testing.assert_close(*found)
+    assert found[0][-1][:5].any().item() == (0 in used)
+    none = CELL_OPS.index("none")
+    assert not found[0][-1][:, none].any()
