@@ -80,6 +80,11 @@ class GraphEngine(ABC, Generic[Network]):
         with self._lock, self._on_device:
             return self._replay((batch, *size, False)).network
 
+    def start(self, batch: int, size: Size) -> Call:
+        """What starts the launches for images of this size and no copies, to be timed."""
+        with self._lock, self._on_device:
+            return self._replay((batch, *size, False)).run
+
     def _replay(self, key: Key) -> Replay[Network]:
         if key in self._replays:
             self._replays.move_to_end(key)
@@ -155,19 +160,19 @@ class Replay(Generic[Network]):
         self._image = network.image
         self._labels = network.image.new_empty(network.image.shape[:3], dtype=torch.uint8)
         last = [lambda: network.write_labels(self._labels)] if with_labels else []
-        self._run: Call = _one_after_another([*network.calls, *last])
+        self.run: Call = _one_after_another([*network.calls, *last])
         self._begin: Call = _nothing
         self._end: Call = _nothing
         if turns is not None:
             self._begin, self._end = turns.begin, turns.end
-            self._run = _recorded(self._run, network, last, turns).replay
+            self.run = _recorded(self.run, network, last, turns).replay
 
     def labels_of(self, pixels: Tensor) -> Tensor:
         """uint8 (N, H, W, 3) of the network's size to uint8 (N, H, W)."""
         self._begin()
         try:
             self._image.copy_(pixels)
-            self._run()
+            self.run()
             return self._labels.clone()
         finally:
             self._end()
@@ -179,7 +184,7 @@ class Replay(Generic[Network]):
         self._begin()
         try:
             self._image.copy_(resized.permute(0, 2, 3, 1))
-            self._run()
+            self.run()
             labels = pixels.new_empty(pixels.shape[:3])
             self.network.write_labels(labels)
             return labels
