@@ -72,8 +72,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storage_bytes(*tensors: Tensor) -> int:
-    """Of tensors that share no storage."""
-    return sum(rounded(tensor.untyped_storage().nbytes()) for tensor in tensors)
+    """Of the storages of tensors, which may share them."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    sizes = {_key(storage): rounded(storage.nbytes()) for storage in storages}
+    return sum(sizes.values())
 
 
 def rounded(size: int) -> int:

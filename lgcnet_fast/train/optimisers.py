@@ -2,7 +2,8 @@
 
 They differ from torch's in where numbers live, not in what they compute: state is allocated at
 once, zero, which is what the first step would make of it, and the learning rate of SGD lies on the
-device. Checkpoints hold the rate as a number, as torch's do with one.
+device. SGD has its parameters in one stretch of memory and clips while it steps. Checkpoints hold
+parameters one by one, and the rate as a number, as torch's do with one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lgcnet_fast.train.schedules import DeviceScalar
+from lgcnet_fast.train.stretch import Stretch
 
 OF_THIS_PROCESS = ("lr", "fused", "capturable")
 """Options that follow from the device and the configuration, never from a checkpoint."""
@@ -32,6 +34,11 @@ class _Capturable(torch.optim.Optimizer):
 
     def _initial_state(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
+
+    def clip(self, norm: float) -> None:
+        """Before a step: scales all gradients so that their norm together is at most `norm`."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, norm)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -53,7 +60,12 @@ class _Capturable(torch.optim.Optimizer):
 
 
 class SGD(_Capturable, torch.optim.SGD):
-    """Fused SGD with momentum, whose learning rate the schedule sets through `lr`."""
+    """Fused SGD with momentum, whose learning rate the schedule sets through `lr`.
+
+    Parameters and their momenta move into a stretch of memory each, of which state dicts know
+    nothing. Where every parameter has a gradient, a step gathers the gradients likewise and is then
+    one launch instead of one for some 50 parameters.
+    """
 
     def __init__(
         self,
@@ -62,12 +74,92 @@ class SGD(_Capturable, torch.optim.SGD):
         momentum: float,
         weight_decay: float,
     ) -> None:
+        """parameters: of one dtype and device."""
         super().__init__(
             parameters, lr=lr.value, momentum=momentum, weight_decay=weight_decay, fused=True
         )
         for group in self.param_groups:
             group["lr"] = lr.tensor
         self._allocate()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After loading, and in copies, parameters or momenta lie elsewhere."""
+        super().__setstate__(state)
+        self._stretch: Stretch | None = None
+        self._gradient: Tensor | None = None
+        self._divisor: Tensor | None = None
+
+    @torch.no_grad()
+    def clip(self, norm: float) -> None:
+        """Here the step divides, so that gradients are not written twice."""
+        gradient = self._gathered()
+        if gradient is None:
+            super().clip(norm)
+        else:
+            # As torch.nn.utils.clip_grad_norm_, whose factor this is the inverse of.
+            self._divisor = ((torch.linalg.vector_norm(gradient) + 1e-6) / norm).clamp(min=1)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """A loss scaler must have unscaled the gradients."""
+        gradient = self._gathered() if closure is None else None
+        if gradient is None:
+            return super().step(closure)
+        (group,) = self.param_groups
+        torch._fused_sgd_(
+            [self._weights],
+            [gradient],
+            [self._momenta] if group["momentum"] else [],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            grad_scale=self._divisor,
+            found_inf=getattr(self, "found_inf", None),
+        )
+        self._gradient = self._divisor = None
+        return None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        # Of a step that a loss scaler has left out.
+        self._gradient = self._divisor = None
+
+    def _gathered(self) -> Tensor | None:
+        """The gradients of the step in a stretch; None where a parameter has none."""
+        if self._gradient is None:
+            (group,) = self.param_groups
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if len(gradients) < len(group["params"]):
+                return None
+            if self._stretch is None or not self._stretch.holds(self._weights, group["params"]):
+                self._lay_out()
+            assert self._stretch is not None
+            self._gradient = self._stretch.filled(gradients)
+        return self._gradient
+
+    def _allocate(self) -> None:
+        super()._allocate()
+        self._lay_out()
+
+    @torch.no_grad()
+    def _lay_out(self) -> None:
+        """Moves parameters and momenta, with their values."""
+        self._gradient = self._divisor = None
+        (group,) = self.param_groups
+        parameters = group["params"]
+        self._stretch = Stretch(parameters)
+        self._weights = self._stretch.filled(parameters)
+        for parameter, view in zip(parameters, self._stretch.views(self._weights), strict=True):
+            parameter.data = view
+        if group["momentum"]:
+            states = [self.state[parameter] for parameter in parameters]
+            self._momenta = self._stretch.filled([state["momentum_buffer"] for state in states])
+            for state, view in zip(states, self._stretch.views(self._momenta), strict=True):
+                state["momentum_buffer"] = view
 
     def _initial_state(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(parameter)} if group["momentum"] else {}

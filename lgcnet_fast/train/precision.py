@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from lgcnet_fast.train.optimisers import SGD, Adam
+
 Network = TypeVar("Network", bound=nn.Module)
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,13 +40,12 @@ class Precision:
         dtype = self.dtype or torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.dtype is not None)
 
-    def step(self, *optimisers: tuple[torch.optim.Optimizer, float | None]) -> None:
+    def step(self, *optimisers: tuple[SGD | Adam, float | None]) -> None:
         """After `backward`: unscales, clips the norm of each optimiser's gradients, steps."""
         for optimiser, clip in optimisers:
             self.scaler.unscale_(optimiser)
             if clip is not None:
-                parameters = [p for group in optimiser.param_groups for p in group["params"]]
-                torch.nn.utils.clip_grad_norm_(parameters, clip)
+                optimiser.clip(clip)
         for optimiser, _ in optimisers:
             self.scaler.step(optimiser)
         self.scaler.update()

@@ -14,8 +14,9 @@ from lgcnet_fast.space.base import LatencyTerms
 from lgcnet_fast.space.sampling import probabilities
 from lgcnet_fast.train.controller import LIMIT, PROPORTIONAL, LatencyController
 from lgcnet_fast.train.losses import latency_loss, strength
+from lgcnet_fast.train.optimisers import SGD
 from lgcnet_fast.train.precision import Precision, resolve_precision
-from lgcnet_fast.train.schedules import cosine, exponential, poly, temperature, warmup
+from lgcnet_fast.train.schedules import DeviceScalar, cosine, exponential, poly, temperature, warmup
 from tests.train.toy import MILLISECONDS, ToyLatency
 
 FORMS = ("linear_ms", "log_total", "log_cell", "log_edge")
@@ -149,7 +150,8 @@ def test_precision_resolves_to_what_the_cpu_has():
 def test_step_clips_and_survives_an_overflow(name):
     precision = Precision(name, torch.device("cpu"))
     model = nn.Linear(4, 4)
-    optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+    device = precision.device
+    optimiser = SGD(model.parameters(), DeviceScalar(1.0, device), 0.0, 0.0)
 
     def step(factor):
         optimiser.zero_grad()

@@ -140,3 +140,100 @@ def test_moving_average_is_that_of_torch():
         expected = reference.state_dict()
         expected["module.1.num_batches_tracked"] = network[1].num_batches_tracked
         torch.testing.assert_close(average.state_dict(), expected)
+
+
+def whole(network, x):
+    """A loss that every parameter takes part in."""
+    for layer in network:
+        x = layer(x)
+    return x.square().sum()
+
+
+def convolutions():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 5, 3, groups=5)]
+    return nn.Sequential(*layers, nn.Conv2d(5, 2, 1)).to(memory_format=torch.channels_last)
+
+
+def steps(network, optimiser, clip, count=3):
+    inputs = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        optimiser.zero_grad()
+        whole(network, torch.randn(2, 3, 6, 7, generator=inputs)).backward()
+        clip()
+        optimiser.step()
+
+
+@pytest.mark.parametrize("norm", [1e-3, 1e6])
+def test_one_launch_for_all_parameters_clips_and_steps_as_torch(norm, monkeypatch):
+    first, second = convolutions(), convolutions()
+    optimiser = ours(SGD, first)
+    before = [(p.shape, p.stride()) for p in second.parameters()]
+    assert [(p.shape, p.stride()) for p in first.parameters()] == before
+    assert all(p.data_ptr() % 16 == 0 for p in first.parameters())
+    torch_optimiser = theirs(SGD, second)
+    steps(
+        second,
+        torch_optimiser,
+        lambda: torch.nn.utils.clip_grad_norm_(second.parameters(), norm),
+    )
+    # Otherwise each parameter would be a part of some launch.
+    monkeypatch.setattr(torch.optim.SGD, "step", None)
+    steps(first, optimiser, lambda: optimiser.clip(norm))
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=1e-5, atol=1e-6)
+    found, wanted = optimiser.state_dict()["state"], torch_optimiser.state_dict()["state"]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_trains_apart_and_alike():
+    network = convolutions()
+    optimiser = ours(SGD, network)
+    steps(network, optimiser, lambda: optimiser.clip(1.0))
+    twin, twin_optimiser = copy.deepcopy((network, optimiser))
+    before = copy.deepcopy(network.state_dict())
+    steps(twin, twin_optimiser, lambda: twin_optimiser.clip(1.0))
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    steps(network, optimiser, lambda: optimiser.clip(1.0))
+    torch.testing.assert_close(network.state_dict(), twin.state_dict(), rtol=0, atol=0)
+
+
+def test_weights_and_momenta_that_were_loaded_go_on():
+    network, other = convolutions(), convolutions()
+    optimiser, other_optimiser = ours(SGD, network), ours(SGD, other)
+    steps(network, optimiser, lambda: optimiser.clip(1.0))
+    other.load_state_dict(network.state_dict())
+    other_optimiser.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    steps(network, optimiser, lambda: optimiser.clip(1.0))
+    steps(other, other_optimiser, lambda: other_optimiser.clip(1.0))
+    torch.testing.assert_close(network.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_a_parameter_without_gradient_stands_aside():
+    network = model()
+    optimiser = ours(SGD, network)
+    before = copy.deepcopy(network[1].state_dict())
+    network[0](torch.ones(5, 4)).square().sum().backward()
+    optimiser.clip(1e-3)
+    optimiser.step()
+    torch.testing.assert_close(network[1].state_dict(), before, rtol=0, atol=0)
+    norm = torch.cat([p.grad.flatten() for p in network[0].parameters()]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_clipping_meets_the_loss_scaler(name):
+    network, precision = convolutions(), Precision(name, CPU)
+    optimiser = SGD(network.parameters(), DeviceScalar(1.0, CPU), 0.0, 0.0)
+
+    def moved(factor):
+        before = torch.cat([p.detach().flatten() for p in network.parameters()])
+        optimiser.zero_grad()
+        loss = whole(network, torch.ones(2, 3, 6, 7)) * factor
+        precision.scaler.scale(loss).backward()
+        precision.step((optimiser, 0.5))
+        return (torch.cat([p.detach().flatten() for p in network.parameters()]) - before).norm()
+
+    assert moved(100.0).item() == pytest.approx(0.5, rel=1e-3)
+    if name == "fp16":
+        assert moved(1e38) == 0  # an overflow leaves the step out
+        assert moved(100.0) > 0
