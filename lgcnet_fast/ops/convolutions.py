@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.conv3_kernels import conv3_weight_gradients, suits
 from lgcnet_fast.ops.fused_separable_branches import computed_dtype
 from lgcnet_fast.ops.lanes import side_by_side
 from lgcnet_fast.ops.maps import dtype_refusal, nhwc
@@ -35,7 +36,8 @@ def convolutions(
     xs: (N, C, H, W), weights: (C_out, C, k, k), as many as maps; sizes may differ from one to the
     next. Differentiable; keeps maps and weights. Where a CUDA graph is captured, the fused form
     runs them, and in the backward pass both gradients of each, side by side; under Triton one
-    kernel takes both of a 1x1 convolution of stride 1.
+    kernel takes both of a 1x1 convolution of stride 1, and one the gradients of the weights of all
+    16-bit 3x3 convolutions of stride 1 that have equal shapes.
 
     Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
     cannot serve.
@@ -95,21 +97,25 @@ class _Convolutions(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        jobs = [
-            job
-            for g, geometry, convolution in zip(
-                gradients, ctx.geometries, _each(tensors, ctx.geometries), strict=True
-            )
-            for job in _gradient_jobs(ctx.backend, geometry, nhwc(g), *convolution)
-        ]
-        found = [gradient for pair in side_by_side(tensors[0].device, jobs) for gradient in pair]
-        weights = tensors[len(gradients) :]
-        return None, None, *found[::2], *_of_the_dtypes(found[1::2], weights)
+        maps = [nhwc(g) for g in gradients]
+        every = _each(tensors, ctx.geometries)
+        jobs = _gradient_jobs(ctx.backend, ctx.geometries, maps, every)
+        parts = side_by_side(tensors[0].device, [job for _, job in jobs])
+        found = {
+            place: gradient
+            for (places, _), part in zip(jobs, parts, strict=True)
+            for place, gradient in zip(places, part, strict=True)
+        }
+        count = len(gradients)
+        of_weights = [found[count + place] for place in range(count)]
+        of_weights = _of_the_dtypes(of_weights, tensors[count:])
+        return None, None, *(found[place] for place in range(count)), *of_weights
 
 
-def _each(
-    tensors: Sequence[Tensor], geometries: Sequence[Geometry]
-) -> list[tuple[Tensor, Tensor, tuple[Any, ...]]]:
+Convolution = tuple[Tensor, Tensor, tuple[Any, ...]]
+
+
+def _each(tensors: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[Convolution]:
     """(x, weight, what torch's convolution takes after the bias); maps come first in tensors."""
     count = len(geometries)
     return [
@@ -122,16 +128,43 @@ def _each(
 
 def _gradient_jobs(
     backend: str,
-    geometry: Geometry,
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    arguments: tuple[Any, ...],
-) -> list[Callable[[], Sequence[Tensor]]]:
-    """Together they give the gradients of x and of the weight, in this order."""
-    if backend == "triton" and weight.shape[2:] == (1, 1) and geometry[:2] == (1, 0):
-        return [partial(pointwise_convolution_backward, g, x, weight)]
-    return [partial(_alone, which, g, x, weight, arguments) for which in (0, 1)]
+    geometries: Sequence[Geometry],
+    gradients: Sequence[Tensor],
+    every: Sequence[Convolution],
+) -> list[tuple[Sequence[int], Callable[[], Iterable[Tensor]]]]:
+    """Together they give the gradients of all maps and weights.
+
+    With every job the places of its gradients: maps come first, then weights.
+    """
+    count = len(every)
+    jobs: list[tuple[Sequence[int], Callable[[], Iterable[Tensor]]]] = []
+    together = _weights_together(geometries, every) if backend == "triton" else []
+    for group in together:
+        operands = [(gradients[index], *every[index][:2]) for index in group]
+        job = partial(conv3_weight_gradients, *map(list, zip(*operands, strict=True)))
+        jobs.append(([count + index for index in group], job))
+    served = {index for group in together for index in group}
+    for index, (g, geometry, one) in enumerate(zip(gradients, geometries, every, strict=True)):
+        x, weight, _ = one
+        if backend == "triton" and weight.shape[2:] == (1, 1) and geometry[:2] == (1, 0):
+            job = partial(pointwise_convolution_backward, g, x, weight)
+            jobs.append(((index, count + index), job))
+            continue
+        jobs.append(((index,), partial(_alone, 0, g, *one)))
+        if index not in served:
+            jobs.append(((count + index,), partial(_alone, 1, g, *one)))
+    return jobs
+
+
+def _weights_together(
+    geometries: Sequence[Geometry], every: Sequence[Convolution]
+) -> list[list[int]]:
+    """Convolutions of equal shapes whose weights' gradients one kernel takes."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, (geometry, (x, weight, _)) in enumerate(zip(geometries, every, strict=True)):
+        if suits(x, weight, geometry):
+            groups.setdefault((x.shape, weight.shape, x.dtype), []).append(index)
+    return list(groups.values())
 
 
 def _alone(

@@ -26,6 +26,7 @@ from lgcnet_fast.kernels import (
     concat_upsample,
     concat_upsample_backward,
     conv3,
+    conv3_backward,
     depthwise,
     depthwise_backward,
     depthwise_input_grad,
@@ -97,6 +98,7 @@ def products(x: Tensor) -> None:
         pointwise_backward.pointwise_backward([x] * maps, stack, weights, stack)
     for stride in (1, 2):
         conv3.conv3(x, a_map((channels, channels, 3, 3)), stride)
+        conv3_backward.conv3_weight_grad([x] * stride, [x] * stride)
 
 
 def resizes(x: Tensor) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops import use_backend
+from lgcnet_fast.ops.conv3_kernels import conv3_weight_gradients
 from lgcnet_fast.ops.convolutions import Geometry, convolutions
 from lgcnet_fast.ops.pointwise_kernels import pointwise_convolution_backward
 
@@ -72,6 +73,50 @@ def test_gradients_of_a_pointwise_convolution(
 
 
 TO_DW = "nohw,nchw->oc"
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_weight_gradients_of_3x3_convolutions(
+    served: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lgcnet_fast.kernels.conv3_backward.serves", lambda x, out_channels: served)
+    torch.manual_seed(0)
+    gs, xs, weights = (
+        [torch.randn(shape, device=device, dtype=torch.bfloat16).movedim(-1, 1) for _ in range(2)]
+        for shape in ((2, 5, 3, 32), (2, 5, 3, 32), (32, 3, 3, 32))
+    )
+    dw = conv3_weight_gradients(gs, xs, weights)
+    assert dw.dtype == torch.float32
+    for found, g, x in zip(dw, gs, xs, strict=True):
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        wanted = torch.nn.grad.conv2d_weight(x.double(), found.shape, g.double(), padding=1)
+        torch.testing.assert_close(found.double(), wanted, rtol=2**-7, atol=2**-5)
+    torch.library.opcheck(conv3_weight_gradients, (gs, xs, weights))
+
+
+def test_3x3_convolutions_of_equal_and_of_other_shapes(device: torch.device) -> None:
+    """Two that go together, one of another size, one of stride 2 and a 1x1 one."""
+    geometries = [Geometry(1, 1), Geometry(2, 1), Geometry(), Geometry(1, 1), Geometry(1, 1)]
+    sizes, kernels = [(3, 5), (3, 5), (3, 5), (3, 5), (4, 3)], [3, 3, 1, 3, 3]
+    torch.manual_seed(0)
+    shapes = [*((2, 32, *size) for size in sizes), *((32, 32, k, k) for k in kernels)]
+    leaves = [
+        torch.randn(shape, device=device)
+        .bfloat16()
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_()
+        for shape in shapes
+    ]
+
+    def outcome(backend: str) -> tuple[Tensor, ...]:
+        with use_backend(backend):
+            maps = convolutions(leaves[:5], leaves[5:], geometries)
+        torch.manual_seed(1)
+        return torch.autograd.grad(maps, leaves, [torch.randn_like(y) for y in maps])
+
+    for found, wanted, leaf in zip(outcome("triton"), outcome("reference"), leaves, strict=True):
+        assert found.dtype == leaf.dtype and found.shape == leaf.shape
+        torch.testing.assert_close(found, wanted, rtol=2**-6, atol=2**-3)
 
 
 def test_gradients_by_finite_differences(device: torch.device) -> None:
