@@ -71,7 +71,9 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         tile = {"BLOCK_P": 8, "BLOCK_C": 64}
         for edges in (1, 2):
             yield depthwise._forward_kernel, shared | tile | {"EDGES": edges}, 4
-        yield depthwise_weight_grad._weight_grad_kernel, shared | tile, 4
+        for parts in (1, 2):
+            sums = shared | tile | {"PARTS": parts}
+            yield depthwise_weight_grad._weight_grad_kernel, sums, 4
         yield depthwise_backward._backward_kernel, shared | tile | {"ROWS": 8}, 4
         for rows in (2, 4, 8) if stride == 1 else (2,):
             tile = {"BLOCK_P": 32, "BLOCK_C": 16, "ROWS": rows}
