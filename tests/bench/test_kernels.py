@@ -27,6 +27,7 @@ FAMILIES = (
     "mixed_sum",
     "pointwise",
     "pointwise_backward",
+    "conv3_backward",
     "upsample_loss",
 )
 
