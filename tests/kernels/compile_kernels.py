@@ -29,6 +29,7 @@ from lgcnet_fast.kernels import (
     concat_pointwise,
     concat_pointwise_backward,
     conv3,
+    conv3_backward,
     depthwise,
     depthwise_backward,
     depthwise_input_grad,
@@ -137,6 +138,13 @@ def product_gradients(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, 
         yield (
             pointwise_backward._product_gradients_kernel, tile, config.warps, config.stages,
         )  # fmt: skip
+        if storage != "fp32":
+            shape = (16, channels, 2048 // channels, 4096 // channels)
+            walk = conv3_backward.WeightGradConfig.default(PLAIN, shape, channels)
+            tile |= {"BLOCK_P": walk.block_p, "BLOCK_C": walk.block_c, "BLOCK_O": walk.block_o}
+            del tile["BLOCK_M"]
+            tile["BRANCHES"] = PLAIN
+            yield conv3_backward._conv3_weight_grad_kernel, tile, walk.warps, 1
 
 
 def compile_for(
