@@ -5,7 +5,8 @@ forward pass (see concat_upsample.py). Nothing is scattered: the same inputs giv
 
 Least traffic: the gradient once, each map's gradient once. A program walks down a strip of input
 rows; each row of the gradient is summed horizontally once and added to both input rows around it,
-some 9 operations an element of the gradient.
+some 9 operations an element of the gradient. Small maps, of which every pixel is read by many
+outputs, are summed along one axis after the other, by one program for a block of a row.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ from lgcnet_fast.kernels.rows import (
     vector_width,
 )
 
-BACKWARD = StripConfig(block=1024, rows=4, warps=4)
+BACKWARD = StripConfig(block=1024, rows=2, warps=4)
 """One vector of 16 bytes a thread and tap; `rows` + 1 intervals of output rows for `rows` rows."""
 
-_LARGEST_DIRECT_SCALE = 8
+_LARGEST_DIRECT_SCALE = 4
 """Beyond it the gradient is summed along one axis after the other."""
+_AXIS_LOADS = 16
+"""Outputs of which a thread loads a vector at once there: 32 KB are on their way to a program."""
 
 
 def concat_upsample_backward(
@@ -122,12 +125,15 @@ def _gather_strip(
     for row in range(first - 1, tl.minimum(first + ROWS, h)):
         lower = tl.zeros(channel.shape, ACC)
         # Not carried from row to row: Triton loses a carried value that only bounds a nested loop.
-        for output in range(first_output(row, h, height), first_output(row + 1, h, height)):
-            row_ptr = row_pointer(grad_ptr, batch, output, height, width * pitch)
-            gathered = _gathered_row(row_ptr, channel, taps, mask)
-            f = beyond(output, row, h, height, ACC)
-            upper += (1 - f) * gathered
-            lower += f * gathered
+        end = first_output(row + 1, h, height)
+        for output in range(first_output(row, h, height), end, 2):
+            for second in tl.static_range(2):  # Both are on their way at once.
+                present = mask & (output + second < end)
+                row_ptr = row_pointer(grad_ptr, batch, output + second, height, width * pitch)
+                gathered = _gathered_row(row_ptr, channel, taps, present)
+                f = beyond(output + second, row, h, height, ACC)
+                upper += (1 - f) * gathered
+                lower += f * gathered
         target = row_pointer(x_grad_ptr, batch, row, h, w * C) + pixel * C + channel
         tl.store(target, upper.to(x_grad_ptr.dtype.element_ty), mask=mask & (row >= first))
         upper = lower
@@ -165,6 +171,55 @@ def _backward_kernel(
                     y_ptrs[m], pitch, x_ptrs[m], batch, first, pixel, channel,
                     heights[m], widths[m], C, height, width, ROWS, TAPS, ACC,
                 )  # fmt: skip
+
+
+@triton.jit
+def _outputs(y, first, end, row_elements, mask, LOADS: tl.constexpr, ROWS: tl.constexpr):
+    """LOADS tensors of the outputs `first`, `first` + ROWS .. below `end`, 0 beyond."""
+    values = ()
+    for load in tl.static_range(LOADS):
+        output = first + load * ROWS
+        row = y + output.to(tl.int64) * row_elements
+        values = values + (tl.load(row, mask=mask & (output < end), other=0.0),)
+    return values
+
+
+@triton.jit(do_not_specialize=["size", "whole", "width"])
+def _axis_kernel(
+    y_ptr, x_ptr, size, whole, width, vectors, all_vectors,
+    LOADS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """x (N, size, width, C): what y (N, whole, width, pitch) gives along its second axis.
+
+    Grid (N x blocks of a row, size). A thread has a vector of one of ROWS outputs that read the
+    input, LOADS times at once; the threads add up theirs at the end.
+    """
+    blocks = tl.cdiv(width * vectors, GROUPS)
+    batch, i = tl.program_id(0) // blocks, tl.program_id(1)
+    pixel, channel = row_vectors(tl.program_id(0) % blocks, vectors, GROUPS, VECTOR)
+    mask = pixel < width
+    pitch = all_vectors * VECTOR
+    offset = (pixel * pitch + channel)[None, :, :]
+    # From the first output strictly beyond the input before.
+    first = tl.where(i > 0, (tl.maximum(i, 1) - 1) * (whole - 1) // tl.maximum(size - 1, 1) + 1, 0)
+    end = first_output(i + 1, size, whole)
+    lane = tl.arange(0, ROWS)[:, None, None]
+    total = tl.zeros((ROWS, GROUPS, VECTOR), ACC)
+    y = row_pointer(y_ptr, batch, 0, whole, width * pitch) + offset
+    values = _outputs(y, first + lane, end, width * pitch, mask[None, :, :], LOADS, ROWS)
+    for start in range(first, end, LOADS * ROWS):
+        for load in tl.static_range(LOADS):
+            output = start + load * ROWS + lane
+            weight = 1 - tl.abs(beyond(output, i, size, whole, ACC))
+            total += weight * values[load].to(ACC)
+        # On their way together: ptxas moves loads to their use, but not to another round.
+        following = start + LOADS * ROWS + lane
+        values = _outputs(y, following, end, width * pitch, mask[None, :, :], LOADS, ROWS)
+    gathered = tl.sum(total, axis=0)
+    target = row_pointer(x_ptr, batch, i, size, width * vectors * VECTOR)
+    target += pixel * (vectors * VECTOR) + channel
+    tl.store(target, gathered.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 def _backward(
@@ -207,10 +262,27 @@ def _backward_by_axes(part: Tensor, pitch: int, x_grad: Tensor, config: StripCon
     width = part.shape[3]
     unrounded = part.new_empty((), dtype=accumulator_dtype(part.dtype))
     rows = empty_map((batch, channels, h, width), unrounded)
-    _launch_backward([part], pitch, [rows], config)
+    _launch_axis(part, pitch, rows, config)
     columns = rows.movedim(1, -1).reshape(batch * h, width, 1, channels).movedim(-1, 1)
     x_columns = x_grad.movedim(1, -1).view(batch * h, w, 1, channels).movedim(-1, 1)
-    _launch_backward([columns], channels, [x_columns], config)
+    _launch_axis(columns, channels, x_columns, config)
+
+
+def _launch_axis(part: Tensor, pitch: int, x_grad: Tensor, config: StripConfig) -> None:
+    """x_grad (N, C, size, width) from part (N, C, whole, width), whose pixels lie `pitch` apart."""
+    batch, channels, size, width = x_grad.shape
+    whole = part.shape[2]
+    vector = vector_width(part.dtype, pitch, channels)
+    vectors = width * channels // vector
+    groups = min(max(1, config.block // vector), triton.next_power_of_2(vectors))
+    rows = max(1, 32 * config.warps // groups)
+    outputs = triton.next_power_of_2(most_outputs_beside(size, whole))
+    loads = min(_AXIS_LOADS, triton.cdiv(outputs, rows))
+    _axis_kernel[(batch * triton.cdiv(vectors, groups), size)](
+        part, x_grad, size, whole, width, channels // vector, pitch // vector,
+        LOADS=loads, ROWS=rows, GROUPS=groups, VECTOR=vector, ACC=accumulator(part.dtype),
+        num_warps=config.warps,
+    )  # fmt: skip
 
 
 def _launch_backward(

@@ -32,6 +32,7 @@ LAYOUTS: list[tuple[list[Size], Size]] = [
     ([(4, 5), (3, 1)], (7, 3)),
     ([(3, 3)], (1, 1)),
     ([(1, 2)], (10, 12)),
+    ([(1, 1), (5, 2)], (37, 9)),  # more outputs of an input than a program loads at once
 ]
 if CUDA:
     LAYOUTS += [
