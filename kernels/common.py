@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TypeVar
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+Result = TypeVar("Result")
 STORAGE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -88,11 +93,12 @@ def check_product(name: str, feature_map: Tensor) -> None:
 
 
 @triton.jit
-def _sum_rows_kernel(
-    partial_ptr, out_ptr, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
-):
-    """out[c] = sum_r partial[r, c]; each program owns its columns, so the order is fixed."""
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+def _sum_tile(
+    partial_ptr, out_ptr, program, rows, columns, C,
+    TAPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sums the columns of a program over all rows; several TAPS: (B, TAPS, C) as (B, C, TAPS)."""
+    column = program * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     lane = tl.arange(0, BLOCK_ROWS)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=partial_ptr.dtype.element_ty)
     for first in range(0, rows, BLOCK_ROWS):
@@ -101,11 +107,98 @@ def _sum_rows_kernel(
         total += tl.load(
             partial_ptr + offset, mask=(row < rows) & (column < columns)[None, :], other=0.0
         )
-    tl.store(out_ptr + column, tl.sum(total, axis=0), mask=column < columns)
+    place = column
+    if TAPS > 1:
+        place = column // (TAPS * C) * (TAPS * C) + column % C * TAPS + column // C % TAPS
+    tl.store(out_ptr + place, tl.sum(total, axis=0), mask=column < columns)
+
+
+@triton.jit
+def _sum_rows_kernel(
+    partial_ptr, out_ptr, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """out[c] = sum_r partial[r, c]; each program owns its columns, so the order is fixed."""
+    program = tl.program_id(0)
+    _sum_tile(partial_ptr, out_ptr, program, rows, columns, columns, 1, BLOCK_ROWS, BLOCK_COLUMNS)
+
+
+@triton.jit(do_not_specialize=["window_rows", "product_rows"])
+def _sum_shares_kernel(
+    window_ptr, window_out_ptr, window_rows, window_columns, C,
+    product_ptr, product_out_ptr, product_rows, product_columns,
+    WINDOW_ROWS: tl.constexpr, WINDOW_COLUMNS: tl.constexpr,
+    PRODUCT_ROWS: tl.constexpr, PRODUCT_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`_sum_rows_kernel` of windows (B, 9, C), which it writes as (B, C, 9), then of products."""
+    window_programs = tl.cdiv(window_columns, WINDOW_COLUMNS)
+    program = tl.program_id(0)
+    if program < window_programs:
+        _sum_tile(
+            window_ptr, window_out_ptr, program, window_rows, window_columns, C,
+            9, WINDOW_ROWS, WINDOW_COLUMNS,
+        )  # fmt: skip
+    else:
+        _sum_tile(
+            product_ptr, product_out_ptr, program - window_programs, product_rows, product_columns,
+            product_columns, 1, PRODUCT_ROWS, PRODUCT_COLUMNS,
+        )  # fmt: skip
 
 
 INTERPRETED = not isinstance(_sum_rows_kernel, triton.JITFunction)
 """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 at the first import)."""
+
+
+_unsummed: ContextVar[list[Tensor] | None] = ContextVar("unsummed", default=None)
+"""What `sum_rows` has left to others."""
+
+
+def unsummed(function: Callable[[], Result]) -> tuple[Result, Tensor | None]:
+    """What it returns, and what `sum_rows` should have summed at its end, for `sum_shares`.
+
+    The sum itself is then not in the result. None where it sums nothing.
+    """
+    kept: list[Tensor] = []
+    token = _unsummed.set(kept)
+    try:
+        result = function()
+    finally:
+        _unsummed.reset(token)
+    return result, kept[-1] if kept else None
+
+
+def sum_shares(windows: Tensor, products: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight gradients from the shares of all programs, both in one launch.
+
+    windows: (rows, ..., 3, 3, C) of depthwise convolutions, which become (B, C, 3, 3), as
+    parameters lie in memory; products: (other rows, B, C_out, C) of the pointwise ones; both
+    contiguous. Same bits on every run.
+    """
+    channels = windows.shape[-1]
+    windows = windows.view(len(windows), -1)
+    window_out = windows.new_empty(windows.shape[1] // (9 * channels), channels, 3, 3)
+    window_tile = _tile(len(windows))
+    programs = triton.cdiv(windows.shape[1], window_tile[1])
+    if products is None:
+        product_out, product_rows, product_columns, product_tile = None, 0, 0, (1, 1)
+    else:
+        product_out = products.new_empty(products.shape[1:])
+        product_rows, product_columns = len(products), product_out.numel()
+        product_tile = _tile(product_rows)
+        programs += triton.cdiv(product_columns, product_tile[1])
+    _sum_shares_kernel[(programs,)](
+        windows, window_out, len(windows), windows.shape[1], channels,
+        windows if products is None else products, window_out if products is None else product_out,
+        product_rows, product_columns,
+        WINDOW_ROWS=window_tile[0], WINDOW_COLUMNS=window_tile[1],
+        PRODUCT_ROWS=product_tile[0], PRODUCT_COLUMNS=product_tile[1],
+    )  # fmt: skip
+    return window_out, product_out
+
+
+def _tile(rows: int) -> tuple[int, int]:
+    """Rows and columns: up to 2048 values, at least the 32 bytes of a memory transaction."""
+    block_rows = min(256, triton.next_power_of_2(rows))
+    return block_rows, min(128, 2048 // block_rows)
 
 
 def sum_rows(partial: Tensor, block_rows: int = 256, block_columns: int = 8) -> Tensor:
@@ -114,6 +207,9 @@ def sum_rows(partial: Tensor, block_rows: int = 256, block_columns: int = 8) -> 
     The columns are few and the rows many, so a tile is tall: 8 columns of float32 fill the 32
     bytes that one memory transaction brings.
     """
+    if (kept := _unsummed.get()) is not None:
+        kept.append(partial)
+        return partial[0]
     rows, shape = partial.shape[0], partial.shape[1:]
     out = partial.new_empty(shape)
     columns = out.numel()

@@ -6,7 +6,7 @@ launch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,34 +39,60 @@ def filtered_maps(
 
 
 def depthwise_gradients(
-    backend: str, dy: Tensor, x: Tensor, windows: Tensor, dilations: Sequence[int], stride: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `filtered_maps` to x and, in the accumulator's dtype, to the windows."""
+    backend: str,
+    dy: Tensor,
+    x: Tensor,
+    windows: Tensor,
+    dilations: Sequence[int],
+    stride: int,
+    of_products: Callable[[], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `filtered_maps` to x and to the windows, and what `of_products` sums.
+
+    That of the windows is as parameters lie in memory, (edges * B, C, 3, 3), in the accumulator's
+    dtype. of_products: the end of the pointwise gradients, see `pointwise_gradients`; where both
+    are sums of shares they take one launch.
+    """
+    launch = (x, windows, dilations, stride)
     if backend == "cuda":
-        return _cuda_gradients(dy, x, windows, dilations, stride)
+        (dx, dw), (d_products,) = side_by_side(
+            x.device, [lambda: _cuda_gradients(dy, *launch), lambda: (of_products(),)]
+        )
+        return dx, dw.flatten(0, 1).movedim(-1, 1).contiguous(), d_products
+    from lgcnet_fast.kernels.common import unsummed
+
     if dy.shape[:2] == (1, 1):
-        return _gradients_of_one(dy, x, windows, dilations, stride)
+        (dx, dw), shares = unsummed(lambda: _gradients_of_one(dy, *launch))
+        return dx, *_summed(dw, shares, of_products)
     from lgcnet_fast.kernels.depthwise_input_grad import (
         InputGradConfig,
         depthwise_multi_input_grad,
     )
+
+    default = InputGradConfig.default(tuple(dy.shape), stride)
+    config = _tuned(default, "input_grad", *launch)
+    (dx,), (dw, d_products) = side_by_side(
+        x.device,
+        [
+            lambda: (depthwise_multi_input_grad(dy, *launch, relu=True, config=config),),
+            lambda: _summed(*unsummed(lambda: _weight_gradient(dy, *launch)), of_products),
+        ],
+    )
+    return dx, dw, d_products
+
+
+def _weight_gradient(
+    dy: Tensor, x: Tensor, windows: Tensor, dilations: Sequence[int], stride: int
+) -> Tensor:
     from lgcnet_fast.kernels.depthwise_weight_grad import (
         WeightGradConfig,
         depthwise_multi_weight_grad,
     )
 
     launch = (x, windows, dilations, stride)
-    for_input = _tuned(InputGradConfig.default(tuple(dy.shape), stride), "input_grad", *launch)
     default = WeightGradConfig.default(tuple(dy.shape), dilations, stride)
-    for_weight = _tuned(default, "weight_grad", *launch)
-    dx, dw = side_by_side(
-        x.device,
-        [
-            lambda: depthwise_multi_input_grad(dy, *launch, relu=True, config=for_input),
-            lambda: depthwise_multi_weight_grad(dy, *launch, relu=True, config=for_weight),
-        ],
-    )
-    return dx, dw
+    config = _tuned(default, "weight_grad", *launch)
+    return depthwise_multi_weight_grad(dy, *launch, relu=True, config=config)
 
 
 def _gradients_of_one(
@@ -79,8 +105,18 @@ def _gradients_of_one(
     default = WeightGradConfig.default(tuple(dy.shape), dilations, stride)
     config = _tuned(default, "backward", x, windows, dilations, stride)
     branch = (dy[0, 0], x, windows[0, 0], dilations[0], stride)
-    dx, dw = depthwise_backward(*branch, relu=True, config=config)
-    return dx, dw[None, None]
+    return depthwise_backward(*branch, relu=True, config=config)
+
+
+def _summed(
+    dw: Tensor, shares: Tensor | None, of_products: Callable[[], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """dw: the result, where it has no shares."""
+    from lgcnet_fast.kernels.common import sum_shares, unsummed
+
+    d_products, of_their_own = unsummed(of_products)
+    d_windows, summed = sum_shares(dw[None] if shares is None else shares, of_their_own)
+    return d_windows, d_products if summed is None else summed
 
 
 def _cuda_gradients(

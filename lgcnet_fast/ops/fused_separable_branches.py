@@ -226,15 +226,7 @@ def separable_branches_backward(
     windows = _by_edge(depthwise, dilations)
     filtered = filtered_maps(backend, x, windows, dilations, stride)
     added_up = pointwise_gradients(backend, gradients, filtered.flatten(0, 1), pointwise)
-    (dx, d_windows), (d_pointwise,) = side_by_side(
-        x.device,
-        [
-            lambda: depthwise_gradients(backend, filtered, x, windows, dilations, stride),
-            lambda: (added_up(),),
-        ],
-    )
-    d_depthwise = d_windows.flatten(0, 1).movedim(-1, 1).contiguous()
-    return dx, d_depthwise, d_pointwise
+    return depthwise_gradients(backend, filtered, x, windows, dilations, stride, added_up)
 
 
 @separable_branches_backward.register_fake
