@@ -22,10 +22,8 @@ FAMILIES = (
     "depthwise",
     "concat_pointwise",
     "concat_upsample",
-    "conv3",
     "max_pool",
     "mixed_sum",
-    "pointwise",
     "pointwise_backward",
     "upsample_loss",
 )
