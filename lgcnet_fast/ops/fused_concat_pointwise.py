@@ -111,7 +111,7 @@ def _gradients_by_library(
         grad, x, weight.to(x.dtype), None, *_PLAIN_CONVOLUTION, [True, True, False]
     )
     if relu:
-        dx = torch.ops.aten.threshold_backward(dx, x, 0)
+        torch.ops.aten.threshold_backward.grad_input(dx, x, 0, grad_input=dx)
     dense = weight.new_empty(weight.shape, dtype=accumulator(grad.dtype))
     channels = [part.shape[1] for part in maps]
     sizes = [length for part in maps for length in part.shape[2:]]
