@@ -56,14 +56,17 @@ class ProductConfig:
     ) -> ProductConfig:
         """All output channels in one tile up to 128, so that the maps are read once.
 
-        Narrow steps where maps are resized, as each value has four neighbours, and for 32-bit
-        products, which run outside the matrix units and hold their operands in registers.
+        Narrow steps where maps are resized, as each value has four neighbours, beside wide tiles,
+        and for 32-bit products, which run outside the matrix units and hold their operands in
+        registers. Not 64 positions: those would take the matrix instructions of warp groups, which
+        Triton 3.6 has compiled wrongly in another launch of several products
+        (`TileConfig.is_miscompiled`).
         """
         block_n = min(128, max(16, triton.next_power_of_2(out_channels)))
-        narrow = resizes or dtype.itemsize > 2
+        narrow = resizes or dtype.itemsize > 2 or block_n > 64
         block_k = min(32 if narrow else 64, max(16, triton.next_power_of_2(max(channels))))
         warps, stages = (4, 2) if dtype.itemsize == 2 else (8, 1)
-        return cls(64, block_n, block_k, warps if block_n <= 64 else 8, stages)
+        return cls(32, block_n, block_k, warps if block_n <= 64 else 8, stages)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ multiply-adds.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -35,15 +36,16 @@ from lgcnet_fast.kernels.common import (
 from lgcnet_fast.kernels.concat_pointwise import (
     MAX_OUT_CHANNELS,
     check_arguments,
-    copied,
     resized_tile,
+    resizes,
 )
 from lgcnet_fast.kernels.concat_upsample_backward import concat_upsample_backward
 from lgcnet_fast.kernels.depthwise import rectify
 from lgcnet_fast.kernels.pointwise_backward import ProductGradientsConfig, summed
 from lgcnet_fast.kernels.rows import four, four_sizes
 
-BLOCK_C = 32
+BLOCK_M, BLOCK_C = 32, 32
+"""Not 64, for the reason given at `ProductConfig.default`; more channels would spill, too."""
 SIZES = ["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "M", "height", "width"]
 
 
@@ -52,14 +54,15 @@ def _concat_gradients_kernel(
     x0_ptr, x1_ptr, x2_ptr, x3_ptr, dx0_ptr, dx1_ptr, dx2_ptr, dx3_ptr, w_ptr, dy_ptr, share_ptr,
     h0, w0, h1, w1, h2, w2, h3, w3, c0, c1, c2, c3, p0, p1, p2, p3,
     M, height, width, C, CO, programs,
-    MAPS: tl.constexpr, COPIED: tl.constexpr, RELU: tl.constexpr,
+    MAPS: tl.constexpr, RESIZES: tl.constexpr, RELU: tl.constexpr,
     ACC: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: every `programs`-th tile of positions, BLOCK_C channels of one map.
 
-    dx: dv of the maps, whose positions are p elements apart; BLOCK_O >= CO. Blocks of channels of
-    the same positions are neighbours in launch order.
+    dx: dv of the maps, whose positions are p elements apart; BLOCK_O >= CO. Unless RESIZES, all
+    maps have the output's size. Blocks of channels of the same positions are neighbours in launch
+    order.
     """
     x_ptrs = (x0_ptr, x1_ptr, x2_ptr, x3_ptr)
     dx_ptrs = (dx0_ptr, dx1_ptr, dx2_ptr, dx3_ptr)
@@ -73,46 +76,61 @@ def _concat_gradients_kernel(
     block = tl.program_id(0) % blocks
     # 64 bits, as are the offsets into maps that come of it.
     program = (tl.program_id(0) // blocks).to(tl.int64)
+
+    # The map of this block, the number of blocks and of channels in front of it.
+    x_ptr, dx_ptr, h, w, count, pitch = x0_ptr, dx0_ptr, h0, w0, c0, p0
+    own_blocks = 0
+    own_channels = 0
+    passed_blocks = tl.cdiv(c0, BLOCK_C)
+    passed_channels = c0
+    for m in tl.static_range(1, MAPS):
+        here = block >= passed_blocks
+        if here:
+            x_ptr = x_ptrs[m]
+            dx_ptr = dx_ptrs[m]
+        h = tl.where(here, heights[m], h)
+        w = tl.where(here, widths[m], w)
+        count = tl.where(here, channels[m], count)
+        pitch = tl.where(here, pitches[m], pitch)
+        own_blocks = tl.where(here, passed_blocks, own_blocks)
+        own_channels = tl.where(here, passed_channels, own_channels)
+        passed_blocks += tl.cdiv(channels[m], BLOCK_C)
+        passed_channels += channels[m]
+
     lane = tl.arange(0, BLOCK_M)[:, None]
     o = tl.arange(0, BLOCK_O)
-    w = w_ptr + o[:, None] * C
-    share = share_ptr + program * CO * C + o[:, None] * C
-    for m in tl.static_range(MAPS):
-        if (block >= 0) & (block * BLOCK_C < channels[m]):
-            c = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-            inside = (o < CO)[:, None] & (c < channels[m])
-            weight = tl.load(w + c, mask=inside, other=0.0)
-            weight = weight.to(dy_ptr.dtype.element_ty).to(OPERAND)
-            total = tl.zeros((BLOCK_O, BLOCK_C), dtype=ACC)
-            for first in range(program * BLOCK_M, M, programs * BLOCK_M):
-                within = lane < M - first
-                mask = within & (c < channels[m])
-                v = resized_tile(
-                    x_ptrs[m], first, lane, c, mask, heights[m], widths[m], channels[m],
-                    height, width, (COPIED >> m) & 1, ACC,
-                )  # fmt: skip
-                dy = dy_ptr + first * CO + (lane * CO + o[None, :])
-                g = tl.load(dy, mask=within & (o < CO)[None, :], other=0.0).to(OPERAND)
-                r = rectify(v, RELU).to(OPERAND)
-                total = tl.dot(tl.trans(g), r, total, input_precision="ieee", out_dtype=ACC)
-                dv = tl.dot(g, weight, input_precision="ieee", out_dtype=ACC)
-                if RELU:
-                    # Where v is NaN the gradient passes, as PyTorch's does.
-                    dv = tl.where(v.to(ACC) <= 0.0, 0.0, dv)
-                dx = dx_ptrs[m] + first * pitches[m] + (lane * pitches[m] + c)
-                tl.store(dx, dv.to(dy_ptr.dtype.element_ty), mask=mask)
-            tl.store(share + c, total, mask=inside)
-        # The next map's blocks come after this one's.
-        block -= tl.cdiv(channels[m], BLOCK_C)
-        w += channels[m]
-        share += channels[m]
+    c = (block - own_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    entry = o[:, None] * C + (own_channels + c)
+    inside = (o < CO)[:, None] & (c < count)
+    weight = tl.load(w_ptr + entry, mask=inside, other=0.0)
+    weight = weight.to(dy_ptr.dtype.element_ty).to(OPERAND)
+    total = tl.zeros((BLOCK_C, BLOCK_O), dtype=ACC)
+    for first in range(program * BLOCK_M, M, programs * BLOCK_M):
+        within = lane < M - first
+        mask = within & (c < count)
+        v = resized_tile(
+            x_ptr, first, lane, c, mask, h, w, count, height, width, not RESIZES, ACC
+        )  # fmt: skip
+        dy = dy_ptr + first * CO + (lane * CO + o[None, :])
+        g = tl.load(dy, mask=within & (o < CO)[None, :], other=0.0).to(OPERAND)
+        r = rectify(v, RELU).to(OPERAND)
+        total = tl.dot(tl.trans(r), g, total, input_precision="ieee", out_dtype=ACC)
+        dv = tl.dot(g, weight, input_precision="ieee", out_dtype=ACC)
+        if RELU:
+            # Where v is NaN the gradient passes, as PyTorch's does.
+            dv = tl.where(v.to(ACC) <= 0.0, 0.0, dv)
+        dx = dx_ptr + first * pitch + (lane * pitch + c)
+        tl.store(dx, dv.to(dy_ptr.dtype.element_ty), mask=mask)
+    tl.store(share_ptr + program * CO * C + entry, tl.trans(total), mask=inside)
 
 
 def default_config(maps: Sequence[Tensor], out_channels: int, size: Size) -> ProductGradientsConfig:
-    """As for as many products as there are blocks of BLOCK_C channels; wider ones would spill."""
+    """As for as many products as there are blocks of BLOCK_C channels."""
     blocks = sum(triton.cdiv(x.shape[1], BLOCK_C) for x in maps)
     positions = maps[0].shape[0] * size[0] * size[1]
-    return ProductGradientsConfig.default(blocks, positions, BLOCK_C, out_channels, maps[0].dtype)
+    default = ProductGradientsConfig.default
+    config = default(blocks, positions, BLOCK_C, out_channels, maps[0].dtype)
+    return replace(config, block_m=BLOCK_M)
 
 
 def concat_pointwise_backward(
@@ -140,7 +158,7 @@ def concat_pointwise_backward(
         *four(maps), *four(gradients), weight, dy, shares, *four_sizes(maps), *four(channels),
         *four([dv.stride(3) for dv in gradients]),
         positions, *size, all_channels, out_channels, config.programs,
-        MAPS=len(maps), COPIED=copied(maps, size), RELU=relu,
+        MAPS=len(maps), RESIZES=resizes(maps, size), RELU=relu,
         ACC=accumulator(dy.dtype), OPERAND=operand(dy.dtype),
         BLOCK_M=config.block_m, BLOCK_O=max(16, triton.next_power_of_2(out_channels)),
         BLOCK_C=config.block_c, num_warps=config.warps, num_stages=config.stages,

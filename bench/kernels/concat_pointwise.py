@@ -203,9 +203,9 @@ def tiles(case: Case) -> Iterator[ProductConfig]:
         yield ProductConfig(block_m, default.block_n, block_k, warps, stages)
 
 
-TILES = [(64, 16, 4, 3), (64, 32, 4, 3), (64, 64, 4, 1), (128, 64, 8, 2), (128, 64, 4, 2)]
-TILES += [(128, 32, 8, 2), (32, 64, 4, 2)]
-"""Positions, steps of input channels, warps, stages."""
+TILES = [(32, 16, 4, 3), (32, 32, 4, 3), (32, 64, 4, 1), (32, 64, 4, 3), (32, 64, 2, 2)]
+TILES += [(16, 64, 2, 2), (16, 64, 4, 2)]
+"""Positions, steps of input channels, warps, stages; see the default for why not 64 positions."""
 
 
 def gradient_tiles(case: Case) -> Iterator[ProductGradientsConfig]:
@@ -216,9 +216,9 @@ def gradient_tiles(case: Case) -> Iterator[ProductGradientsConfig]:
     yield replace(default, stages=4)
     yield replace(default, programs=2 * default.programs)
     yield replace(default, programs=max(1, default.programs // 2))
-    yield replace(default, block_c=64, stages=2)
+    yield replace(default, warps=2)
     yield replace(default, block_c=16)
-    yield replace(default, block_m=128, warps=8, stages=2)
+    yield replace(default, block_m=16)
 
 
 def make_maps(case: Case) -> list[Tensor]:

@@ -118,18 +118,18 @@ def products_of_concatenations(storage: str) -> Iterator[tuple[Any, dict[str, An
     for copied, channels in ((1, 48), (7, 48), (7, 128)):
         shapes = [(16, channels, *(size if copied >> i & 1 else smaller)) for i in range(PLAIN)]
         maps = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
-        shared |= {"COPIED": copied}
+        resizes = concat_pointwise.resizes(maps, size)
         forward = concat_pointwise.ProductConfig.default(
-            [channels] * PLAIN, channels, concat_pointwise.resizes(maps, size), dtype
+            [channels] * PLAIN, channels, resizes, dtype
         )
         tile = {"BLOCK_M": forward.block_m, "BLOCK_N": forward.block_n, "BLOCK_K": forward.block_k}
         kernel: Any = concat_pointwise._concat_pointwise_kernel
-        yield kernel, shared | tile, forward.warps, forward.stages
+        yield kernel, shared | tile | {"COPIED": copied}, forward.warps, forward.stages
         backward = concat_pointwise_backward.default_config(maps, channels, size)
         tile = {"BLOCK_M": backward.block_m, "BLOCK_C": backward.block_c}
         tile |= {"BLOCK_O": triton.next_power_of_2(channels)}
         kernel = concat_pointwise_backward._concat_gradients_kernel
-        yield kernel, shared | tile, backward.warps, backward.stages
+        yield kernel, shared | tile | {"RESIZES": resizes}, backward.warps, backward.stages
 
 
 def product_gradients(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:

@@ -108,10 +108,12 @@ def resizes(x: Tensor) -> None:
 
 def products_of_concatenations(x: Tensor) -> None:
     channels = x.shape[1]
-    weight = torch.zeros(channels, 2 * channels)
-    for target in TARGETS:
-        y = concat_pointwise.concat_pointwise([x, x], weight, target)
-        concat_pointwise_backward.concat_pointwise_backward(y, [x, x], weight, target)
+    for others in ((), (channels,), (17, 1)):
+        maps = [x, *(a_map((len(x), count, *x.shape[2:]), x.dtype) for count in others)]
+        weight = torch.zeros(channels, channels + sum(others))
+        for target in TARGETS:
+            y = concat_pointwise.concat_pointwise(maps, weight, target)
+            concat_pointwise_backward.concat_pointwise_backward(y, maps, weight, target)
 
 
 def losses(x: Tensor) -> None:
