@@ -41,8 +41,8 @@ from lgcnet_fast.ops.backend import BACKENDS, use_backend
 from lgcnet_fast.ops.tuning import FOLDER, TuningTable, read_table, table_path, write_table
 
 FAMILIES = (
-    *("depthwise", "pointwise_backward", "mixed_sum", "max_pool", "concat_upsample"),
-    *("concat_pointwise", "upsample_loss", "infer_tile"),
+    *("depthwise", "pointwise_backward", "conv3_backward", "mixed_sum", "max_pool"),
+    *("concat_upsample", "concat_pointwise", "upsample_loss", "infer_tile"),
 )
 ENGINE, ENGINE_SIZE = "deploy_engine", (769, 1537)
 GAIN = 0.97

@@ -63,7 +63,7 @@ class WeightGradConfig:
         cls, branches: int, shape: Sequence[int], out_channels: int,
         block_p: int, block_o: int, block_c: int, warps: int = 8, resident: int = RESIDENT,
     ) -> WeightGradConfig:  # fmt: skip
-        """Up to `resident` programs, and the walks that are done first; each loads two more rows."""
+        """Up to `resident` programs, and the walks done first; each loads two rows more."""
         images, channels, height, width = shape
         block_o = min(block_o, max(16, triton.next_power_of_2(out_channels)))
         block_c = min(block_c, max(16, triton.next_power_of_2(channels)))

@@ -79,12 +79,16 @@ class ForwardConfig:
 
 
 def default_block(width: int, channels: int) -> tuple[int, int]:
-    """(columns, channels) of a tile of up to 512 elements: few of them outside the map."""
+    """(columns, channels) of a tile of 2 to 512 elements: few of them outside the map.
+
+    Two, since `ready` takes bfloat16 by the pair.
+    """
     block_c = 64
     while block_c > 16 and channels % block_c:
         block_c //= 2
     block_c = min(block_c, triton.next_power_of_2(channels))
-    return min(512 // block_c, triton.next_power_of_2(width)), block_c
+    block_p = min(512 // block_c, triton.next_power_of_2(width))
+    return max(block_p, 2 // block_c), block_c
 
 
 def share_rows(height: int, programs: int) -> int:
@@ -128,22 +132,6 @@ def pieces_of(dilation, HO, STRIDE: tl.constexpr, ROWS: tl.constexpr):
     """Pieces of ROWS outputs that the chains of one output column fall into."""
     step = step_of(dilation, STRIDE)
     return tl.minimum(step, HO) * tl.cdiv(tl.cdiv(HO, step), ROWS)
-
-
-@triton.jit
-def locate_chains(position, dilation, HO, WO, STRIDE: tl.constexpr, ROWS: tl.constexpr):
-    """Chain `position` of a branch: (step, image, first output row, output column).
-
-    Chains are numbered by column first, then phase, then piece of ROWS outputs, then image, so
-    that neighbours in memory are neighbours in a tile.
-    """
-    step = step_of(dilation, STRIDE)
-    phases = tl.minimum(step, HO)
-    pieces = pieces_of(dilation, HO, STRIDE, ROWS)
-    piece = position // WO % pieces
-    image = (position // WO // pieces).to(tl.int64)
-    row = piece % phases + piece // phases * (step * ROWS)
-    return step, image, row, position % WO
 
 
 @triton.jit

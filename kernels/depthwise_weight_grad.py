@@ -4,10 +4,10 @@
 
 The programs walk the same sequence of rows as the forward kernel: the three horizontal taps of an
 input row, loaded once, meet the dy of the up to three outputs that they served, and a dy stays in
-registers from one row to the next. A program adds up several walks before it writes its share of
-dw; `sum_rows` adds the shares. Each map of dy has its own programs, since nine sums a channel are
-all that the registers hold; the maps are neighbours in launch order, so that they find x in the L2
-cache.
+registers from one row to the next. A row is loaded AT_ONCE rows before it is used. A program adds
+up several walks before it writes its share of dw; `sum_rows` adds the shares. Each map of dy has
+its own programs, since nine sums a channel are all that the registers hold; the maps are neighbours
+in launch order, so that they find x in the L2 cache.
 
 Least traffic, in maps of y: s^2 + E B. Arithmetic: 9 E B multiply-adds an output.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,18 +28,23 @@ from lgcnet_fast.kernels.depthwise import (
     chains_of,
     check_arguments,
     check_dy,
+    cuda_capability_geq,
     default_block,
     default_rows,
     dilation_of,
-    load_taps,
     pack,
     ready,
+    rectify,
     row_of,
     share_rows,
     within,
 )
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+
+MOST_REGISTERS = 128
+"""Of a thread that adds up four elements, so that 16 warps share a core: what is on its way needs
+them, and left alone the compiler takes 152."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +88,63 @@ def add_products(total, taps, g):
 
 
 @triton.jit
+def _parts(x, RELU: tl.constexpr, ACC: tl.constexpr):
+    """What was loaded as numbers to multiply: (even, odd channels) of words, else (all of them,).
+
+    A word holds two bfloat16, which are the upper halves of float32.
+    """
+    if x.dtype == tl.int32:
+        PACKED: tl.constexpr = RELU and not _INTERPRETED and cuda_capability_geq(8, 0)
+        if PACKED:
+            x = tl.inline_asm_elementwise(
+                "mov.b32 $0, 0; max.NaN.bf16x2 $0, $1, $0;", "=&r,r", [x],
+                dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        even = (x << 16).to(tl.float32, bitcast=True).to(ACC)
+        odd = (x & -65536).to(tl.float32, bitcast=True).to(ACC)
+        return rectify(even, RELU and not PACKED), rectify(odd, RELU and not PACKED)
+    else:
+        return (ready(x, RELU, ACC),)
+
+
+@triton.jit
+def _add_parts(totals, taps, g, PARTS: tl.constexpr):
+    """A window row of dw, (left, middle, right) for each part, with an entry added."""
+    sums = ()
+    for part in tl.static_range(PARTS):
+        for tap in tl.static_range(3):
+            sums = sums + (totals[3 * part + tap] + taps[tap][part] * g[part],)
+    return sums
+
+
+@triton.jit
+def _load_entry(
+    x, dy, offset, x_offset, tap, left, mask, right, row, after, counted, H, HO,
+    STRIDE: tl.constexpr,
+):  # fmt: skip
+    """The three taps of an input row and the dy of the row after it, as stored."""
+    here = within(STRIDE * row, H) & counted
+    there = within(after, HO) & counted
+    at = x + x_offset
+    return (
+        tl.load(at - tap, mask=here & left, other=0),
+        tl.load(at, mask=here & mask, other=0),
+        tl.load(at + tap, mask=here & right, other=0),
+        tl.load(dy + offset, mask=there & mask, other=0),
+    )
+
+
+@triton.jit
 def _walk(
     top, centre, bottom, x, dy, column, channel, first, rows, count, dilation, H, W, HO, WO, C,
     STRIDE: tl.constexpr, HOP: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The three window rows of dw, each (left, middle, right), with a walk added.
+    """The three window rows of dw, each (left, middle, right) of each part, with a walk added.
 
     Adds the products of the input rows of `count` (up to `rows`) entries: with HOP = 1 those after
-    entry `first`, with HOP = 2 those from it on. x and dy point at the image.
+    entry `first`, with HOP = 2 those from it on. x and dy point at the image. C counts what x
+    points at: channels, or words.
     """
     step, phases, length = chains_of(dilation, HO, STRIDE)
     mask = (column < WO) & (channel < C)
@@ -110,56 +165,81 @@ def _walk(
     dy += (row * WO).to(tl.int64) * C
     after = row + tl.where(row >= last_row, back, step)
     # Output of entry e is g; the one before it g_before and the one after it g_after.
-    g = ready(tl.load(dy + offset, mask=mask & within(row, HO), other=0.0), False, ACC)
+    g = _parts(tl.load(dy + offset, mask=mask & within(row, HO), other=0), False, ACC)
     dy += tl.where(row >= last_row, y_back, y_step)
     if HOP == 1:
         x += tl.where(row >= last_row, x_back, x_step)
         row = after
         g_before = g
-        g = ready(tl.load(dy + offset, mask=mask & within(row, HO), other=0.0), False, ACC)
+        g = _parts(tl.load(dy + offset, mask=mask & within(row, HO), other=0), False, ACC)
         dy += tl.where(row >= last_row, y_back, y_step)
         after = row + tl.where(row >= last_row, back, step)
+        # Entries on their way: one is loaded whenever one is used.
+        coming = ()
+        for k in tl.static_range(AT_ONCE):
+            coming = coming + (
+                _load_entry(
+                    x, dy, offset, x_offset, tap, left, mask, right, row, after, k < count, H, HO,
+                    STRIDE,
+                ),
+            )  # fmt: skip
+            x += tl.where(row >= last_row, x_back, x_step)
+            row = after
+            dy += tl.where(after >= last_row, y_back, y_step)
+            after += tl.where(after >= last_row, back, step)
         for done in range(0, rows, AT_ONCE):
-            taps, later = (), ()
             for k in tl.static_range(AT_ONCE):
-                counted = within(done + k, count)
-                here = within(STRIDE * row, H) & counted
-                taps = taps + (
-                    load_taps(x + x_offset, tap, here & left, here & mask, here & right, RELU, ACC),
+                entry = coming[0]
+                taps = (
+                    _parts(entry[0], RELU, ACC),
+                    _parts(entry[1], RELU, ACC),
+                    _parts(entry[2], RELU, ACC),
                 )
-                there = mask & within(after, HO) & counted
-                later = later + (ready(tl.load(dy + offset, mask=there, other=0.0), False, ACC),)
+                g_after = _parts(entry[3], False, ACC)
+                coming = (
+                    coming[1],
+                    coming[2],
+                    _load_entry(
+                        x, dy, offset, x_offset, tap, left, mask, right, row, after,
+                        done + (k + AT_ONCE) < count, H, HO, STRIDE,
+                    ),
+                )  # fmt: skip
                 x += tl.where(row >= last_row, x_back, x_step)
                 row = after
-                over = after >= last_row
-                dy += tl.where(over, y_back, y_step)
-                after += tl.where(over, back, step)
-            for k in tl.static_range(AT_ONCE):
-                bottom = add_products(bottom, taps[k], g_before)
-                centre = add_products(centre, taps[k], g)
-                top = add_products(top, taps[k], later[k])
-                g_before, g = g, later[k]
+                dy += tl.where(after >= last_row, y_back, y_step)
+                after += tl.where(after >= last_row, back, step)
+                bottom = _add_parts(bottom, taps, g_before, PARTS)
+                centre = _add_parts(centre, taps, g, PARTS)
+                top = _add_parts(top, taps, g_after, PARTS)
+                g_before, g = g, g_after
     else:
         x_below = (dilation * W).to(tl.int64) * C
         for done in range(0, rows):
-            counted = within(done, count)
-            here = within(STRIDE * row, H) & counted
-            below = within(STRIDE * row + dilation, H) & counted
-            taps = load_taps(x + x_offset, tap, here & left, here & mask, here & right, RELU, ACC)
-            taps_below = load_taps(
-                x + x_below + x_offset, tap, below & left, below & mask, below & right, RELU, ACC
+            counted = done < count
+            here = _load_entry(
+                x, dy, offset, x_offset, tap, left, mask, right, row, after, counted, H, HO, STRIDE
             )
-            there = mask & within(after, HO) & counted
-            g_after = ready(tl.load(dy + offset, mask=there, other=0.0), False, ACC)
-            centre = add_products(centre, taps, g)
-            bottom = add_products(bottom, taps_below, g)
-            top = add_products(top, taps_below, g_after)
+            below = within(STRIDE * row + dilation, H) & counted
+            at = x + x_below + x_offset
+            taps_below = (
+                _parts(tl.load(at - tap, mask=below & left, other=0), RELU, ACC),
+                _parts(tl.load(at, mask=below & mask, other=0), RELU, ACC),
+                _parts(tl.load(at + tap, mask=below & right, other=0), RELU, ACC),
+            )
+            taps = (
+                _parts(here[0], RELU, ACC),
+                _parts(here[1], RELU, ACC),
+                _parts(here[2], RELU, ACC),
+            )
+            g_after = _parts(here[3], False, ACC)
+            centre = _add_parts(centre, taps, g, PARTS)
+            bottom = _add_parts(bottom, taps_below, g, PARTS)
+            top = _add_parts(top, taps_below, g_after, PARTS)
             g = g_after
             x += tl.where(row >= last_row, x_back, x_step)
             row = after
-            over = after >= last_row
-            dy += tl.where(over, y_back, y_step)
-            after += tl.where(over, back, step)
+            dy += tl.where(after >= last_row, y_back, y_step)
+            after += tl.where(after >= last_row, back, step)
     return top, centre, bottom
 
 
@@ -167,11 +247,13 @@ def _walk(
 def _add_walks(
     x_ptr, dy_ptr, channel, program, programs, segments, dilation, N, H, W, HO, WO, C,
     STRIDE: tl.constexpr, HOP: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The three window rows of dw, summed over every `programs`-th walk."""
-    zero = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
-    top, centre, bottom = (zero, zero, zero), (zero, zero, zero), (zero, zero, zero)
+    nothing = ()
+    for _ in tl.static_range(3 * PARTS):
+        nothing = nothing + (tl.zeros((BLOCK_P, channel.shape[1]), dtype=ACC),)
+    top, centre, bottom = nothing, nothing, nothing
     _, phases, length = chains_of(dilation, HO, STRIDE)
     entries = phases * (length + 1) + (HOP - 2)
     rows = tl.cdiv(entries, segments)
@@ -184,7 +266,7 @@ def _add_walks(
         top, centre, bottom = _walk(
             top, centre, bottom, x_ptr + image * H * W * C, dy_ptr + image * HO * WO * C,
             column, channel, first, rows, count, dilation,
-            H, W, HO, WO, C, STRIDE, HOP, RELU, ACC,
+            H, W, HO, WO, C, STRIDE, HOP, RELU, ACC, PARTS,
         )  # fmt: skip
     return top, centre, bottom
 
@@ -217,37 +299,55 @@ def store_window_row(share, row, channel_mask, C, WINDOW_ROW: tl.constexpr):
         tl.store(share + (3 * WINDOW_ROW + tap) * C, total, mask=channel_mask)
 
 
+@triton.jit
+def _paired(row):
+    """A window row of which each element is (even channel, odd channel)."""
+    return tl.join(row[0], row[3]), tl.join(row[1], row[4]), tl.join(row[2], row[5])
+
+
 @triton.jit(do_not_specialize=["packed_dilations", "N", "maps", "branches", "programs", "segments"])
 def _weight_grad_kernel(
     dy_ptr, x_ptr, share_ptr, packed_dilations, N, H, W, HO, WO, C, maps, branches, programs,
     segments,
-    STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: every `programs`-th walk of one map of dy, BLOCK_C channels.
 
-    There is a walk for every image, tile of columns and segment of the sequence of rows.
+    There is a walk for every image, tile of columns and segment of the sequence of rows. With
+    PARTS = 2 bfloat16 maps of an even number of channels are read as words of two.
     """
+    if PARTS == 2:
+        x_ptr = x_ptr.to(tl.pointer_type(tl.int32))
+        dy_ptr = dy_ptr.to(tl.pointer_type(tl.int32))
+    count = C // PARTS
     k = tl.program_id(0) % maps
     rest = tl.program_id(0) // maps
     channel_blocks = tl.cdiv(C, BLOCK_C)
-    channel = (rest % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    tile: tl.constexpr = BLOCK_C // PARTS
+    channel = (rest % channel_blocks) * tile + tl.arange(0, tile)[None, :]
     program = rest // channel_blocks
 
     dilation = dilation_of(packed_dilations, k % branches)
-    dy_ptr += k.to(tl.int64) * N * HO * WO * C
+    dy_ptr += k.to(tl.int64) * N * HO * WO * count
     if STRIDE == 1 or dilation % STRIDE == 0:
         top, centre, bottom = _add_walks(
-            x_ptr, dy_ptr, channel, program, programs, segments, dilation, N, H, W, HO, WO, C,
-            STRIDE, 1, RELU, ACC, BLOCK_P, BLOCK_C,
+            x_ptr, dy_ptr, channel, program, programs, segments, dilation, N, H, W, HO, WO, count,
+            STRIDE, 1, RELU, ACC, BLOCK_P, PARTS,
         )  # fmt: skip
     else:
         top, centre, bottom = _add_walks(
-            x_ptr, dy_ptr, channel, program, programs, segments, dilation, N, H, W, HO, WO, C,
-            STRIDE, 2, RELU, ACC, BLOCK_P, BLOCK_C,
+            x_ptr, dy_ptr, channel, program, programs, segments, dilation, N, H, W, HO, WO, count,
+            STRIDE, 2, RELU, ACC, BLOCK_P, PARTS,
         )  # fmt: skip
-    share = share_ptr + (program * maps + k).to(tl.int64) * 9 * C + channel
-    _store_share(share, top, centre, bottom, channel < C, C)
+    share = share_ptr + (program * maps + k).to(tl.int64) * 9 * C
+    mask = channel < count
+    if PARTS == 2:
+        share += 2 * channel[:, :, None] + tl.arange(0, 2)[None, None, :]
+        top, centre, bottom = _paired(top), _paired(centre), _paired(bottom)
+        _store_share(share, top, centre, bottom, mask[:, :, None], C)
+    else:
+        _store_share(share + channel, top, centre, bottom, mask, C)
 
 
 def depthwise_multi_weight_grad(
@@ -270,12 +370,15 @@ def depthwise_multi_weight_grad(
     out_height, out_width = check_dy(dy, x, weights, stride)
     config = config or WeightGradConfig.default(tuple(dy.shape), dilations, stride)
     shares = x.new_empty(config.programs, *weights.shape, dtype=accumulator_dtype(x.dtype))
+    words = x.dtype == torch.bfloat16 and channels % 2 == 0 and config.block_c > 1
+    few = words and config.block_p * config.block_c <= 128 * config.warps
     blocks = config.programs * triton.cdiv(channels, config.block_c) * edges * branches
     _weight_grad_kernel[(blocks,)](
         dy, x, shares, pack(dilations), images, height, width, out_height, out_width, channels,
         edges * branches, branches, config.programs, triton.cdiv(out_height, config.rows),
-        STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype),
+        STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype), PARTS=2 if words else 1,
         BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
+        maxnreg=MOST_REGISTERS if few else None,
     )  # fmt: skip
     return sum_rows(shares)
 

@@ -86,6 +86,8 @@ def print_sweep(row: Row) -> None:
     print(f"{row['operation']} {row['key']}: floor {row['floor_us']:.1f}, default {default}")
     for config in row["configs"][:3]:
         print(f"    {config['us']:7.1f} {config['config']}", flush=True)
+    for name, us in row.get("stock_us", {}).items():
+        print(f"    {us:7.1f} {name} of PyTorch", flush=True)
 
 
 def _options(family: Family) -> argparse.Namespace:

@@ -101,6 +101,8 @@ class Sweep:
     """Dataclasses; the first is the default."""
     input: Size | None = None
     """Size of the network's input that leads to the shape."""
+    stock: Mapping[str, Binding] = field(default_factory=dict)
+    """Alternatives by name, timed beside the configurations."""
 
     def __str__(self) -> str:
         return f"{self.operation} {self.key}"
@@ -115,6 +117,8 @@ class Sweep:
             rows += [
                 {"config": vars(config), "us": median(seconds) * 1e6} for seconds in times.values()
             ]
+        calls_of_stock = {name: [bind(i) for i in sets] for name, bind in self.stock.items()}
+        stock = in_turn(calls_of_stock, rounds) if calls_of_stock else {}
         default = next((r["us"] for r in rows if r["config"] == vars(self.configs[0])), None)
         rows.sort(key=lambda row: row["us"])
         release_memory()
@@ -124,6 +128,7 @@ class Sweep:
             "floor_us": self.bytes / bandwidth * 1e6,
             "default_us": default,
             "configs": rows,
+            **({"stock_us": {k: median(v) * 1e6 for k, v in stock.items()}} if stock else {}),
         }
 
 

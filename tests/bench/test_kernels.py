@@ -25,6 +25,7 @@ FAMILIES = (
     "max_pool",
     "mixed_sum",
     "pointwise_backward",
+    "conv3_backward",
     "upsample_loss",
 )
 

@@ -28,6 +28,7 @@ from lgcnet_fast.kernels import (
     common,
     concat_pointwise,
     concat_pointwise_backward,
+    conv3_backward,
     depthwise,
     depthwise_backward,
     depthwise_input_grad,
@@ -71,7 +72,9 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         tile = {"BLOCK_P": 8, "BLOCK_C": 64}
         for edges in (1, 2):
             yield depthwise._forward_kernel, shared | tile | {"EDGES": edges}, 4
-        yield depthwise_weight_grad._weight_grad_kernel, shared | tile, 4
+        for parts in (1, 2):
+            sums = shared | tile | {"PARTS": parts}
+            yield depthwise_weight_grad._weight_grad_kernel, sums, 4
         yield depthwise_backward._backward_kernel, shared | tile | {"ROWS": 8}, 4
         for rows in (2, 4, 8) if stride == 1 else (2,):
             tile = {"BLOCK_P": 32, "BLOCK_C": 16, "ROWS": rows}
@@ -143,6 +146,13 @@ def product_gradients(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, 
         yield (
             pointwise_backward._product_gradients_kernel, tile, config.warps, config.stages,
         )  # fmt: skip
+        if storage != "fp32":
+            shape = (16, channels, 2048 // channels, 4096 // channels)
+            walk = conv3_backward.WeightGradConfig.default(PLAIN, shape, channels)
+            tile |= {"BLOCK_P": walk.block_p, "BLOCK_C": walk.block_c, "BLOCK_O": walk.block_o}
+            del tile["BLOCK_M"]
+            tile["BRANCHES"] = PLAIN
+            yield conv3_backward._conv3_weight_grad_kernel, tile, walk.warps, 1
 
 
 def compile_for(

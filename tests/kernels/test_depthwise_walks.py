@@ -68,6 +68,7 @@ def test_tiles_fit_the_map() -> None:
     assert default_block(128, 32) == (16, 32)
     assert default_block(64, 48) == (32, 16)
     assert default_block(3, 3) == (4, 4)
+    assert default_block(1, 1) == (2, 1)
     assert share_rows(64, 1) == 64
     assert share_rows(64, 4) == 16
     assert share_rows(5, 100) == 5
