@@ -42,7 +42,7 @@ from lgcnet_fast.ops.tuning import FOLDER, TuningTable, read_table, table_path, 
 
 FAMILIES = (
     *("depthwise", "pointwise_backward", "conv3_backward", "mixed_sum", "max_pool"),
-    *("concat_upsample", "upsample_loss", "infer_tile"),
+    *("concat_upsample", "concat_pointwise", "upsample_loss", "infer_tile"),
 )
 ENGINE, ENGINE_SIZE = "deploy_engine", (769, 1537)
 GAIN = 0.97

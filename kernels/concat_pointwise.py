@@ -5,8 +5,7 @@
 Map i is resized bilinearly (aligned corners) from its own size, or copied where it has the
 output's; c_i is the number of channels before it and r is ReLU or the identity. A resized value is
 rounded to the storage dtype, as the concatenated map would hold it, then rectified: the ReLU does
-not commute with the resizing, so the products cannot move to the smaller map. Mean and M2 of every
-tile of y go out with it, for the batch norm that follows. The gradients are in
+not commute with the resizing, so the products cannot move to the smaller map. The gradients are in
 concat_pointwise_backward.py.
 
 Least traffic: each map once, y once; the concatenated map (written and read) is what it saves.
@@ -16,32 +15,58 @@ Arithmetic: C_out multiply-adds and some 8 operations of resizing a value of the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.bilinear import Size, beyond, lower_input
-from lgcnet_fast.kernels.common import accumulator, check_dense, check_product, empty_map, operand
+from lgcnet_fast.kernels.common import (
+    INTERPRETED,
+    accumulator,
+    check_dense,
+    check_product,
+    empty_map,
+    operand,
+)
 from lgcnet_fast.kernels.concat_upsample import check_maps
 from lgcnet_fast.kernels.depthwise import rectify
-from lgcnet_fast.kernels.pointwise import ProductConfig
 from lgcnet_fast.kernels.rows import four, four_sizes
-from lgcnet_fast.kernels.tile_statistics import (
-    Statistics,
-    check_positions,
-    empty_partial,
-    merge_statistics,
-    store_with_statistics,
-)
+
+MAX_OUT_CHANNELS = 128
+"""A program of the gradients holds all output channels of its positions."""
 
 
-@triton.jit
-def locate(position, height, width):
-    """Image, row and column of positions of the output."""
-    column = position % width
-    row = position // width % height
-    return (position // width // height).to(tl.int64), row, column
+@dataclass(frozen=True)
+class ProductConfig:
+    """Tile of one program: `block_m` positions by `block_n` output channels, in steps of
+    `block_k` channels of a map, `stages` of them in flight."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def default(
+        cls, channels: Sequence[int], out_channels: int, resizes: bool, dtype: torch.dtype
+    ) -> ProductConfig:
+        """All output channels in one tile up to 128, so that the maps are read once.
+
+        Narrow steps where maps are resized, as each value has four neighbours, beside wide tiles,
+        and for 32-bit products, which run outside the matrix units and hold their operands in
+        registers. Not 64 positions: those would take the matrix instructions of warp groups, which
+        Triton 3.6 has compiled wrongly in another launch of several products
+        (`TileConfig.is_miscompiled`).
+        """
+        block_n = min(128, max(16, triton.next_power_of_2(out_channels)))
+        narrow = resizes or dtype.itemsize > 2 or block_n > 64
+        block_k = min(32 if narrow else 64, max(16, triton.next_power_of_2(max(channels))))
+        warps, stages = (4, 2) if dtype.itemsize == 2 else (8, 1)
+        return cls(32, block_n, block_k, warps if block_n <= 64 else 8, stages)
 
 
 @triton.jit
@@ -54,18 +79,22 @@ def _taps(position, size_in, size_out, ACC: tl.constexpr):
 
 @triton.jit
 def resized_tile(
-    x_ptr, place, c, mask, h, w, C, height, width,
-    COPIED: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, first, lane, c, mask, h, w, C, height, width,
+    COPIED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """r(resize(x)) (m, k) at `place`, (image, row, column) each (m, 1), and channels c (1, k).
+    """resize(x) (m, k) at positions `first` + lane (m, 1) of the output and channels c (1, k).
 
-    In the storage dtype, 0 outside `mask`. Neighbours of weight 0 are not loaded.
+    In the storage dtype, 0 outside `mask`. Neighbours of weight 0 are not loaded. `first` has 64
+    bits, as have the offsets that come of it; what is divided has 32.
     """
-    image, row, column = place
     if COPIED:
-        offset = ((image * h + row) * w + column) * C + c
-        value = tl.load(x_ptr + offset, mask=mask, other=0.0)
+        x = x_ptr + first * C
+        value = tl.load(x + (lane * C + c), mask=mask, other=0.0)
     else:
+        position = (first + lane).to(tl.int32)
+        column = position % width
+        row = position // width % height
+        image = (position // width // height).to(tl.int64)
         above, below, f = _taps(row, h, height, ACC)
         left, right, g = _taps(column, w, width, ACC)
         upper = x_ptr + (image * h + above) * w * C + c
@@ -79,14 +108,14 @@ def resized_tile(
         value = (1 - f) * ((1 - g) * upper_left + g * upper_right)
         value += f * ((1 - g) * lower_left + g * lower_right)
         value = value.to(x_ptr.dtype.element_ty)
-    return rectify(value, RELU)
+    return value
 
 
 @triton.jit(
     do_not_specialize=["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "M", "height", "width"]
 )
 def _concat_pointwise_kernel(
-    x0_ptr, x1_ptr, x2_ptr, x3_ptr, w_ptr, y_ptr, partial_ptr,
+    x0_ptr, x1_ptr, x2_ptr, x3_ptr, w_ptr, y_ptr,
     h0, w0, h1, w1, h2, w2, h3, w3, c0, c1, c2, c3, M, height, width, C, CO,
     MAPS: tl.constexpr, COPIED: tl.constexpr, RELU: tl.constexpr,
     ACC: tl.constexpr, OPERAND: tl.constexpr,
@@ -99,9 +128,9 @@ def _concat_pointwise_kernel(
     channels = (c0, c1, c2, c3)
     blocks_n = tl.cdiv(CO, BLOCK_N)
     channel = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    tile = tl.program_id(0) // blocks_n
-    position = tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    place = locate(position, height, width)
+    start = (tl.program_id(0) // blocks_n).to(tl.int64) * BLOCK_M
+    lane = tl.arange(0, BLOCK_M)[:, None]
+    within = lane < M - start
 
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     w = w_ptr + channel * C
@@ -110,17 +139,29 @@ def _concat_pointwise_kernel(
             c = first + tl.arange(0, BLOCK_K)
             inside = c < channels[m]
             value = resized_tile(
-                x_ptrs[m], place, c[None, :], (position < M) & inside[None, :],
-                heights[m], widths[m], channels[m], height, width, (COPIED >> m) & 1, RELU, ACC,
+                x_ptrs[m], start, lane, c[None, :], within & inside[None, :],
+                heights[m], widths[m], channels[m], height, width, (COPIED >> m) & 1, ACC,
             )  # fmt: skip
+            value = rectify(value, RELU).to(OPERAND)
             weight = tl.load(w + c[:, None], mask=inside[:, None] & (channel < CO), other=0.0)
             weight = weight.to(y_ptr.dtype.element_ty).to(OPERAND)
-            total = tl.dot(value.to(OPERAND), weight, total, input_precision="ieee", out_dtype=ACC)
+            total = tl.dot(value, weight, total, input_precision="ieee", out_dtype=ACC)
         w += channels[m]
 
-    partial = partial_ptr + tile.to(tl.int64) * (2 * CO)
-    count = tl.minimum(M - tile * BLOCK_M, BLOCK_M)
-    store_with_statistics(y_ptr, partial, total, position.to(tl.int64), channel, M, CO, count, ACC)
+    y = y_ptr + start * CO + (lane * CO + channel)
+    tl.store(y, total.to(y_ptr.dtype.element_ty), mask=within & (channel < CO))
+
+
+def serves(x: Tensor, out_channels: int) -> bool:
+    """Whether the kernels here and those of the gradients are the way to take for maps like x.
+
+    They serve 32-bit maps too, but outside the matrix units, where libraries tile better.
+    """
+    if out_channels > MAX_OUT_CHANNELS:
+        return False
+    if INTERPRETED:
+        return True
+    return x.dtype.itemsize == 2 and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def concat_pointwise(
@@ -128,10 +169,9 @@ def concat_pointwise(
     weight: Tensor,
     size: Size,
     relu: bool = False,
-    eps: float = 1e-5,
     config: ProductConfig | None = None,
-) -> tuple[Tensor, Statistics]:
-    """The convolution's output (N, C_out, *size), NHWC, and its batch statistics, (1, C_out) each.
+) -> Tensor:
+    """The convolution's output (N, C_out, *size), NHWC.
 
     maps: one to four (N, C_i, h_i, w_i), channels_last, of one dtype; weight: (C_out, sum C_i),
     contiguous, of any float dtype, rounded to the maps'. float64 is for the interpreter only.
@@ -140,25 +180,31 @@ def concat_pointwise(
     channels = check_arguments(maps, weight, size)
     images, (height, width) = maps[0].shape[0], size
     positions = images * height * width
-    check_positions("size", maps[0], positions)
     out_channels, all_channels = weight.shape
-    config = config or ProductConfig.resizing(out_channels, maps[0].dtype)
+    config = config or ProductConfig.default(
+        channels, out_channels, resizes(maps, size), maps[0].dtype
+    )
     y = empty_map((images, out_channels, height, width), maps[0])
-    partial = empty_partial(1, out_channels, positions, config.block_m, maps[0])
-    _concat_pointwise_kernel[(len(partial) * triton.cdiv(out_channels, config.block_n),)](
-        *four(maps), weight, y, partial, *four_sizes(maps), *four(channels),
+    tiles = triton.cdiv(positions, config.block_m) * triton.cdiv(out_channels, config.block_n)
+    _concat_pointwise_kernel[(tiles,)](
+        *four(maps), weight, y, *four_sizes(maps), *four(channels),
         positions, height, width, all_channels, out_channels,
         MAPS=len(maps), COPIED=copied(maps, size), RELU=relu,
         ACC=accumulator(y.dtype), OPERAND=operand(y.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    return y, merge_statistics(partial, positions, config.block_m, eps)
+    return y
 
 
 def copied(maps: Sequence[Tensor], size: Size) -> int:
     """Bit i: map i has the output's size."""
     return sum((tuple(x.shape[2:]) == tuple(size)) << index for index, x in enumerate(maps))
+
+
+def resizes(maps: Sequence[Tensor], size: Size) -> bool:
+    """Whether any of the maps has another size than the output."""
+    return copied(maps, size) != (1 << len(maps)) - 1
 
 
 def check_arguments(maps: Sequence[Tensor], weight: Tensor, size: Size) -> list[int]:

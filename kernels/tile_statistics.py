@@ -1,4 +1,4 @@
-"""Batch statistics from tiles: what a kernel that holds a tile writes, and how tiles merge.
+"""Batch statistics from tiles: how those that kernels write of tiles merge.
 
 A tile gives its mean and its M2 = sum (y - mean)^2 a channel, of the values as the map holds them,
 rounded to its storage dtype; tiles merge by Chan's rule
@@ -29,23 +29,6 @@ class Statistics:
     """Biased, for the running statistics; the sums need only the other two."""
     inverse_deviation: Tensor
     """r = 1 / sqrt(variance + eps)."""
-
-
-@triton.jit
-def store_with_statistics(y, partial, value, position, channel, M, C, count, ACC: tl.constexpr):
-    """Writes a tile (m, c) of a map (M, C) at `y`, and its (mean, M2) a channel at `partial`.
-
-    position: (m, 1), the first `count` of them below M; channel: (1, c).
-    """
-    mask = (position < M) & (channel < C)
-    stored = value.to(y.dtype.element_ty)
-    tl.store(y + position * C + channel, stored, mask=mask)
-    kept = tl.where(mask, stored.to(ACC), 0.0)
-    mean = tl.sum(kept, axis=0)[None, :] / count.to(ACC)
-    centred = tl.where(mask, kept - mean, 0.0)
-    square = tl.sum(centred * centred, axis=0)[None, :]
-    tl.store(partial + channel, mean, mask=channel < C)
-    tl.store(partial + C + channel, square, mask=channel < C)
 
 
 @triton.jit(do_not_specialize=["M", "tiles", "K"])
@@ -101,7 +84,7 @@ def check_positions(name: str, feature_map: Tensor, positions: int) -> None:
 
 
 def empty_partial(maps: int, channels: int, positions: int, block_m: int, like: Tensor) -> Tensor:
-    """For `store_with_statistics`: (tiles, maps, 2, channels) in the accumulator's dtype."""
+    """For mean and M2 of tiles: (tiles, maps, 2, channels) in the accumulator's dtype."""
     tiles = triton.cdiv(positions, block_m)
     return like.new_empty(tiles, maps, 2, channels, dtype=accumulator_dtype(like.dtype))
 

@@ -1,15 +1,16 @@
 """The 1x1 convolution of resized maps in Triton: `python -m bench.kernels.concat_pointwise`.
 
-The joins of the fusion cell: ReLU, product and statistics of three maps of 48 channels side by
-side, forward, and the gradients of maps and weights. Stock resizes and concatenates in PyTorch;
-`separate` is our own concatenation, a product of PyTorch and our statistics. Floors: every map and
-the output once forward; maps, their gradients and that of the output once backward.
+The joins of the fusion cell: ReLU and product of two or three maps of 48 channels side by side,
+forward, and the gradients of maps and weights. The maps of a network have the output's size; others
+are resized on the way. Stock resizes and concatenates in PyTorch; `separate` is our own
+concatenation and a product of PyTorch. Floors: every map and the output once forward; maps, their
+gradients and that of the output once backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,19 +20,17 @@ from torch import Tensor
 from bench.device import DEVICE, LAYOUTS
 from bench.kernels.command import main
 from bench.kernels.comparison import Binding, Comparison, Family, Part, Sweep
-from bench.kernels.products import gate_statistics, stock_statistics, tiles
 from bench.kernels.resizing_cases import CHANNELS, Case, plain, resized_gradient
 from bench.kernels.shapes import INPUTS, pyramid
 from bench.kernels.timing import Call, gate
-from lgcnet_fast.kernels.concat_pointwise import concat_pointwise
+from lgcnet_fast.kernels.concat_pointwise import ProductConfig, concat_pointwise, resizes
 from lgcnet_fast.kernels.concat_pointwise_backward import (
-    concat_pointwise_input_grad,
-    concat_pointwise_weight_grad,
+    concat_pointwise_backward,
+    default_config,
 )
 from lgcnet_fast.kernels.concat_upsample import concat_upsample_forward
-from lgcnet_fast.kernels.mixed_sum import batch_statistics
-from lgcnet_fast.kernels.pointwise import ProductConfig
-from lgcnet_fast.ops.tuning import shape_key
+from lgcnet_fast.kernels.pointwise_backward import ProductGradientsConfig
+from lgcnet_fast.ops.fused_concat_pointwise import concat_pointwise_key
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ def cases(part: Part) -> Iterator[Case]:
     for size, batch in INPUTS.items():
         fine, middle, coarse = pyramid(size)
         if part == "full" or size in ((256, 512), (769, 769)):
+            yield Case(batch, (fine,) * 3, fine)
+            yield Case(batch, (middle,) * 2, middle)
             yield Case(batch, (fine, middle, middle), fine)
             yield Case(batch, (middle, coarse), middle)
     fine, middle, _ = pyramid((256, 512))
@@ -74,12 +75,12 @@ def operations(case: Case) -> int:
 
 
 def forward(case: Case, i: Inputs, config: ProductConfig | None = None) -> Tensor:
-    return concat_pointwise(i.maps, i.weight, case.size, relu=True, config=config)[0]
+    return concat_pointwise(i.maps, i.weight, case.size, relu=True, config=config)
 
 
-def backward(case: Case, i: Inputs) -> list[Tensor]:
-    arguments = (i.dy, i.maps, i.weight, case.size, True)
-    return [*concat_pointwise_input_grad(*arguments), concat_pointwise_weight_grad(*arguments)]
+def backward(case: Case, i: Inputs, config: ProductGradientsConfig | None = None) -> list[Tensor]:
+    dxs, dw = concat_pointwise_backward(i.dy, i.maps, i.weight, case.size, True, config)
+    return [*dxs, dw]
 
 
 def reference(case: Case, maps: list[Tensor], weight: Tensor) -> Tensor:
@@ -87,9 +88,8 @@ def reference(case: Case, maps: list[Tensor], weight: Tensor) -> Tensor:
 
 
 def check_forward(case: Case, i: Inputs) -> None:
-    y, statistics = concat_pointwise(i.maps, i.weight, case.size, relu=True)
-    gate(str(case), y, reference(case, [x.double() for x in i.maps], i.weight.double()))
-    gate_statistics(str(case), statistics, y[None])
+    truth = reference(case, [x.double() for x in i.maps], i.weight.double())
+    gate(str(case), forward(case, i), truth)
 
 
 def check_backward(case: Case, i: Inputs) -> None:
@@ -106,12 +106,7 @@ def check_backward(case: Case, i: Inputs) -> None:
 def _stock_forward(case: Case, layout: torch.memory_format) -> Binding:
     def bind(i: Inputs) -> Call:
         maps = [x.contiguous(memory_format=layout) for x in i.maps]
-
-        def run() -> Any:
-            y = reference(case, maps, i.weight)
-            return y, stock_statistics(y)
-
-        return run
+        return lambda: reference(case, maps, i.weight)
 
     return bind
 
@@ -140,9 +135,7 @@ def _separate(case: Case) -> Binding:
     def bind(i: Inputs) -> Call:
         def run() -> Any:
             v = concat_upsample_forward(i.maps, case.size).relu_()
-            y = (v.movedim(1, -1).flatten(0, 2) @ i.weight.T).view(i.dy.movedim(1, -1).shape)
-            y = y.movedim(-1, 1)
-            return y, batch_statistics([y])
+            return v.movedim(1, -1).flatten(0, 2) @ i.weight.T
 
         return run
 
@@ -175,16 +168,65 @@ def comparisons(part: Part) -> Iterator[Comparison]:
 
 
 def sweeps(tiny: bool) -> Iterator[Sweep]:
-    for case in cases("dry" if tiny else "table"):
-        configs = list(tiles(ProductConfig.resizing(CHANNELS, case.dtype)))
-        yield Sweep(
-            operation="concat_pointwise",
-            key=shape_key(case.dtype, (case.batch, CHANNELS), *case.sizes, case.size),
-            bytes=moved(case, backward=False),
-            make=lambda case=case: make_inputs(case),
-            run=lambda i, config, case=case: forward(case, i, config),
-            configs=configs[:1] if tiny else configs,
-        )
+    """Of the maps that networks have, which are not resized."""
+    for size in (None,) if tiny else INPUTS:
+        if size is None:
+            chosen = list(cases("dry"))
+        else:
+            fine, middle, _ = pyramid(size)
+            joins = ((fine,) * 3, fine), ((middle,) * 2, middle)
+            chosen = [Case(INPUTS[size], sizes, target) for sizes, target in joins]
+        for case in chosen:
+            shapes = [(case.batch, CHANNELS, *part) for part in case.sizes]
+            for name, run, configs in (
+                ("concat_pointwise", forward, list(tiles(case))),
+                ("concat_pointwise_backward", backward, list(gradient_tiles(case))),
+            ):
+                yield Sweep(
+                    operation=name,
+                    key=concat_pointwise_key(case.dtype, shapes, case.size, CHANNELS),
+                    bytes=moved(case, backward=name.endswith("backward")),
+                    make=lambda case=case: make_inputs(case),
+                    run=lambda i, config, case=case, run=run: run(case, i, config),
+                    configs=configs[:1] if tiny else configs,
+                    input=size,
+                )
+
+
+def tiles(case: Case) -> Iterator[ProductConfig]:
+    """Tiles worth trying; the first is the default, whose output channels all of them have."""
+    maps = make_maps(case)
+    channels = [CHANNELS] * len(maps)
+    default = ProductConfig.default(channels, CHANNELS, resizes(maps, case.size), case.dtype)
+    yield default
+    for block_m, block_k, warps, stages in TILES:
+        yield ProductConfig(block_m, default.block_n, block_k, warps, stages)
+
+
+TILES = [(32, 16, 4, 3), (32, 32, 4, 3), (32, 64, 4, 1), (32, 64, 4, 3), (32, 64, 2, 2)]
+TILES += [(16, 64, 2, 2), (16, 64, 4, 2)]
+"""Positions, steps of input channels, warps, stages; see the default for why not 64 positions."""
+
+
+def gradient_tiles(case: Case) -> Iterator[ProductGradientsConfig]:
+    """As `tiles`, of the gradients."""
+    default = default_config(make_maps(case), CHANNELS, case.size)
+    yield default
+    yield replace(default, stages=2)
+    yield replace(default, stages=4)
+    yield replace(default, programs=2 * default.programs)
+    yield replace(default, programs=max(1, default.programs // 2))
+    yield replace(default, warps=2)
+    yield replace(default, block_c=16)
+    yield replace(default, block_m=16)
+
+
+def make_maps(case: Case) -> list[Tensor]:
+    """Without data, for what depends on shapes only."""
+    return [
+        torch.empty(case.batch, CHANNELS, *size, dtype=case.dtype, device="meta")
+        for size in case.sizes
+    ]
 
 
 FAMILY = Family("1x1 convolutions of resized maps", comparisons, sweeps)

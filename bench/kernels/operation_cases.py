@@ -202,6 +202,29 @@ def _fusion_cases(
             plain=plain,
             flops=16 * batch * FUSION_CHANNELS * outputs * fine[0] * fine[1],
         )
+    yield _join_case(batch, fine, dtype)
+
+
+def _join_case(batch: int, size: Size, dtype: torch.dtype) -> OperationCase:
+    """Three maps of one size, as the fusion cell joins them."""
+    parts, shape = 3, (batch, FUSION_CHANNELS, *size)
+    channels = parts * FUSION_CHANNELS
+    elements = torch.Size(shape).numel()
+    return OperationCase(
+        "concat_upsample_pointwise",
+        shape,
+        dtype,
+        # Forward the maps and the output, backward the maps, their gradients and the output's.
+        bytes=(3 * parts + 2) * elements * dtype.itemsize,
+        make=lambda: [
+            *(random_map(shape, dtype) for _ in range(parts)),
+            (torch.randn(FUSION_CHANNELS, channels, 1, 1, device=DEVICE) / channels**0.5).to(dtype),
+        ],
+        differentiable=parts + 1,
+        ours=lambda i: ops.concat_upsample_pointwise(i[:-1], size, i[-1]),
+        plain=lambda i: F.conv2d(F.relu(torch.cat(i[:-1], 1)), i[-1]),
+        flops=6 * channels * elements,
+    )
 
 
 def _final_cases(batch: int, size: Size, full: Size, dtype: torch.dtype) -> Iterator[OperationCase]:

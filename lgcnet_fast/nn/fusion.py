@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lgcnet_fast.nn.fusion_graphs import FusionEdge, FusionGraph
 from lgcnet_fast.nn.mixed import MixedOp
 from lgcnet_fast.nn.operations import FUSION_OPS, UP_OPS, fusion_operation, up_operation
-from lgcnet_fast.nn.primitives import ReLUConvBN, applied_together
+from lgcnet_fast.nn.primitives import ReLUConvBN, applied_together, is_pointwise
 from lgcnet_fast.ops import concat_upsample, sum_upsample
 
 FUSION_WIDTH = 48
@@ -52,12 +52,28 @@ class FusionCell(nn.Module):
         reduced = applied_together(list(self.reduce), features)
         values = dict(zip(self.graph.inputs, reduced, strict=True))
         for edge in self.graph.edges:
-            size = sizes[edge.level]
             sources = [values[source] for source in edge.sources]
-            inputs = (sources[0], size) if edge.kind == "up" else (concat_upsample(sources, size),)
-            weights = () if z is None or edge.kind == "join" else (z[edge.name],)
-            values[edge.name] = self.edges[edge.name](*weights, *inputs)
+            values[edge.name] = self._value(edge, sources, sizes[edge.level], z)
         return sum_upsample([values[name] for name in self.graph.output], sizes[0])
+
+    def _value(
+        self,
+        edge: FusionEdge,
+        sources: Sequence[Tensor],
+        size: tuple[int, int],
+        z: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        """What an edge makes of its sources. In derived networks 1x1 convolutions read several
+        sources as they are: their concatenation is neither written nor kept."""
+        module = self.edges[edge.name]
+        weights = () if z is None or edge.kind == "join" else (z[edge.name],)
+        if edge.kind == "up":
+            value: Tensor = module(*weights, sources[0], size)
+        elif z is None and len(sources) > 1 and is_pointwise(module):
+            value = module.of_concatenation(sources, size)
+        else:
+            value = module(*weights, concat_upsample(sources, size))
+        return value
 
 
 def search_fusion_cell(graph: FusionGraph, channels: Sequence[int]) -> FusionCell:

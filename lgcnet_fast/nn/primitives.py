@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from typing import TypeVar, cast
+from typing import TypeGuard, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from lgcnet_fast.ops import (
     Geometry,
     Recomputable,
     average_pools,
+    concat_upsample_pointwise,
     convolutions,
     interleaved_convolution,
     normalised,
@@ -115,6 +116,18 @@ class ReLUConvBN(nn.Sequential):
 
     def forward(self, x: Tensor | Source) -> Tensor:
         return _norm_of(self.norm, self.raw(_source(x)))
+
+    def of_concatenation(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """`forward` of `concat_upsample(maps, size)`; for modules that `is_pointwise` names."""
+        return _norm_of(self.norm, concat_upsample_pointwise(maps, size, self[1].weight))
+
+
+def is_pointwise(module: nn.Module) -> TypeGuard[ReLUConvBN]:
+    """Whether it is a 1x1 convolution of stride 1, with its ReLU and batch norm."""
+    if not isinstance(module, ReLUConvBN):
+        return False
+    layer = cast(nn.Conv2d, module[1])
+    return layer.kernel_size == (1, 1) and layer.stride == (1, 1)
 
 
 def raw_convolutions(modules: Sequence[ReLUConvBN], sources: Sequence[Source]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from lgcnet_fast.ops.average_pool import average_pool, average_pools
 from lgcnet_fast.ops.backend import explain, set_backend, use_backend
 from lgcnet_fast.ops.cast_together import cast_together
 from lgcnet_fast.ops.concat_upsample import concat_upsample, sum_upsample, upsample
+from lgcnet_fast.ops.concat_upsample_pointwise import concat_upsample_pointwise
 from lgcnet_fast.ops.convolutions import Geometry, convolutions
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.interleaved_convolution import interleaved_convolution
@@ -25,6 +26,7 @@ __all__ = [
     "average_pools",
     "cast_together",
     "concat_upsample",
+    "concat_upsample_pointwise",
     "convolutions",
     "explain",
     "gathered_running_statistics",

@@ -37,7 +37,7 @@ def concat_upsample(maps: Sequence[Tensor], size: Size) -> Tensor:
 
     Maps of several dtypes give the widest. Raises `OperandError`.
     """
-    _check_maps(maps, size)
+    check_maps(maps, size)
     return upsample(maps[0], size) if len(maps) == 1 else _concat_upsample(maps, size)
 
 
@@ -46,7 +46,7 @@ def sum_upsample(maps: Sequence[Tensor], size: Size) -> Tensor:
 
     Maps of several dtypes give the widest. Raises `OperandError`.
     """
-    _check_maps(maps, size)
+    check_maps(maps, size)
     for index, x in enumerate(maps):
         check_shape(f"maps[{index}]", x, (*maps[0].shape[:2], *x.shape[2:]))
     return upsample(maps[0], size) if len(maps) == 1 else _sum_upsample(maps, size)
@@ -59,7 +59,8 @@ def resize(x: Tensor, size: Size) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
-def _check_maps(maps: Sequence[Tensor], size: Size) -> None:
+def check_maps(maps: Sequence[Tensor], size: Size) -> None:
+    """Raises `OperandError` unless these are maps that can be resized to `size` together."""
     if not maps:
         raise OperandError("maps: none given")
     check_size("size", size)
@@ -70,7 +71,8 @@ def _check_maps(maps: Sequence[Tensor], size: Size) -> None:
         check_beside(name, x, "maps[0]", maps[0])
 
 
-def _resize_and_concatenate(maps: Sequence[Tensor], size: Size) -> Tensor:
+def resize_and_concatenate(maps: Sequence[Tensor], size: Size) -> Tensor:
+    """The plain form of `concat_upsample`."""
     return torch.cat([resize(x, size) for x in maps], dim=1)
 
 
@@ -83,6 +85,6 @@ def _resize_and_add(maps: Sequence[Tensor], size: Size) -> Tensor:
 
 _upsample = Operation("upsample", resize, **fused_resize.UPSAMPLE)
 _concat_upsample = Operation(
-    "concat_upsample", _resize_and_concatenate, **fused_resize.CONCAT_UPSAMPLE
+    "concat_upsample", resize_and_concatenate, **fused_resize.CONCAT_UPSAMPLE
 )
 _sum_upsample = Operation("sum_upsample", _resize_and_add, **fused_resize.SUM_UPSAMPLE)

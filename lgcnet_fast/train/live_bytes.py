@@ -18,6 +18,11 @@ WITH_DEPTHWISE_MAPS = (
     "lgcnet_fast::separable_branches_backward",
 )
 """Operations inside which the depthwise maps of all branches exist at once."""
+WITH_CONCATENATIONS = {
+    "lgcnet_fast::concat_upsample_pointwise": 1,
+    "lgcnet_fast::concat_upsample_pointwise_backward": 2,
+}
+"""Operations inside which so many concatenated maps exist at once, unless kernels do without."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -84,14 +89,25 @@ def rounded(size: int) -> int:
 
 def scratch(operation: Any, args: Any) -> int:
     """Bytes of maps that an operation of this package makes inside and frees before it ends."""
-    if operation.name() not in WITH_DEPTHWISE_MAPS:
+    name = operation.name()
+    if name not in WITH_DEPTHWISE_MAPS and name not in WITH_CONCATENATIONS:
         return 0
     names = (argument.name for argument in operation._schema.arguments)
     given = dict(zip(names, args, strict=False))
+    if name in WITH_CONCATENATIONS:
+        return WITH_CONCATENATIONS[name] * _concatenation(given)
     x, branches = given["x"], len(given["depthwise"])
     images, channels, *size = x.shape
     positions = math.prod(-(-side // given["stride"]) for side in size)
     return branches * images * channels * positions * x.element_size()
+
+
+def _concatenation(given: dict[str, Any]) -> int:
+    """Bytes of the maps side by side; kernels for half precision do not write it."""
+    x, channels = given["maps"][0], given["weight"].shape[1]
+    if x.element_size() == 2 and given["backend"] == "triton":
+        return 0
+    return len(x) * channels * math.prod(given["size"]) * x.element_size()
 
 
 def _key(storage: torch.UntypedStorage) -> int:

@@ -28,7 +28,6 @@ from lgcnet_fast.kernels import (
     common,
     concat_pointwise,
     concat_pointwise_backward,
-    conv3,
     conv3_backward,
     depthwise,
     depthwise_backward,
@@ -38,7 +37,6 @@ from lgcnet_fast.kernels import (
     max_pool,
     mixed_sum,
     mixed_sum_backward,
-    pointwise,
     pointwise_backward,
     slabs,
     tile_statistics,
@@ -47,7 +45,7 @@ from lgcnet_fast.kernels import (
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 BRANCHES, PLAIN, READERS = 18, 3, 8
 MAPS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "g_ptr", "out_ptr"}
-MAPS |= {f"x{index}_ptr" for index in range(4)}
+MAPS |= {f"{name}{index}_ptr" for name in ("x", "dx") for index in range(4)}
 LISTS = {
     "y_ptrs": BRANCHES,
     "dy_ptrs": BRANCHES,
@@ -57,11 +55,13 @@ LISTS = {
     "g_ptrs": READERS,
 }
 OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALARS = {"packed_dilations": "i64"}
 POINTERS = {"winner_ptr": "u8", "pieces_ptr": "i32", "windows_ptr": "i32"}
 MULTIPLES_OF_16 = {"H", "W", "HO", "WO", "C", "CO", "c0", "c1", "c2", "c3"}
+MULTIPLES_OF_16 |= {"p0", "p1", "p2", "p3"}
 MULTIPLES_OF_16 |= {"columns", "tile_size", "size"}
-SHOWN = ("STRIDE", "EDGES", "AFFINE", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_O")
+SHOWN = ("STRIDE", "EDGES", "COPIED", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK_O")
 DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -110,26 +110,34 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
 
 def products(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
     """As `kernels`, and stages: those with matrix products, which need compute capability 8.0."""
-    shared = {"ACC": tl.float32, "OPERAND": OPERANDS[storage], "RELU": True, "BLOCK_M": 64}
-    for block_n, warps in ((64, 4), (128, 8)):
-        tile = shared | {"BLOCK_N": block_n, "BLOCK_K": 64}
-        for affine in (False, True):
-            branches = {"BRANCHES": PLAIN, "AFFINE": affine}
-            yield pointwise._pointwise_kernel, tile | branches, warps, 2
-        for stride in (1, 2):
-            yield conv3._conv3_kernel, tile | {"STRIDE": stride}, warps, 3
     yield from product_gradients(storage)
-    shared |= {"MAPS": PLAIN, "COPIED": 1, "BLOCK_K": 32}
-    warps, stages = (8, 1) if storage == "fp32" else (4, 2)
-    yield concat_pointwise._concat_pointwise_kernel, shared | {"BLOCK_N": 64}, warps, stages
-    shared |= {"BLOCK_O": 64}
-    yield concat_pointwise_backward._input_grad_kernel, shared, warps, stages
-    yield concat_pointwise_backward._weight_grad_kernel, shared, warps, stages
+    yield from products_of_concatenations(storage)
+
+
+def products_of_concatenations(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
+    """As `products`: with resized maps and without, and the widest."""
+    size, smaller, dtype = (64, 128), (32, 64), DTYPES[storage]
+    shared = {"ACC": tl.float32, "OPERAND": OPERANDS[storage], "RELU": True, "MAPS": PLAIN}
+    for copied, channels in ((1, 48), (7, 48), (7, 128)):
+        shapes = [(16, channels, *(size if copied >> i & 1 else smaller)) for i in range(PLAIN)]
+        maps = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+        resizes = concat_pointwise.resizes(maps, size)
+        forward = concat_pointwise.ProductConfig.default(
+            [channels] * PLAIN, channels, resizes, dtype
+        )
+        tile = {"BLOCK_M": forward.block_m, "BLOCK_N": forward.block_n, "BLOCK_K": forward.block_k}
+        kernel: Any = concat_pointwise._concat_pointwise_kernel
+        yield kernel, shared | tile | {"COPIED": copied}, forward.warps, forward.stages
+        backward = concat_pointwise_backward.default_config(maps, channels, size)
+        tile = {"BLOCK_M": backward.block_m, "BLOCK_C": backward.block_c}
+        tile |= {"BLOCK_O": triton.next_power_of_2(channels)}
+        kernel = concat_pointwise_backward._concat_gradients_kernel
+        yield kernel, shared | tile | {"RESIZES": resizes}, backward.warps, backward.stages
 
 
 def product_gradients(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
     """As `products`, one for each width of the cells."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[storage]
+    dtype = DTYPES[storage]
     for channels in (32, 64, 128):
         default = pointwise_backward.ProductGradientsConfig.default
         config = default(BRANCHES, 2**20 // channels, channels, channels, dtype)

@@ -25,7 +25,6 @@ from lgcnet_fast.kernels import (
     concat_pointwise_backward,
     concat_upsample,
     concat_upsample_backward,
-    conv3,
     conv3_backward,
     depthwise,
     depthwise_backward,
@@ -35,7 +34,6 @@ from lgcnet_fast.kernels import (
     max_pool,
     mixed_sum,
     mixed_sum_backward,
-    pointwise,
     pointwise_backward,
     upsample_argmax,
     upsample_loss,
@@ -91,13 +89,11 @@ def mixture(x: Tensor) -> None:
 
 def products(x: Tensor) -> None:
     channels = x.shape[1]
-    pointwise.pointwise([x], torch.zeros(1, channels, channels))
     for maps in (1, 2):
         stack = x.new_zeros(maps, *x.movedim(1, -1).shape).movedim(-1, 2)
         weights = torch.zeros(maps, channels, channels)
         pointwise_backward.pointwise_backward([x] * maps, stack, weights, stack)
     for stride in (1, 2):
-        conv3.conv3(x, a_map((channels, channels, 3, 3)), stride)
         conv3_backward.conv3_weight_grad([x] * stride, [x] * stride)
 
 
@@ -112,12 +108,12 @@ def resizes(x: Tensor) -> None:
 
 def products_of_concatenations(x: Tensor) -> None:
     channels = x.shape[1]
-    weight = torch.zeros(channels, 2 * channels)
-    for target in TARGETS:
-        y, _ = concat_pointwise.concat_pointwise([x, x], weight, target)
-        arguments = (y, [x, x], weight, target)
-        concat_pointwise_backward.concat_pointwise_input_grad(*arguments)
-        concat_pointwise_backward.concat_pointwise_weight_grad(*arguments)
+    for others in ((), (channels,), (17, 1)):
+        maps = [x, *(a_map((len(x), count, *x.shape[2:]), x.dtype) for count in others)]
+        weight = torch.zeros(channels, channels + sum(others))
+        for target in TARGETS:
+            y = concat_pointwise.concat_pointwise(maps, weight, target)
+            concat_pointwise_backward.concat_pointwise_backward(y, maps, weight, target)
 
 
 def losses(x: Tensor) -> None:

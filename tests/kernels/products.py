@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lgcnet_fast.kernels.mixed_sum import Statistics, batch_statistics
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA = torch.cuda.is_available()
 
@@ -22,11 +20,6 @@ def random_weight(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.randn(shape).to(device)
 
 
-def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values that a storage dtype keeps, in float64."""
-    return values.to(dtype).double()
-
-
 def assert_close(result: Tensor, truth: Tensor, magnitude: Tensor) -> None:
     """One rounding to the storage dtype, float32 rounding of terms of summed `magnitude`."""
     assert result.shape == truth.shape and not result.isnan().any()
@@ -36,14 +29,3 @@ def assert_close(result: Tensor, truth: Tensor, magnitude: Tensor) -> None:
         bound = bound + 2**-24
     error = (result.double() - truth).abs()
     assert (error <= bound).all(), f"{(error / bound).max()} times the bound"
-
-
-def assert_statistics(statistics: Statistics, maps: list[Tensor], eps: float) -> None:
-    """Those of the maps as they are stored."""
-    expected = batch_statistics(maps, eps)
-    for name in ("mean", "variance", "inverse_deviation"):
-        result, truth = getattr(statistics, name), getattr(expected, name)
-        assert result.dtype == truth.dtype and result.is_contiguous()
-        # A mean near zero is as exact as the values that it sums.
-        scale = expected.variance.sqrt() if name == "mean" else 0
-        assert ((result - truth).abs() <= 1e-5 * (truth.abs() + scale) + 1e-7).all()

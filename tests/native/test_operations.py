@@ -80,6 +80,16 @@ class TestOperations:
         assert_same(lambda *xs: ops.concat_upsample(xs, (9, 8)), *maps)
         assert_same(lambda *xs: ops.sum_upsample(xs, (9, 8)), *maps)
 
+    @pytest.mark.parametrize("relu", [False, True])
+    def test_convolution_of_a_concatenation(self, relu: bool) -> None:
+        maps = random_map(1, 4, 3, 5), random_map(1, 4, 9, 8)
+        weight = torch.randn(3, 8, 1, 1, generator=torch.Generator().manual_seed(0))
+
+        def convolve(*given: Tensor) -> Tensor:
+            return ops.concat_upsample_pointwise(given[:-1], (9, 8), given[-1], relu)
+
+        assert_same(convolve, *maps, weight)
+
     @pytest.mark.parametrize("loss", [ops.upsample_cross_entropy, ops.upsample_ohem])
     def test_losses(self, loss: Callable[..., Tensor]) -> None:
         target = torch.randint(5, (2, 9, 13), generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lgcnet_fast.nn.cell import SearchCell
-from lgcnet_fast.nn.fusion import search_fusion_cell
+from lgcnet_fast.nn.fusion import FUSION_WIDTH, derived_fusion_cell, search_fusion_cell
 from lgcnet_fast.nn.fusion_graphs import FUSION_GRAPHS
 from lgcnet_fast.nn.mixed import MixedOp
 from lgcnet_fast.nn.primitives import (
@@ -86,6 +86,27 @@ def test_fusion_cell(name: str, device: torch.device) -> None:
         for edge, options in edges.items()
     }
     assert_same(cell, lambda cell: cell(features, z), [*features, *z.values()])
+
+
+@pytest.mark.parametrize("name", ["grid13", "mscell"])
+def test_pointwise_edges_of_a_derived_fusion_cell(name: str, device: torch.device) -> None:
+    torch.manual_seed(0)
+    graph, channels, size = FUSION_GRAPHS[name], (4, 6, 5), (5, 4)
+    operations = {edge.name: "conv1" for edge in graph.op_edges}
+    operations |= {edge.name: "interp" for edge in graph.up_edges}
+    cell = derived_fusion_cell(graph, channels[: len(graph.inputs)], operations)
+    cell = cell.to(device, torch.float64, memory_format=torch.channels_last)
+    features = []
+    for count in channels[: len(graph.inputs)]:
+        x = random_map(2, count, *size, device=device)
+        features.append(x.detach().double().requires_grad_())
+        size = tuple(-(-side // 2) for side in size)
+    kept: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)
+    with use_backend("triton"), hooks:
+        cell(features)
+    assert all(x.ndim != 4 or x.shape[1] < 2 * FUSION_WIDTH or x.shape[2:] == (1, 1) for x in kept)
+    assert_same(cell, lambda cell: cell(features), features)
 
 
 @pytest.mark.parametrize("stride, dilation", [(1, 2), (2, 1)])

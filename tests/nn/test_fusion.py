@@ -5,6 +5,7 @@ from lgcnet_fast.nn.fusion import FUSION_WIDTH, derived_fusion_cell, search_fusi
 from lgcnet_fast.nn.fusion_graphs import FUSION_GRAPHS
 from lgcnet_fast.nn.heads import ASPP, PPM, Classifier
 from lgcnet_fast.nn.operations import FUSION_OPS, UP_OPS
+from lgcnet_fast.ops import concat_upsample
 
 CHANNELS = (8, 16, 32)
 SIZES = [(9, 17), (23, 30), (12, 15)]
@@ -96,3 +97,20 @@ def test_classifier():
     classifier = Classifier(48, 19)
     assert sum(p.numel() for p in classifier.parameters()) == 931
     assert classifier(torch.randn(1, 48, 5, 4)).shape == (1, 19, 5, 4)
+
+
+@pytest.mark.parametrize("name", FUSION_GRAPHS)
+def test_pointwise_edges_are_those_of_the_concatenation(name):
+    """Bit for bit in the reference: the modules as they are, of the concatenated map."""
+    torch.manual_seed(0)
+    graph = FUSION_GRAPHS[name]
+    operations = {edge.name: "conv1" for edge in graph.op_edges}
+    operations |= {edge.name: "interp" for edge in graph.up_edges}
+    cell = derived_fusion_cell(graph, CHANNELS[: len(graph.inputs)], operations)
+    features = _features(graph, (9, 12))
+    found = cell(features)
+    for module in cell.edges.values():
+        module.of_concatenation = lambda maps, size, module=module: module(
+            concat_upsample(maps, size)
+        )
+    assert torch.equal(cell(features), found)

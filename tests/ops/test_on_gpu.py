@@ -77,6 +77,22 @@ def test_resizing(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [[(49, 97)] * 3, [(49, 97), (25, 49), (13, 25)]])
+def test_convolution_of_a_concatenation(
+    backend: str, dtype: torch.dtype, sizes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    maps = [feature_map(2, 48, *size, dtype=dtype) for size in sizes]
+    weight = (feature_map(48, 144, 1, 1, dtype=dtype).detach() / 12).requires_grad_()
+    assert_like_float64(
+        lambda given: ops.concat_upsample_pointwise(given[:-1], (49, 97), given[-1]),
+        backend,
+        [*maps, weight],
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_cross_entropy(backend: str, dtype: torch.dtype, weighted: bool) -> None:
     weight = torch.linspace(0.5, 2, 19, device=GPU) if weighted else None

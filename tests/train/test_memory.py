@@ -146,6 +146,20 @@ def test_depthwise_maps_inside_a_fused_operation_count():
     assert scratch(torch.ops.aten.add.Tensor, (x, x)) == 0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "backend", "maps"),
+    [(torch.float32, "triton", 1), (torch.bfloat16, "cuda", 1), (torch.bfloat16, "triton", 0)],
+)
+def test_concatenations_inside_a_fused_operation_count(dtype, backend, maps):
+    x, y = torch.empty(2, 8, 5, 7, dtype=dtype), torch.empty(2, 3, 2, 4, dtype=dtype)
+    arguments = ([x, y], [5, 7], torch.empty(4, 11, 1, 1), True, backend)
+    expected = maps * 2 * 11 * 5 * 7 * x.element_size()
+    registered = torch.ops.lgcnet_fast
+    assert scratch(registered.concat_upsample_pointwise.default, arguments) == expected
+    backward = registered.concat_upsample_pointwise_backward.default
+    assert scratch(backward, (x[:, :4], *arguments)) == 2 * expected
+
+
 def test_a_derived_network_is_counted_by_its_genotype(new_run):
     config = new_run(space={"name": "lgcnet"}, finetune__batch_size=1).config
     memory = step_memory(config, "finetune", CLASSES, "fp32", CPU, load_genotype("reference"))
