@@ -21,6 +21,7 @@ from lgcnet_fast.ops import (
     average_pools,
     convolutions,
     interleaved_convolution,
+    norm_sum,
     normalised,
     readers,
     recomputable,
@@ -187,10 +188,14 @@ class DepthwiseSeparable(nn.Module):
         self.norm = nn.BatchNorm2d(c_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
+        return _norm_of(self.norm, self.raw(x))
+
+    def raw(self, x: Tensor) -> Tensor:
+        """What the norm receives: a map, or a stack of a single one."""
         weights = [self.depthwise.weight], [self.pointwise.weight]
         layer = self.depthwise
         ((y,),) = separable_branches(x, *weights, (layer.dilation[0],), layer.stride[0])
-        return _norm_of(self.norm, y)
+        return y
 
 
 class SeparablePair(nn.Sequential):
@@ -210,6 +215,11 @@ class SeparablePair(nn.Sequential):
     @property
     def norm(self) -> nn.Module:
         return self.stages()[1].norm
+
+    def second(self, y: Tensor) -> Tensor:
+        """What the norm receives; y: what that of the first stage receives."""
+        first, second = self.stages()
+        return second.raw(_norm_of(first.norm, y))
 
 
 class FactorizedReduce(nn.Module):
@@ -289,8 +299,7 @@ def _source(x: Tensor | Source) -> Source:
 
 
 def _norm_of(norm: nn.Module, y: Tensor) -> Tensor:
-    """norm(y), where y is a map or a stack of a single one; fused where the norm is not affine."""
+    """norm(y), where y is a map or a stack of a single one."""
     if norm.affine:
-        out: Tensor = norm(y.flatten(0, 1) if y.ndim == 5 else y)
-        return out
+        return norm_sum([y], [norm])
     return normalised([y], norm, lambda x: x)

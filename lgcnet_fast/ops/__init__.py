@@ -8,7 +8,7 @@ from lgcnet_fast.ops.convolutions import Geometry, convolutions
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.interleaved_convolution import interleaved_convolution
 from lgcnet_fast.ops.max_pool import max_pool, recomputable_max_pool
-from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, normalised
+from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, norm_sum, normalised
 from lgcnet_fast.ops.mixed_sum import mixed_sum
 from lgcnet_fast.ops.readers import Readers, readers, rectified_together
 from lgcnet_fast.ops.recompute import Recomputable, recomputable, recomputed, recomputes
@@ -32,6 +32,7 @@ __all__ = [
     "max_pool",
     "mixed_norm_sum",
     "mixed_sum",
+    "norm_sum",
     "normalised",
     "readers",
     "recomputable",
