@@ -12,6 +12,7 @@ from lgcnet_fast.nn.chosen import Term, chosen_terms, leaving_source, term_sum
 from lgcnet_fast.nn.mixed import MixedOp, Terms, edge_terms, node_sum, node_weights
 from lgcnet_fast.nn.operations import CELL_OPS, cell_operation
 from lgcnet_fast.nn.primitives import FactorizedReduce, ReLUConvBN, Source, applied_together
+from lgcnet_fast.ops import concat_pair
 
 CELL_NODES = ("i1", "i2", "x1", "x2")
 """i1 is the output of cell k - 2, i2 that of cell k - 1; the cell's output is concat(x1, x2)."""
@@ -79,7 +80,7 @@ class SearchCell(Cell):
         x1 = Source(node_sum([terms[edge] for edge in _EDGES_INTO["x1"]], weights1))
         terms |= self._leave({"x1": x1})
         x2 = node_sum([terms[edge] for edge in _EDGES_INTO["x2"]], weights2)
-        return torch.cat((x1.plain(), x2), dim=1)
+        return concat_pair(x1.plain(), x2)
 
     def nodes(self) -> list[list[MixedOp]]:
         """The edges that end in x1, and those that end in x2."""
@@ -132,7 +133,7 @@ class DerivedCell(Cell):
         source = Source(x1)
         terms |= chosen_terms(dict.fromkeys(self._chosen(_EDGES_FROM["x1"]), source))
         x2 = self._node("x2", terms, i2)
-        return torch.cat((source.plain(), x2), dim=1)
+        return concat_pair(source.plain(), x2)
 
     def _chosen(self, edges: Sequence[int]) -> list[nn.Module]:
         """The operations of those of the edges that have one."""

@@ -3,6 +3,7 @@
 from lgcnet_fast.ops.average_pool import average_pool, average_pools
 from lgcnet_fast.ops.backend import explain, set_backend, use_backend
 from lgcnet_fast.ops.cast_together import cast_together
+from lgcnet_fast.ops.concat_pair import concat_pair
 from lgcnet_fast.ops.concat_upsample import concat_upsample, sum_upsample, upsample
 from lgcnet_fast.ops.convolutions import Geometry, convolutions
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
@@ -24,6 +25,7 @@ __all__ = [
     "average_pool",
     "average_pools",
     "cast_together",
+    "concat_pair",
     "concat_upsample",
     "convolutions",
     "explain",

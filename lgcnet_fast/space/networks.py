@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from lgcnet_fast.nn.autocast_weights import cast_weights
@@ -131,9 +132,16 @@ class PretrainingClassifier(nn.Module):
         return self.linear(last.mean(dim=(2, 3)))
 
 
+def few_launches(network: nn.Module) -> AbstractContextManager[None]:
+    """For a forward pass, whose small work on all parameters is then done together.
+
+    What compilers trace goes without.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _few_launches(network)
+
+
 @contextmanager
-def few_launches(network: nn.Module) -> Iterator[None]:
-    """A forward pass, whose small work on all parameters is done together."""
+def _few_launches(network: nn.Module) -> Iterator[None]:
     with gathered_running_statistics(), cast_weights(network):
         yield
 
