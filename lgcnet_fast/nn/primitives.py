@@ -23,6 +23,7 @@ from lgcnet_fast.ops import (
     interleaved_convolution,
     norm_sum,
     normalised,
+    norms_apart,
     readers,
     recomputable,
     recomputable_max_pool,
@@ -140,9 +141,10 @@ def applied_together(
         for module, x in zip(modules, inputs, strict=True)
         if isinstance(module, ReLUConvBN)
     }
-    raw = dict(zip(sources, raw_convolutions(list(sources), list(sources.values())), strict=True))
+    raw = raw_convolutions(list(sources), list(sources.values()))
+    normed = dict(zip(sources, _norms_of([module.norm for module in sources], raw), strict=True))
     return [
-        _norm_of(module.norm, raw[module]) if isinstance(module, ReLUConvBN) else module(x)
+        normed[module] if isinstance(module, ReLUConvBN) else module(x)
         for module, x in zip(modules, inputs, strict=True)
     ]
 
@@ -296,6 +298,13 @@ class Deconvolution(nn.Module):
 def _source(x: Tensor | Source) -> Source:
     """That of a map which several modules read, or one for a single reader."""
     return x if isinstance(x, Source) else Source(x)
+
+
+def _norms_of(norms: Sequence[nn.Module], ys: Sequence[Tensor]) -> list[Tensor]:
+    """norm(y) of each map; all of the norms are affine, or none."""
+    if norms[0].affine:
+        return norms_apart(ys, norms)
+    return [_norm_of(norm, y) for norm, y in zip(norms, ys, strict=True)]
 
 
 def _norm_of(norm: nn.Module, y: Tensor) -> Tensor:

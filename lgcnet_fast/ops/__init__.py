@@ -9,7 +9,7 @@ from lgcnet_fast.ops.convolutions import Geometry, convolutions
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.interleaved_convolution import interleaved_convolution
 from lgcnet_fast.ops.max_pool import max_pool, recomputable_max_pool
-from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, norm_sum, normalised
+from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, norm_sum, normalised, norms_apart
 from lgcnet_fast.ops.mixed_sum import mixed_sum
 from lgcnet_fast.ops.readers import Readers, readers, rectified_together
 from lgcnet_fast.ops.recompute import Recomputable, recomputable, recomputed, recomputes
@@ -36,6 +36,7 @@ __all__ = [
     "mixed_sum",
     "norm_sum",
     "normalised",
+    "norms_apart",
     "readers",
     "recomputable",
     "recomputable_max_pool",

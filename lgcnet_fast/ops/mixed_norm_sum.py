@@ -76,6 +76,20 @@ def norm_sum(ys: Sequence[Tensor], norms: Sequence[nn.Module | None]) -> Tensor:
     return result
 
 
+def norms_apart(ys: Sequence[Tensor], norms: Sequence[nn.Module]) -> list[Tensor]:
+    """`norms[k](y_k)` of each map (N, C, H, W), of shapes that may differ.
+
+    Where a CUDA graph is captured, the fused form runs them side by side, going backward too.
+    Raises as `norm_sum`.
+    """
+    for index, y in enumerate(ys):
+        check_map(f"ys, map {index}", y)
+        check_beside(f"ys, map {index}", y, "the first", ys[0])
+    _check_norms(ys, norms)
+    result: list[Tensor] = _norms_apart(tuple(ys), tuple(norms))
+    return result
+
+
 def normalised(ys: Sequence[Tensor], norm: nn.Module, function: Callable[[Tensor], T]) -> T:
     """`function(norm(y))` for the single map y of ys, one as `mixed_norm_sum` takes it.
 
@@ -115,6 +129,20 @@ def _norm_sum_fused(
     if fused_affine_norm_sum.fits(backend, ys, norms):
         return fused_affine_norm_sum.run(ys, norms)
     return _norm_sum_reference(ys, norms)
+
+
+def _norms_apart_reference(ys: Sequence[Tensor], norms: Sequence[nn.Module]) -> list[Tensor]:
+    return [norm(y) for y, norm in zip(ys, norms, strict=True)]
+
+
+def _norms_apart_fused(
+    backend: str, ys: Sequence[Tensor], norms: Sequence[nn.Module]
+) -> list[Tensor]:
+    if all(
+        fused_affine_norm_sum.fits(backend, [y], [norm]) for y, norm in zip(ys, norms, strict=True)
+    ):
+        return fused_affine_norm_sum.run_apart(ys, norms)
+    return _norms_apart_reference(ys, norms)
 
 
 def _normalised_reference(
@@ -170,12 +198,18 @@ _operation = Operation("mixed_norm_sum", _reference, **MIXED_NORM_SUM)
 _normalised = Operation(
     "normalised", _normalised_reference, **NORMALISED, tuned_as="mixed_norm_sum"
 )
-_norm_sum = Operation(
-    "norm_sum",
-    _norm_sum_reference,
-    **{
-        backend: Implementation(partial(_norm_sum_fused, backend), lambda ys, norms: None)
-        for backend in ("triton", "cuda")
-    },
-    tuned_as="mixed_norm_sum",
+_norm_sum, _norms_apart = (
+    Operation(
+        name,
+        reference,
+        **{
+            backend: Implementation(partial(fused, backend), lambda ys, norms: None)
+            for backend in ("triton", "cuda")
+        },
+        tuned_as="mixed_norm_sum",
+    )
+    for name, reference, fused in (
+        ("norm_sum", _norm_sum_reference, _norm_sum_fused),
+        ("norms_apart", _norms_apart_reference, _norms_apart_fused),
+    )
 )
