@@ -64,27 +64,28 @@ def _convolved(leaving: Mapping[nn.Module, Source]) -> dict[nn.Module, Tensor]:
 
 
 def _separable(leaving: Mapping[nn.Module, Source]) -> dict[nn.Module, Tensor]:
-    """The raw maps of depthwise-separable operations, those that read a map together."""
-    by_source: dict[Source, dict[nn.Module, DepthwiseSeparable]] = {}
-    for operation, source in leaving.items():
-        if isinstance(operation, (DepthwiseSeparable, SeparablePair)):
-            first = operation.stages()[0] if isinstance(operation, SeparablePair) else operation
-            by_source.setdefault(source, {})[operation] = first
-    raw: dict[nn.Module, Tensor] = {}
-    for source, firsts in by_source.items():
-        layers = [first.depthwise for first in firsts.values()]
-        stacks = separable_branches(
-            source.plain(),
-            [layer.weight for layer in layers],
-            [first.pointwise.weight for first in firsts.values()],
-            [layer.dilation[0] for layer in layers],
-            layers[0].stride[0],
-            [1] * len(layers),
-        )
-        for operation, (y,) in zip(firsts, stacks, strict=True):
-            pair = isinstance(operation, SeparablePair)
-            raw[operation] = operation.second(y) if pair else y
-    return raw
+    """The raw maps of depthwise-separable operations, whose maps are of one shape."""
+    found = [one for one in leaving if isinstance(one, (DepthwiseSeparable, SeparablePair))]
+    if not found:
+        return {}
+    # Map after map, whatever the order of the edges.
+    sources = list(dict.fromkeys(leaving[one] for one in found))
+    found.sort(key=lambda one: sources.index(leaving[one]))
+    firsts = [one.stages()[0] if isinstance(one, SeparablePair) else one for one in found]
+    layers = [first.depthwise for first in firsts]
+    stacks = separable_branches(
+        [source.plain() for source in sources],
+        [layer.weight for layer in layers],
+        [first.pointwise.weight for first in firsts],
+        [layer.dilation[0] for layer in layers],
+        layers[0].stride[0],
+        [1] * len(found),
+        [sum(leaving[one] is source for one in found) for source in sources],
+    )
+    return {
+        one: one.second(y) if isinstance(one, SeparablePair) else y
+        for one, (y,) in zip(found, stacks, strict=True)
+    }
 
 
 def _pooled(source: Source, operation: nn.MaxPool2d) -> Tensor:
