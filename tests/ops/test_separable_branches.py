@@ -73,7 +73,7 @@ CASES = [
     Case((2, 3, 4, 3), 2, (1, 2), stacks=(1, 1, 2, 1, 1, 1, 1), edges=4, maps=2),
     Case((1, 2, 3, 5), 3, (2, 1), stride=2, edges=3, maps=3),
     Case((2, 3, 5, 7), 3, (4, 1, 2), stacks=(1, 1, 1), maps=2, shares=(1, 2)),
-    Case((1, 4, 5, 4), 2, (2, 2, 8), stride=2, maps=2, shares=(2, 1)),
+    Case((1, 4, 5, 4), 2, (2, 2, 8), stride=2, stacks=(1, 1, 1), maps=2, shares=(2, 1)),
 ]
 
 
