@@ -1,11 +1,15 @@
-"""The Gumbel-weighted sum of normalised branches that a mixed node computes, forward.
+"""The weighted sum of normalised branches that a node computes, forward.
 
 For the branches y_k of all edges that end in a node, and the plain terms x_j (skips):
 
     out = sum_k z_k r_k (y_k - mean_k) + sum_j zp_j x_j,   r_k = 1 / sqrt(var_k + eps)
 
-mean_k and var_k (biased) are per channel over the M = N H W positions; batch norm without affine
-parameters, as in the search. All maps are (N, C, H, W) in channels_last memory.
+mean_k and var_k (biased) are per channel over the M = N H W positions. All maps are (N, C, H, W) in
+channels_last memory. In the search batch norms have no affine part, and z holds one number a map.
+In a derived network z_k is the gamma_k of a batch norm, one number a channel, its beta_k is added
+and the plain terms count as they are:
+
+    out = sum_k gamma_k r_k (y_k - mean_k) + beta_k + sum_j x_j
 
 The statistics come in two stages, those of slabs of positions and their merger: see slabs.py and
 tile_statistics.py.
@@ -133,23 +137,39 @@ def _slab_statistics_kernel(
     tl.store(partial + C, tl.where(m2 < 0, 0.0, m2), mask=inside)
 
 
+@triton.jit
+def weight_of(z_ptrs, k: tl.constexpr, channel, inside, ACC: tl.constexpr, AFFINE: tl.constexpr):
+    """z_k, of `channel` where AFFINE: z_ptrs holds K vectors (C,) there, and one (K,) elsewhere."""
+    if AFFINE:
+        z = tl.load(z_ptrs[k] + channel, mask=inside, other=0.0).to(ACC)
+    else:
+        z = tl.load(z_ptrs[0] + k).to(ACC)
+    return z
+
+
 @triton.jit(do_not_specialize=["M"])
 def _mixed_sum_kernel(
-    y_ptrs, x_ptrs, z_ptr, plain_z_ptr, mean_ptr, r_ptr, out_ptr, M, C,
-    K: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr,
+    y_ptrs, x_ptrs, z_ptrs, plain_z_ptr, beta_ptrs, mean_ptr, r_ptr, out_ptr, M, C,
+    K: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr, AFFINE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out = sum_k z_k r_k (y_k - mean_k) + sum_j zp_j x_j on one tile."""
+    """out = sum_k z_k r_k (y_k - mean_k) + sum_j zp_j x_j, or its affine form, on one tile."""
     _, channel, offset, mask, _ = tile_of(M, C, BLOCK_M, BLOCK_C)
     total = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
+    inside = channel < C
     for k in tl.static_range(K):
-        mean = tl.load(mean_ptr + k * C + channel, mask=channel < C, other=0.0)
-        r = tl.load(r_ptr + k * C + channel, mask=channel < C, other=0.0)
+        mean = tl.load(mean_ptr + k * C + channel, mask=inside, other=0.0)
+        r = tl.load(r_ptr + k * C + channel, mask=inside, other=0.0)
         y = tl.load(y_ptrs[k] + offset, mask=mask, other=0.0).to(ACC)
-        total += (tl.load(z_ptr + k).to(ACC) * r) * (y - mean)
+        total += (weight_of(z_ptrs, k, channel, inside, ACC, AFFINE) * r) * (y - mean)
+        if AFFINE:
+            total += tl.load(beta_ptrs[k] + channel, mask=inside, other=0.0).to(ACC)
     for j in tl.static_range(J):
         x = tl.load(x_ptrs[j] + offset, mask=mask, other=0.0).to(ACC)
-        total += tl.load(plain_z_ptr + j).to(ACC) * x
+        if AFFINE:
+            total += x
+        else:
+            total += tl.load(plain_z_ptr + j).to(ACC) * x
     tl.store(out_ptr + offset, total, mask=mask)
 
 
@@ -196,18 +216,49 @@ def mixed_sum(
     xs: J plain maps like ys; plain_z: (J,), contiguous. Weights of any float dtype. Raises
     `ValueError` naming the argument at fault.
     """
+    plain_z = check_weights(z, plain_z, ys, xs)
+    return _sum(ys, (z,), plain_z, (), statistics, xs, config)
+
+
+def affine_sum(
+    ys: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    statistics: Statistics,
+    xs: Sequence[Tensor] = (),
+    config: TileConfig | None = None,
+) -> Tensor:
+    """The sum of K normalised maps, scaled and shifted by the channel, and J plain ones.
+
+    gammas, betas: K each, (C,), contiguous, of any float dtype; the rest as in `mixed_sum`.
+    """
+    check_channel_weights("gammas", gammas, ys)
+    check_channel_weights("betas", betas, ys)
+    return _sum(ys, gammas, None, betas, statistics, xs, config)
+
+
+def _sum(
+    ys: Sequence[Tensor],
+    z: Sequence[Tensor],
+    plain_z: Tensor | None,
+    betas: Sequence[Tensor],
+    statistics: Statistics,
+    xs: Sequence[Tensor],
+    config: TileConfig | None,
+) -> Tensor:
+    """z: all weights in one, or one of each channel a map, with the betas."""
     check_maps("ys", ys, ys[0] if ys else None)
     check_maps("xs", xs, ys[0])
-    channels = ys[0].shape[1]
-    plain_z = check_weights(z, plain_z, ys, xs)
     check_statistics(statistics, ys)
+    channels = ys[0].shape[1]
     config = config or TileConfig.streaming(channels)
     positions = ys[0].numel() // channels
     out = empty_map(tuple(ys[0].shape), ys[0])
     blocks = triton.cdiv(positions, config.block_m) * triton.cdiv(channels, config.block_c)
     _mixed_sum_kernel[(blocks,)](
-        tuple(ys), tuple(xs), z, plain_z, statistics.mean, statistics.inverse_deviation, out,
-        positions, channels, K=len(ys), J=len(xs), ACC=accumulator(ys[0].dtype),
+        tuple(ys), tuple(xs), tuple(z), plain_z, tuple(betas), statistics.mean,
+        statistics.inverse_deviation, out, positions, channels, K=len(ys), J=len(xs),
+        ACC=accumulator(ys[0].dtype), AFFINE=bool(betas),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
     return out
@@ -233,6 +284,14 @@ def check_weights(
         plain_z = z.new_empty(0)
     check_dense("plain_z", plain_z, (len(xs),), ys[0])
     return plain_z
+
+
+def check_channel_weights(name: str, weights: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
+    """Raises `ValueError` unless there is a contiguous one, (C,), for each of the maps."""
+    if len(weights) != len(ys):
+        raise ValueError(f"{name}: {len(weights)} for {len(ys)} maps")
+    for index, weight in enumerate(weights):
+        check_dense(f"{name}[{index}]", weight, (ys[0].shape[1],), ys[0])
 
 
 def check_statistics(statistics: Statistics, ys: Sequence[Tensor]) -> None:

@@ -10,6 +10,10 @@ the gradients are
     dy_k = z_k r_k (g - S0 / M - yhat_k S1_k / M)
     dz_k = sum_c S1_k,   dx_j = zp_j g,   dzp_j = sum_c P_j
 
+and with a batch norm's gamma_k in place of z_k, and its beta_k,
+
+    dgamma_k = S1_k,   dbeta_k = S0,   dx_j = g
+
 One pass reduces g against every map in two stages, a second pass writes all dy_k: an affine in
 (g, y_k) per channel. Under synchronised batch norm the sums of the ranks are added in between.
 
@@ -36,10 +40,12 @@ from lgcnet_fast.kernels.common import (
 from lgcnet_fast.kernels.mixed_sum import (
     Statistics,
     TileConfig,
+    check_channel_weights,
     check_maps,
     check_statistics,
     check_weights,
     tile_of,
+    weight_of,
 )
 from lgcnet_fast.kernels.slabs import MOST_SLABS, SlabConfig, pointer_of, tile_positions
 
@@ -54,6 +60,11 @@ class GradientSums:
     """(K, C): S1; its sum over the channels is dz."""
     plain: Tensor
     """(J, C): P; its sum over the channels is the gradient of the plain weights."""
+
+    @classmethod
+    def of(cls, rows: Tensor, branches: int) -> GradientSums:
+        """rows: what `gradient_sum_rows` gives."""
+        return cls(rows[0], rows[1 : 1 + branches], rows[1 + branches :])
 
 
 @triton.jit(do_not_specialize=["M", "slab"])
@@ -101,9 +112,9 @@ def _gradient_sums_kernel(
 
 @triton.jit(do_not_specialize=["M", "count"])
 def _mixed_sum_grad_kernel(
-    g_ptr, y_ptrs, dy_ptrs, dx_ptrs, z_ptr, plain_z_ptr, mean_ptr, r_ptr, s0_ptr, s1_ptr, count,
+    g_ptr, y_ptrs, dy_ptrs, dx_ptrs, z_ptrs, plain_z_ptr, mean_ptr, r_ptr, s0_ptr, s1_ptr, count,
     M, C,
-    K: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr,
+    K: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr, AFFINE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dy_k = z_k r_k ((g - S0 / M) - (r_k S1_k / M) (y_k - mean_k)), dx_j = zp_j g on one tile."""
@@ -118,7 +129,7 @@ def _mixed_sum_grad_kernel(
         mean = tl.load(mean_ptr + k * C + channel, mask=inside, other=0.0)
         r = tl.load(r_ptr + k * C + channel, mask=inside, other=0.0)
         s1 = tl.load(s1_ptr + k * C + channel, mask=inside, other=0.0)
-        scale = tl.load(z_ptr + k).to(ACC) * r
+        scale = weight_of(z_ptrs, k, channel, inside, ACC, AFFINE) * r
         slope = r * s1 * share
         y = tl.load(y_ptrs[k] + offset, mask=mask, other=0.0).to(ACC)
         tl.store(dy_ptrs[k] + offset, scale * (g - slope * (y - mean)), mask=mask)
@@ -132,14 +143,24 @@ def mixed_sum_gradient_sums(
     config: SlabConfig | None = None,
 ) -> GradientSums:
     """The sums over g = dout that the gradients need; arguments as in `mixed_sum`."""
+    return GradientSums.of(gradient_sum_rows(g, ys, statistics, xs, config), len(ys))
+
+
+def gradient_sum_rows(
+    g: Tensor,
+    ys: Sequence[Tensor],
+    statistics: Statistics,
+    xs: Sequence[Tensor] = (),
+    config: SlabConfig | None = None,
+) -> Tensor:
+    """The rows S0, S1_1 to S1_K, P_1 to P_J: (1 + K + J, C); arguments as in `mixed_sum`."""
     check_maps("ys", ys, ys[0] if ys else None)
     check_maps("g", (g,), ys[0])
     check_maps("xs", xs, ys[0])
     check_statistics(statistics, ys)
     channels = g.shape[1]
-    positions, maps = g.numel() // channels, (len(ys), len(xs))
+    positions, count = g.numel() // channels, len(ys) + len(xs)
     config = config or TileConfig.reducing(channels)
-    count = sum(maps)
     together = min(config.maps, triton.next_power_of_2(count))
     loads = max(1, config.loads // together)
     block_m = config.rows(g.dtype)
@@ -152,8 +173,7 @@ def mixed_sum_gradient_sums(
         channels, K=len(ys), J=len(xs), MAPS=together, ACC=accumulator(g.dtype),
         BLOCK_M=block_m, LOADS=loads, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
-    gradient, normalised, plain = sum_rows(partial, block_rows=MOST_SLABS).split((1, *maps))
-    return GradientSums(gradient[0], normalised, plain)
+    return sum_rows(partial, block_rows=MOST_SLABS)
 
 
 def mixed_sum_grad(
@@ -173,14 +193,48 @@ def mixed_sum_grad(
     them; dys: maps like ys to write to, otherwise new ones. There is one dx for each of the plain
     weights. Raises `ValueError`.
     """
+    dxs = [empty_map(tuple(g.shape), g) for _ in range(0 if plain_z is None else len(plain_z))]
+    plain_z = check_weights(z, plain_z, ys, dxs)
+    return _gradients(g, ys, (z,), False, statistics, sums, plain_z, dxs, count, config, dys), dxs
+
+
+def affine_sum_grad(
+    g: Tensor,
+    ys: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    statistics: Statistics,
+    sums: GradientSums,
+    config: TileConfig | None = None,
+    dys: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """The gradients of the K normalised maps of `affine_sum`; that of a plain map is g.
+
+    Arguments as there and in `mixed_sum_grad`. Raises `ValueError`.
+    """
+    check_channel_weights("gammas", gammas, ys)
+    return _gradients(g, ys, gammas, True, statistics, sums, None, (), None, config, dys)
+
+
+def _gradients(
+    g: Tensor,
+    ys: Sequence[Tensor],
+    z: Sequence[Tensor],
+    affine: bool,
+    statistics: Statistics,
+    sums: GradientSums,
+    plain_z: Tensor | None,
+    dxs: Sequence[Tensor],
+    count: int | None,
+    config: TileConfig | None,
+    dys: Sequence[Tensor] | None,
+) -> list[Tensor]:
+    """dys; writes dxs. z: all weights in one or, `affine`, one of each channel a map."""
     check_maps("ys", ys, ys[0] if ys else None)
     check_maps("g", (g,), ys[0])
     check_statistics(statistics, ys)
     channels = g.shape[1]
     check_dense("sums.gradient", sums.gradient, (channels,), g)
     check_dense("sums.normalised", sums.normalised, (len(ys), channels), g)
-    dxs = [empty_map(tuple(g.shape), g) for _ in range(0 if plain_z is None else len(plain_z))]
-    plain_z = check_weights(z, plain_z, ys, dxs)
     dys = [empty_map(tuple(g.shape), g) for _ in ys] if dys is None else list(dys)
     check_maps("dys", dys, g)
     if len(dys) != len(ys):
@@ -189,9 +243,9 @@ def mixed_sum_grad(
     positions = g.numel() // channels
     blocks = triton.cdiv(positions, config.block_m) * triton.cdiv(channels, config.block_c)
     _mixed_sum_grad_kernel[(blocks,)](
-        g, tuple(ys), tuple(dys), tuple(dxs), z, plain_z, statistics.mean,
+        g, tuple(ys), tuple(dys), tuple(dxs), tuple(z), plain_z, statistics.mean,
         statistics.inverse_deviation, sums.gradient, sums.normalised, count or positions,
-        positions, channels, K=len(ys), J=len(dxs), ACC=accumulator(g.dtype),
+        positions, channels, K=len(ys), J=len(dxs), ACC=accumulator(g.dtype), AFFINE=affine,
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
-    return dys, dxs
+    return dys

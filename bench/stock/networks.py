@@ -27,7 +27,7 @@ from lgcnet_fast.nn.primitives import (
     SeparablePair,
 )
 from lgcnet_fast.nn.stem import Stem
-from lgcnet_fast.space.networks import Backbone
+from lgcnet_fast.space.networks import Backbone, DerivedNetwork
 
 Size = tuple[int, int]
 
@@ -151,6 +151,17 @@ class PlainBackbone(Backbone):
         return features
 
 
+class PlainStem(Stem):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        s0 = self.conv2(self.conv1(x))
+        return s0, self.conv3(s0)
+
+
+class PlainDerivedNetwork(DerivedNetwork):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._logits(self.backbone(x))
+
+
 class PlainFusionCell(FusionCell):
     def forward(self, features: Sequence[Tensor], z: Mapping[str, Tensor] | None = None) -> Tensor:
         sizes = [(feature.shape[-2], feature.shape[-1]) for feature in features]
@@ -191,7 +202,9 @@ _PLAIN = {
         PlainMixedOp,
         PlainSearchCell,
         PlainDerivedCell,
+        PlainStem,
         PlainBackbone,
+        PlainDerivedNetwork,
         PlainFusionCell,
     )
     for parent in (plain_class.__bases__[-1],)

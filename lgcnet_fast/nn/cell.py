@@ -8,9 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lgcnet_fast.nn.chosen import Term, chosen_terms, leaving_source, term_sum
 from lgcnet_fast.nn.mixed import MixedOp, Terms, edge_terms, node_sum, node_weights
 from lgcnet_fast.nn.operations import CELL_OPS, cell_operation
 from lgcnet_fast.nn.primitives import FactorizedReduce, ReLUConvBN, Source, applied_together
+from lgcnet_fast.ops import concat_pair
 
 CELL_NODES = ("i1", "i2", "x1", "x2")
 """i1 is the output of cell k - 2, i2 that of cell k - 1; the cell's output is concat(x1, x2)."""
@@ -20,7 +22,6 @@ CELL_EDGES = (("i1", "x1"), ("i2", "x1"), ("i1", "x2"), ("i2", "x2"), ("x1", "x2
 
 EDGES_PER_CELL = len(CELL_EDGES)
 
-_SOURCES = tuple(CELL_NODES.index(source) for source, _ in CELL_EDGES)
 _EDGES_FROM = {
     node: tuple(edge for edge, (source, _) in enumerate(CELL_EDGES) if source == node)
     for node in CELL_NODES
@@ -79,7 +80,7 @@ class SearchCell(Cell):
         x1 = Source(node_sum([terms[edge] for edge in _EDGES_INTO["x1"]], weights1))
         terms |= self._leave({"x1": x1})
         x2 = node_sum([terms[edge] for edge in _EDGES_INTO["x2"]], weights2)
-        return torch.cat((x1.plain(), x2), dim=1)
+        return concat_pair(x1.plain(), x2)
 
     def nodes(self) -> list[list[MixedOp]]:
         """The edges that end in x1, and those that end in x2."""
@@ -126,15 +127,29 @@ class DerivedCell(Cell):
 
     def forward(self, s0: Tensor | Source, s1: Tensor | Source) -> Tensor:
         """s0: output of cell k - 2, s1: of cell k - 1. Returns (N, 2C, H', W')."""
-        states = self.preprocessed(s0, s1)
-        for edges in _EDGES_INTO.values():
-            terms = [
-                self.edges[str(edge)](states[_SOURCES[edge]])
-                for edge in edges
-                if str(edge) in self.edges
-            ]
-            states.append(_sum(terms) if terms else self._zeros(states[1]))
-        return torch.cat(states[2:], dim=1)
+        i1, i2 = self.preprocessed(s0, s1)
+        terms = self._leave({"i1": i1, "i2": i2})
+        x1 = self._node("x1", terms, i2)
+        source = Source(x1)
+        terms |= chosen_terms(dict.fromkeys(self._chosen(_EDGES_FROM["x1"]), source))
+        x2 = self._node("x2", terms, i2)
+        return concat_pair(source.plain(), x2)
+
+    def _chosen(self, edges: Sequence[int]) -> list[nn.Module]:
+        """The operations of those of the edges that have one."""
+        return [self.edges[str(edge)] for edge in edges if str(edge) in self.edges]
+
+    def _leave(self, maps: Mapping[str, Tensor]) -> dict[nn.Module, Term]:
+        """What the operations that leave the input nodes bring to their ends."""
+        leaving: dict[nn.Module, Source] = {}
+        for node, x in maps.items():
+            operations = self._chosen(_EDGES_FROM[node])
+            leaving |= dict.fromkeys(operations, leaving_source(x, operations))
+        return chosen_terms(leaving)
+
+    def _node(self, node: str, terms: Mapping[nn.Module, Term], like: Tensor) -> Tensor:
+        own = [terms[operation] for operation in self._chosen(_EDGES_INTO[node])]
+        return term_sum(own) if own else self._zeros(like)
 
     def _zeros(self, like: Tensor) -> Tensor:
         """A node that no operation reaches."""
@@ -148,10 +163,3 @@ def _mixed_edge(channels: int, stride: int) -> MixedOp:
             for name in CELL_OPS
         }
     )
-
-
-def _sum(terms: list[Tensor]) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total

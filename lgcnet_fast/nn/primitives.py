@@ -22,7 +22,9 @@ from lgcnet_fast.ops import (
     concat_upsample_pointwise,
     convolutions,
     interleaved_convolution,
+    norm_sum,
     normalised,
+    norms_apart,
     readers,
     recomputable,
     recomputable_max_pool,
@@ -152,9 +154,10 @@ def applied_together(
         for module, x in zip(modules, inputs, strict=True)
         if isinstance(module, ReLUConvBN)
     }
-    raw = dict(zip(sources, raw_convolutions(list(sources), list(sources.values())), strict=True))
+    raw = raw_convolutions(list(sources), list(sources.values()))
+    normed = dict(zip(sources, _norms_of([module.norm for module in sources], raw), strict=True))
     return [
-        _norm_of(module.norm, raw[module]) if isinstance(module, ReLUConvBN) else module(x)
+        normed[module] if isinstance(module, ReLUConvBN) else module(x)
         for module, x in zip(modules, inputs, strict=True)
     ]
 
@@ -200,10 +203,14 @@ class DepthwiseSeparable(nn.Module):
         self.norm = nn.BatchNorm2d(c_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
+        return _norm_of(self.norm, self.raw(x))
+
+    def raw(self, x: Tensor) -> Tensor:
+        """What the norm receives: a map, or a stack of a single one."""
         weights = [self.depthwise.weight], [self.pointwise.weight]
         layer = self.depthwise
         ((y,),) = separable_branches(x, *weights, (layer.dilation[0],), layer.stride[0])
-        return _norm_of(self.norm, y)
+        return y
 
 
 class SeparablePair(nn.Sequential):
@@ -223,6 +230,11 @@ class SeparablePair(nn.Sequential):
     @property
     def norm(self) -> nn.Module:
         return self.stages()[1].norm
+
+    def second(self, y: Tensor) -> Tensor:
+        """What the norm receives; y: what that of the first stage receives."""
+        first, second = self.stages()
+        return second.raw(_norm_of(first.norm, y))
 
 
 class FactorizedReduce(nn.Module):
@@ -301,9 +313,15 @@ def _source(x: Tensor | Source) -> Source:
     return x if isinstance(x, Source) else Source(x)
 
 
+def _norms_of(norms: Sequence[nn.Module], ys: Sequence[Tensor]) -> list[Tensor]:
+    """norm(y) of each map; all of the norms are affine, or none."""
+    if norms[0].affine:
+        return norms_apart(ys, norms)
+    return [_norm_of(norm, y) for norm, y in zip(norms, ys, strict=True)]
+
+
 def _norm_of(norm: nn.Module, y: Tensor) -> Tensor:
-    """norm(y), where y is a map or a stack of a single one; fused where the norm is not affine."""
+    """norm(y), where y is a map or a stack of a single one."""
     if norm.affine:
-        out: Tensor = norm(y.flatten(0, 1) if y.ndim == 5 else y)
-        return out
+        return norm_sum([y], [norm])
     return normalised([y], norm, lambda x: x)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from lgcnet_fast.ops import norm_sum
+
 
 class Stem(nn.Module):
     """Returns the outputs of the second and of the third convolution, the inputs of cell 0.
@@ -21,8 +23,8 @@ class Stem(nn.Module):
         self.conv3 = _conv_bn(second, third, strides[2], relu=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        s0 = self.conv2(self.conv1(x))
-        return s0, self.conv3(s0)
+        s0 = _applied(self.conv2, _applied(self.conv1, x))
+        return s0, _applied(self.conv3, s0)
 
 
 def _conv_bn(c_in: int, c_out: int, stride: int, relu: bool) -> nn.Sequential:
@@ -33,3 +35,9 @@ def _conv_bn(c_in: int, c_out: int, stride: int, relu: bool) -> nn.Sequential:
     if relu:
         layers.append(nn.ReLU())
     return nn.Sequential(*layers)
+
+
+def _applied(stage: nn.Sequential, x: Tensor) -> Tensor:
+    convolution, norm, *relu = stage
+    y = norm_sum([convolution(x)], [norm])
+    return relu[0](y) if relu else y

@@ -3,13 +3,14 @@
 from lgcnet_fast.ops.average_pool import average_pool, average_pools
 from lgcnet_fast.ops.backend import explain, set_backend, use_backend
 from lgcnet_fast.ops.cast_together import cast_together
+from lgcnet_fast.ops.concat_pair import concat_pair
 from lgcnet_fast.ops.concat_upsample import concat_upsample, sum_upsample, upsample
 from lgcnet_fast.ops.concat_upsample_pointwise import concat_upsample_pointwise
 from lgcnet_fast.ops.convolutions import Geometry, convolutions
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.interleaved_convolution import interleaved_convolution
 from lgcnet_fast.ops.max_pool import max_pool, recomputable_max_pool
-from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, normalised
+from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, norm_sum, normalised, norms_apart
 from lgcnet_fast.ops.mixed_sum import mixed_sum
 from lgcnet_fast.ops.readers import Readers, readers, rectified_together
 from lgcnet_fast.ops.recompute import Recomputable, recomputable, recomputed, recomputes
@@ -25,6 +26,7 @@ __all__ = [
     "average_pool",
     "average_pools",
     "cast_together",
+    "concat_pair",
     "concat_upsample",
     "concat_upsample_pointwise",
     "convolutions",
@@ -34,7 +36,9 @@ __all__ = [
     "max_pool",
     "mixed_norm_sum",
     "mixed_sum",
+    "norm_sum",
     "normalised",
+    "norms_apart",
     "readers",
     "recomputable",
     "recomputable_max_pool",

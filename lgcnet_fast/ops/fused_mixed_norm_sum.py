@@ -45,12 +45,13 @@ def refuse(
             return refusal
     if all(norm is None for norm in norms):
         return "norms holds no batch norm"
-    if any(y.ndim == 5 and None in own for y, own in _with_norms(ys, norms)):
+    if any(y.ndim == 5 and None in own for y, own in with_norms(ys, norms)):
         return "norms is None for a map of a stack"
-    return _norm_refusal([norm for norm in norms if norm is not None], ys[0])
+    return norm_refusal([norm for norm in norms if norm is not None], ys[0])
 
 
-def _norm_refusal(norms: Sequence[nn.Module], y: Tensor) -> str | None:
+def norm_refusal(norms: Sequence[nn.Module], y: Tensor, affine: bool = False) -> str | None:
+    """Why the kernels cannot serve these norms, all of them `affine` or none."""
     first = norms[0]
     for norm in norms:
         if isinstance(norm, nn.SyncBatchNorm):
@@ -58,8 +59,8 @@ def _norm_refusal(norms: Sequence[nn.Module], y: Tensor) -> str | None:
         if not isinstance(norm, nn.BatchNorm2d):
             return f"norms holds a {type(norm).__name__}, not only BatchNorm2d"
         assert isinstance(first, nn.BatchNorm2d)
-        if norm.affine:
-            return "norms holds one with an affine part"
+        if norm.affine != affine:
+            return f"norms holds one {'without' if affine else 'with'} an affine part"
         if norm.running_mean is None or norm.momentum is None:
             return "norms holds one without running statistics or momentum"
         if norm.num_features != y.shape[-3]:
@@ -81,9 +82,8 @@ def run(
 ) -> Tensor:
     """`mixed_norm_sum`, see there. The first call must come before capturing a CUDA graph."""
     ys = [nhwc(y) for y in ys]
-    with_norms = list(_with_norms(ys, norms))
-    normed = [y for y, own in with_norms if own[0] is not None]
-    plain = [y for y, own in with_norms if own[0] is None]
+    normed = [y for y, own in with_norms(ys, norms) if own[0] is not None]
+    plain = [y for y, own in with_norms(ys, norms) if own[0] is None]
     kept = [norm for norm in norms if norm is not None]
     statistics, training = norm_statistics(backend, normed, kept, len(plain))
     picked = [o for o, norm in zip(options, norms, strict=True) if norm is not None]
@@ -134,7 +134,7 @@ def _picked(z: Tensor, options: tuple[int, ...]) -> Tensor:
     return z.index_select(0, constant(options, z.device))
 
 
-def _with_norms(
+def with_norms(
     ys: Sequence[Tensor], norms: Sequence[nn.Module | None]
 ) -> Iterator[tuple[Tensor, Sequence[nn.Module | None]]]:
     """Each map or stack with the norms of its maps."""
@@ -161,14 +161,14 @@ def _statistics_shape(ys: Sequence[Tensor]) -> tuple[int, int, int]:
     return (3, sum(len(y) if y.ndim == 5 else 1 for y in ys), ys[0].shape[-3])
 
 
-def _launchers(backend: str) -> Any:
+def launchers(backend: str) -> Any:
     """The modules with the forward and the backward launchers of a backend."""
     package = "native" if backend == "cuda" else "kernels"
     names = (f"lgcnet_fast.{package}.mixed_sum", f"lgcnet_fast.{package}.mixed_sum_backward")
     return tuple(import_module(name) for name in names)
 
 
-def _tile(backend: str, launch: str, maps: Sequence[Tensor], plain: int) -> dict[str, Any]:
+def tile(backend: str, launch: str, maps: Sequence[Tensor], plain: int) -> dict[str, Any]:
     """The tile that the tuning table of the device has for a Triton launch, as its keyword."""
     if backend == "cuda":
         return {}
@@ -184,10 +184,10 @@ def _tile(backend: str, launch: str, maps: Sequence[Tensor], plain: int) -> dict
 @custom_op("lgcnet_fast::batch_statistics", mutates_args=())
 def _batch_statistics(ys: list[Tensor], eps: float, plain: int, backend: str) -> Tensor:
     """(3, K, C): mean, biased variance and inverse deviation of every map; `plain` ones beside."""
-    forward, _ = _launchers(backend)
+    forward, _ = launchers(backend)
     maps = unstacked(ys)
     out = ys[0].new_empty(_statistics_shape(ys), dtype=_accumulator(ys[0].dtype))
-    forward.batch_statistics(maps, eps, out=out, **_tile(backend, "statistics", maps, plain))
+    forward.batch_statistics(maps, eps, out=out, **tile(backend, "statistics", maps, plain))
     return out
 
 
@@ -201,11 +201,11 @@ def mixed_sum(
     ys: list[Tensor], xs: list[Tensor], z: Tensor, statistics: Tensor, training: bool, backend: str
 ) -> Tensor:
     """Of K normalised maps ys and J plain ones xs; z: (K + J,), statistics: (3, K, C)."""
-    forward, _ = _launchers(backend)
+    forward, _ = launchers(backend)
     maps = unstacked(ys)
     packed = forward.Statistics(*statistics.unbind())
-    tile = _tile(backend, "forward", maps, len(xs))
-    out: Tensor = forward.mixed_sum(maps, z[: len(maps)], packed, xs, z[len(maps) :], **tile)
+    config = tile(backend, "forward", maps, len(xs))
+    out: Tensor = forward.mixed_sum(maps, z[: len(maps)], packed, xs, z[len(maps) :], **config)
     return out
 
 
@@ -228,16 +228,16 @@ def mixed_sum_backward(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of every entry of ys, of every one of xs and, `with_z`, of z."""
-    forward, backward = _launchers(backend)
+    forward, backward = launchers(backend)
     maps, packed = unstacked(ys), forward.Statistics(*statistics.unbind())
-    tile = _tile(backend, "gradient_sums", maps, len(xs))
-    sums = backward.mixed_sum_gradient_sums(g, maps, packed, xs, **tile)
+    config = tile(backend, "gradient_sums", maps, len(xs))
+    sums = backward.mixed_sum_gradient_sums(g, maps, packed, xs, **config)
     through = sums if training else _no_sums(sums)
     dys = [empty_nhwc(g, y.shape) for y in ys]
     weights, plain = z[: len(maps)], z[len(maps) :]
-    tile = _tile(backend, "gradients", maps, len(xs))
+    config = tile(backend, "gradients", maps, len(xs))
     _, dxs = backward.mixed_sum_grad(
-        g, maps, weights, packed, through, plain, dys=unstacked(dys), **tile
+        g, maps, weights, packed, through, plain, dys=unstacked(dys), **config
     )
     if not with_z:
         return [*dys, *dxs]

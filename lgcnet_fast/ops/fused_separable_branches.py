@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,9 +28,11 @@ from lgcnet_fast.ops.lanes import side_by_side
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.pointwise_kernels import accumulator, matrices, pointwise_gradients
 
+T = TypeVar("T")
+
 
 class Settings(NamedTuple):
-    """What the branches of all maps have in common."""
+    """Of the branches of a map."""
 
     dilations: list[int]
     stride: int
@@ -45,6 +47,7 @@ def refuse(
     dilations: Sequence[int],
     stride: int,
     stacks: Sequence[int],
+    counts: Sequence[int] = (),
 ) -> str | None:
     """Why the kernels of `backend` cannot serve these arguments of `separable_branches`."""
     if backend == "cuda" and xs[0].dtype == torch.float64:
@@ -60,11 +63,17 @@ def run(
     dilations: Sequence[int],
     stride: int,
     stacks: Sequence[int],
+    counts: Sequence[int],
 ) -> list[list[Tensor]]:
-    """`separable_branches`, see there: one stack of maps in each list."""
+    """`separable_branches`, see there: one stack of maps in each list. counts: branches a map."""
     xs = [nhwc(x.to(computed_dtype(x))) for x in xs]
-    settings = Settings(list(dilations), stride, backend)
-    maps = _SeparableBranches.apply(settings, stacks, len(xs), *xs, *depthwise, *pointwise)
+    edges = len(depthwise) // len(dilations)
+    every = list(dilations) * edges
+    settings = [
+        Settings(own if edges == 1 else list(dilations), stride, backend)
+        for own in _shared_out(every, counts)
+    ]
+    maps = _SeparableBranches.apply(settings, stacks, counts, *xs, *depthwise, *pointwise)
     return [[stack] for stack in maps]
 
 
@@ -80,14 +89,22 @@ class _SeparableBranches(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, settings: Settings, stacks: Sequence[int], maps: int, *tensors: Tensor
+        ctx: Any,
+        settings: Sequence[Settings],
+        stacks: Sequence[int],
+        counts: Sequence[int],
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        xs, weights = tensors[:maps], tensors[maps:]
+        """settings, counts: of each map and its branches."""
+        xs, weights = tensors[: len(counts)], tensors[len(counts) :]
         half = len(weights) // 2
         windows, matrices = stacked_windows(weights[:half]), stacked_matrices(weights[half:], xs[0])
-        branches = half // maps
-        shares = zip(xs, windows.split(branches), matrices.split(branches), strict=True)
-        jobs = [partial(separable_branches_forward, *share, *settings) for share in shares]
+        ctx.counts = list(counts)
+        shares = zip(xs, windows.split(ctx.counts), matrices.split(ctx.counts), strict=True)
+        jobs = [
+            partial(separable_branches_forward, *share, *own)
+            for share, own in zip(shares, settings, strict=True)
+        ]
         edges = [edge for found in side_by_side(xs[0].device, jobs) for edge in found]
         ctx.save_for_backward(*xs, windows, matrices)
         ctx.settings = settings
@@ -97,15 +114,17 @@ class _SeparableBranches(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         *xs, windows, matrices = ctx.saved_tensors
-        branches = len(windows) // len(xs)
         shares = zip(
-            _of_each_map([nhwc(g) for g in gradients], branches),
+            _of_each_map([nhwc(g) for g in gradients], ctx.counts),
             xs,
-            windows.split(branches),
-            matrices.split(branches),
+            windows.split(ctx.counts),
+            matrices.split(ctx.counts),
             strict=True,
         )
-        jobs = [partial(separable_branches_backward, *share, *ctx.settings) for share in shares]
+        jobs = [
+            partial(separable_branches_backward, *share, *own)
+            for share, own in zip(shares, ctx.settings, strict=True)
+        ]
         dxs, *found = zip(*side_by_side(xs[0].device, jobs), strict=True)
         weights = [
             gradient
@@ -145,10 +164,17 @@ def _stacks(edges: Sequence[Tensor], stacks: Sequence[int]) -> Iterator[Tensor]:
             first += count
 
 
-def _of_each_map(gradients: Sequence[Tensor], branches: int) -> Iterator[list[Tensor]]:
-    """The gradients of the stacks of map after map, each of which has so many branches."""
+def _shared_out(values: Sequence[T], counts: Sequence[int]) -> Iterator[list[T]]:
+    """So many values each."""
+    following = iter(values)
+    for count in counts:
+        yield [next(following) for _ in range(count)]
+
+
+def _of_each_map(gradients: Sequence[Tensor], counts: Sequence[int]) -> Iterator[list[Tensor]]:
+    """The gradients of the stacks of map after map, which have so many branches each."""
     following = iter(gradients)
-    for _ in range(sum(map(len, gradients)) // branches):
+    for branches in counts:
         own: list[Tensor] = []
         while sum(map(len, own)) < branches:
             own.append(next(following))

@@ -21,33 +21,52 @@ from lgcnet_fast.ops.tuning import shape_key, tuned
 def max_pool(x: Tensor, stride: int = 1) -> Tensor:
     """(N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride)) for stride 1 or 2.
 
-    The first maximum of a window, row by row, takes its gradient; NaN counts as the greatest. The
-    fused form keeps x for the backward pass and finds the maxima anew; the reference keeps x and a
-    64-bit index an output.
+    The first maximum of a window, row by row, takes its gradient; NaN counts as the greatest. For
+    the backward pass Triton's form keeps a byte an output, that of `cuda` x; the reference keeps x
+    and a 64-bit index an output.
 
     Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
     cannot serve.
     """
-    return recomputable_max_pool(x, stride)[0]
+    _check(x, stride)
+    result: Tensor = _operation(x, stride)
+    return result
 
 
 def recomputable_max_pool(x: Tensor, stride: int = 1) -> Recomputable:
     """max_pool(x, stride), and the way to compute it again going backward, `remembered`.
 
-    Where it is taken, the gradient of x needs no search of its own. Raises as `max_pool`.
+    The fused form keeps x. Where that way is taken, the gradient of x needs no search of its own.
+    Raises as `max_pool`.
     """
-    check_map("x", x)
-    if stride not in (1, 2):
-        raise OperandError(f"stride: {stride}, need 1 or 2")
-    result: Recomputable = _operation(x, stride)
+    _check(x, stride)
+    result: Recomputable = _recomputable(x, stride)
     return result
 
 
-def _reference(x: Tensor, stride: int) -> Recomputable:
-    return recomputable(partial(F.max_pool2d, kernel_size=3, stride=stride, padding=1), x)
+def _check(x: Tensor, stride: int) -> None:
+    """Raises `OperandError`."""
+    check_map("x", x)
+    if stride not in (1, 2):
+        raise OperandError(f"stride: {stride}, need 1 or 2")
 
 
-def _run(backend: str, x: Tensor, stride: int) -> Recomputable:
+def _reference(x: Tensor, stride: int) -> Tensor:
+    return F.max_pool2d(x, kernel_size=3, stride=stride, padding=1)
+
+
+def _recomputable_reference(x: Tensor, stride: int) -> Recomputable:
+    return recomputable(partial(_reference, stride=stride), x)
+
+
+def _run(backend: str, x: Tensor, stride: int) -> Tensor:
+    if backend == "triton" and x.requires_grad and torch.is_grad_enabled():
+        result: Tensor = _WinnersKept.apply(nhwc(x), stride)
+        return result
+    return _run_recomputable(backend, x, stride)[0]
+
+
+def _run_recomputable(backend: str, x: Tensor, stride: int) -> Recomputable:
     x, again = nhwc(x), _Again(stride, backend)
     return _MaxPool.apply(x, again), partial(again.pooled, x.detach())
 
@@ -102,6 +121,23 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return ctx.again.gradient(x, nhwc(gradient)), None
+
+
+class _WinnersKept(torch.autograd.Function):
+    """By Triton's kernels, for a map that need not be computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:
+        pooled, winners = _max_pool_winners(x, stride)
+        ctx.save_for_backward(winners)
+        ctx.size, ctx.stride = x.shape[2:], stride
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (winners,) = ctx.saved_tensors
+        arguments = (winners, nhwc(gradient), *ctx.size, ctx.stride, "triton")
+        return _max_pool_backward(*arguments), None
 
 
 @custom_op("lgcnet_fast::max_pool", mutates_args=())
@@ -172,11 +208,18 @@ def _tuned(default: Any, launch: str, x: Tensor, stride: int) -> Any:
     return tuned(default, launch, shape_key(x.dtype, x.shape, (stride,)), x.device)
 
 
-_operation = Operation(
-    "max_pool",
-    _reference,
-    **{
-        backend: Implementation(partial(_run, backend), partial(_refuse, backend))
-        for backend in ("triton", "cuda")
-    },
+_operation, _recomputable = (
+    Operation(
+        name,
+        reference,
+        **{
+            backend: Implementation(partial(run, backend), partial(_refuse, backend))
+            for backend in ("triton", "cuda")
+        },
+        tuned_as="max_pool",
+    )
+    for name, reference, run in (
+        ("max_pool", _reference, _run),
+        ("recomputable_max_pool", _recomputable_reference, _run_recomputable),
+    )
 )

@@ -2,19 +2,22 @@
 
     out = sum_k z_k BN_k(y_k) + sum_j z_j x_j
 
-The batch norms have no affine part in the supernet. In training they normalise by the statistics
-of the batch, through which the gradient passes, and update their running statistics.
+The batch norms have no affine part in the supernet. In a derived network they have one, and every
+term counts as it is: `norm_sum`. In training they normalise by the statistics of the batch, through
+which the gradient passes, and update their running statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor, nn
 
 from lgcnet_fast.errors import OperandError
-from lgcnet_fast.ops.backend import Operation
+from lgcnet_fast.ops import fused_affine_norm_sum
+from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.fused_mixed_norm_sum import MIXED_NORM_SUM, NORMALISED
 from lgcnet_fast.ops.maps import unstacked
 from lgcnet_fast.ops.mixed_sum import mixed_sum
@@ -55,6 +58,38 @@ def mixed_norm_sum(
     return result
 
 
+def norm_sum(ys: Sequence[Tensor], norms: Sequence[nn.Module | None]) -> Tensor:
+    """`sum_k norms[k](y_k)`: (N, C, H, W) in the maps' dtype; arguments as in `mixed_norm_sum`.
+
+    The node of a derived network. The fused form takes batch norms with an affine part; it keeps
+    for the backward pass the maps themselves and 3 C numbers a map. Batch norms that normalise by
+    their running statistics or share those of the batch between ranks are PyTorch's on every
+    backend, and on `cuda` all are, whose kernels have no affine part.
+
+    Raises `OperandError` naming the argument at fault, `ValueError` for training statistics of a
+    single value a channel, `BackendError` where the chosen backend cannot serve.
+    """
+    maps = unstacked(ys)
+    _check_maps(maps)
+    _check_norms(maps, norms)
+    result: Tensor = _norm_sum(tuple(ys), tuple(norms))
+    return result
+
+
+def norms_apart(ys: Sequence[Tensor], norms: Sequence[nn.Module]) -> list[Tensor]:
+    """`norms[k](y_k)` of each map (N, C, H, W), of shapes that may differ.
+
+    Where a CUDA graph is captured, the fused form runs them side by side, going backward too.
+    Raises as `norm_sum`.
+    """
+    for index, y in enumerate(ys):
+        check_map(f"ys, map {index}", y)
+        check_beside(f"ys, map {index}", y, "the first", ys[0])
+    _check_norms(ys, norms)
+    result: list[Tensor] = _norms_apart(tuple(ys), tuple(norms))
+    return result
+
+
 def normalised(ys: Sequence[Tensor], norm: nn.Module, function: Callable[[Tensor], T]) -> T:
     """`function(norm(y))` for the single map y of ys, one as `mixed_norm_sum` takes it.
 
@@ -80,6 +115,40 @@ def _reference(
     return mixed_sum(maps, [weights[option] for option in options])
 
 
+def _norm_sum_reference(ys: Sequence[Tensor], norms: Sequence[nn.Module | None]) -> Tensor:
+    maps = [y if norm is None else norm(y) for y, norm in zip(unstacked(ys), norms, strict=True)]
+    total: Tensor = maps[0]
+    for one in maps[1:]:
+        total = total + one
+    return total
+
+
+def _norm_sum_fused(
+    backend: str, ys: Sequence[Tensor], norms: Sequence[nn.Module | None]
+) -> Tensor:
+    if fused_affine_norm_sum.fits(backend, ys, norms):
+        return fused_affine_norm_sum.run(ys, norms)
+    return _norm_sum_reference(ys, norms)
+
+
+def _norms_apart_reference(ys: Sequence[Tensor], norms: Sequence[nn.Module]) -> list[Tensor]:
+    return [norm(y) for y, norm in zip(ys, norms, strict=True)]
+
+
+def _serves(ys: Sequence[Tensor], norms: Sequence[nn.Module | None]) -> None:
+    """Nothing is refused: what the kernels do not take, PyTorch's batch norms do."""
+
+
+def _norms_apart_fused(
+    backend: str, ys: Sequence[Tensor], norms: Sequence[nn.Module]
+) -> list[Tensor]:
+    if all(
+        fused_affine_norm_sum.fits(backend, [y], [norm]) for y, norm in zip(ys, norms, strict=True)
+    ):
+        return fused_affine_norm_sum.run_apart(ys, norms)
+    return _norms_apart_reference(ys, norms)
+
+
 def _normalised_reference(
     ys: Sequence[Tensor], norm: nn.Module, function: Callable[[Tensor], T]
 ) -> T:
@@ -95,8 +164,7 @@ def _check(
 ) -> None:
     """Raises `OperandError`."""
     _check_maps(maps)
-    if len(norms) != len(maps):
-        raise OperandError(f"norms: {len(norms)} for {len(maps)} maps")
+    _check_norms(maps, norms)
     if len(options) != len(maps):
         raise OperandError(f"options: {len(options)} for {len(maps)} maps")
     _check_weights(z, options, maps[0])
@@ -110,6 +178,12 @@ def _check_maps(maps: Sequence[Tensor]) -> None:
         check_map(f"ys, map {index}", y)
         check_shape(f"ys, map {index}", y, tuple(maps[0].shape))
         check_beside(f"ys, map {index}", y, "the first", maps[0])
+
+
+def _check_norms(maps: Sequence[Tensor], norms: Sequence[nn.Module | None]) -> None:
+    """Raises `OperandError`."""
+    if len(norms) != len(maps):
+        raise OperandError(f"norms: {len(norms)} for {len(maps)} maps")
 
 
 def _check_weights(z: Tensor, options: Sequence[int], like: Tensor) -> None:
@@ -127,4 +201,17 @@ def _check_weights(z: Tensor, options: Sequence[int], like: Tensor) -> None:
 _operation = Operation("mixed_norm_sum", _reference, **MIXED_NORM_SUM)
 _normalised = Operation(
     "normalised", _normalised_reference, **NORMALISED, tuned_as="mixed_norm_sum"
+)
+_norm_sum, _norms_apart = (
+    Operation(
+        name,
+        reference,
+        triton=Implementation(partial(fused, "triton"), _serves),
+        cuda=Implementation(partial(fused, "cuda"), _serves),
+        tuned_as="mixed_norm_sum",
+    )
+    for name, reference, fused in (
+        ("norm_sum", _norm_sum_reference, _norm_sum_fused),
+        ("norms_apart", _norms_apart_reference, _norms_apart_fused),
+    )
 )

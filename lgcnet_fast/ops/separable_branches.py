@@ -24,14 +24,16 @@ def separable_branches(
     dilations: Sequence[int],
     stride: int = 1,
     stacks: Sequence[int] | None = None,
+    shares: Sequence[int] | None = None,
 ) -> list[list[Tensor]]:
     """`pointwise[b] * (depthwise[b] * relu(x))` of every branch, without batch norms.
 
-    x: (N, C, H, W), or several maps of one shape, which have equal shares of the branches, map
-    after map. depthwise: weights (C, 1, 3, 3), pointwise: weights (C_out, C, 1, 1), one a branch;
-    padding is the dilation. dilations: 1 to 7 of them, each 1 to 255; where there are more branches
-    they repeat, so that edge after edge can list its branches. stacks: numbers of neighbouring
-    branches of an edge that go on together, all of the edge's by default.
+    x: (N, C, H, W), or several maps of one shape, which have these shares of the branches, map
+    after map, equal ones by default. depthwise: weights (C, 1, 3, 3), pointwise: weights
+    (C_out, C, 1, 1), one a branch; padding is the dilation. dilations: 1 to 7 of them, each 1 to
+    255; where there are more branches they repeat, so that edge after edge can list its branches,
+    but with shares every branch has its own. stacks: numbers of neighbouring branches of an edge,
+    or of a share, that go on together, all of the edge's by default.
 
     Returns the maps of each stack in a list: one map (N, C_out, ceil(H / stride), ceil(W / stride))
     a branch, or a single stack (B, N, C_out, ...) of them, as suits the backend. `mixed_norm_sum`
@@ -48,10 +50,11 @@ def separable_branches(
     """
     xs = (x,) if isinstance(x, Tensor) else tuple(x)
     if stacks is None:
-        stacks = [len(dilations)] * (len(depthwise) // max(1, len(dilations)))
+        stacks = shares or [len(dilations)] * (len(depthwise) // max(1, len(dilations)))
     arguments = (xs, tuple(depthwise), tuple(pointwise), tuple(dilations), stride, tuple(stacks))
-    check_branches(*arguments)
-    result: list[list[Tensor]] = _operation(*arguments)
+    check_branches(*arguments, shares)
+    counts = tuple(shares or [len(depthwise) // len(xs)] * len(xs))
+    result: list[list[Tensor]] = _operation(*arguments, counts)
     return result
 
 
@@ -62,13 +65,15 @@ def _reference(
     dilations: Sequence[int],
     stride: int,
     stacks: Sequence[int],
+    counts: Sequence[int],
 ) -> list[list[Tensor]]:
+    """counts: branches of each map."""
     branches = iter(enumerate(zip(depthwise, pointwise, strict=True)))
-    share = len(depthwise) // len(xs)
+    read = [x for x, count in zip(xs, counts, strict=True) for _ in range(count)]
     return [
         [
             relu_depthwise_separable(
-                xs[branch // share], *weights, stride, dilations[branch % len(dilations)]
+                read[branch], *weights, stride, dilations[branch % len(dilations)]
             )
             for branch, weights in (next(branches) for _ in range(count))
         ]
@@ -83,6 +88,7 @@ def check_branches(
     dilations: Sequence[int],
     stride: int,
     stacks: Sequence[int],
+    shares: Sequence[int] | None = None,
 ) -> None:
     """Raises `OperandError`."""
     if not xs:
@@ -101,14 +107,19 @@ def check_branches(
     if any(not 1 <= dilation <= 255 for dilation in dilations):
         raise OperandError(f"dilations: {tuple(dilations)}, each must be 1 to 255")
     branches = len(depthwise)
-    if branches == 0 or branches % (len(xs) * len(dilations)):
+    if shares is not None:
+        if len(shares) != len(xs) or min(shares) < 1 or sum(shares) != branches:
+            raise OperandError(f"shares: {shares} of {branches} branches for {len(xs)} maps")
+        if len(dilations) != branches:
+            raise OperandError(f"dilations: {len(dilations)} for {branches} branches")
+    elif branches == 0 or branches % (len(xs) * len(dilations)):
         raise OperandError(
             f"depthwise: {branches} weights for {len(xs)} maps and {len(dilations)} dilations"
         )
     if len(pointwise) != branches:
         raise OperandError(f"pointwise: {len(pointwise)} weights for {branches} branches")
-    ends = set(accumulate(stacks))
-    if min(stacks) < 1 or not ends >= set(range(len(dilations), branches + 1, len(dilations))):
+    edges = shares or [len(dilations)] * (branches // len(dilations))
+    if min(stacks) < 1 or not set(accumulate(stacks)) >= set(accumulate(edges)):
         raise OperandError(f"stacks: {stacks} do not divide edges of {len(dilations)} branches")
     if sum(stacks) != branches:
         raise OperandError(f"stacks: {stacks} do not divide {branches} branches")

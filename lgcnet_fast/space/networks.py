@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from lgcnet_fast.nn.autocast_weights import cast_weights
@@ -85,7 +87,7 @@ class Supernet(Network):
 
     def forward(self, x: Tensor, z: Arch) -> Tensor:
         """x: (N, 3, H, W); z: group -> (rows, options). Returns the logits at output stride."""
-        with gathered_running_statistics(), cast_weights(self):
+        with few_launches(self):
             features = self.backbone(x, z["cells"])
             return self._logits(features, self._fusion_rows(z))
 
@@ -112,7 +114,8 @@ class DerivedNetwork(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> logits (N, classes, H / output_stride, W / output_stride), rounded up."""
-        return self._logits(self.backbone(x))
+        with few_launches(self):
+            return self._logits(self.backbone(x))
 
 
 class PretrainingClassifier(nn.Module):
@@ -124,8 +127,23 @@ class PretrainingClassifier(nn.Module):
         self.linear = nn.Linear(genotype.layout.tap_channels[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        last = self.backbone(x)[-1]
+        with few_launches(self):
+            last = self.backbone(x)[-1]
         return self.linear(last.mean(dim=(2, 3)))
+
+
+def few_launches(network: nn.Module) -> AbstractContextManager[None]:
+    """For a forward pass, whose small work on all parameters is then done together.
+
+    What compilers trace goes without.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _few_launches(network)
+
+
+@contextmanager
+def _few_launches(network: nn.Module) -> Iterator[None]:
+    with gathered_running_statistics(), cast_weights(network):
+        yield
 
 
 def fixed_neck(head: str, c_in: int, affine: bool = True) -> nn.Module:

@@ -54,6 +54,10 @@ LISTS = {
     "map_ptrs": BRANCHES + PLAIN,
     "g_ptrs": READERS,
 }
+WEIGHTS = {"z_ptrs", "beta_ptrs"}
+"""Lists of float32: one of all weights, or where AFFINE one of each branch."""
+NODE = {"K": 3, "J": 1, "ACC": tl.float32}
+"""Of a derived network: as many maps as edges end in a node at most, a plain one more."""
 OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALARS = {"packed_dilations": "i64"}
@@ -86,10 +90,12 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield mixed_sum._slab_statistics_kernel, statistics | slab, 4
     merging = {"EPS": 1e-5, "BLOCK_T": slabs.MOST_SLABS, "BLOCK_C": 8}
     yield tile_statistics._merge_statistics_kernel, merging, 8
-    yield mixed_sum._mixed_sum_kernel, counts | streaming, 4
+    yield mixed_sum._mixed_sum_kernel, counts | streaming | {"AFFINE": False}, 4
+    yield mixed_sum._mixed_sum_kernel, NODE | streaming | {"AFFINE": True}, 4
     slab |= {"MAPS": 4, "LOADS": 2}
     yield mixed_sum_backward._gradient_sums_kernel, counts | slab, 4
-    yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming, 4
+    yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming | {"AFFINE": False}, 4
+    yield mixed_sum_backward._mixed_sum_grad_kernel, NODE | streaming | {"AFFINE": True}, 4
     yield common._sum_rows_kernel, {"BLOCK_ROWS": 256, "BLOCK_COLUMNS": 8}, 4
     readers = {"K": READERS, "RELU": True, "ACC": tl.float32, "BLOCK": gradient_sum.BLOCK}
     yield gradient_sum._gradient_sum_kernel, readers, gradient_sum.WARPS
@@ -163,9 +169,10 @@ def compile_for(
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in LISTS:
-            signature[name] = (f"*{storage}",) * LISTS[name]
-            attributes |= {(index, part): DIVISIBLE for part in range(LISTS[name])}
+        elif name in LISTS or name in WEIGHTS:
+            count = LISTS[name] if name in LISTS else _weights(name, constants)
+            signature[name] = (f"*{storage if name in LISTS else 'fp32'}",) * count
+            attributes |= {(index, part): DIVISIBLE for part in range(count)}
         elif name.endswith("_ptr"):
             signature[name] = f"*{storage if name in MAPS else POINTERS.get(name, 'fp32')}"
             attributes[(index,)] = DIVISIBLE
@@ -178,6 +185,13 @@ def compile_for(
     target = GPUTarget("cuda", arch, 32)
     options = {"num_warps": warps, "num_stages": stages}
     return triton.compile(source, target=target, options=options)
+
+
+def _weights(name: str, constants: dict[str, Any]) -> int:
+    """Pointers in a list of weights."""
+    if constants["AFFINE"]:
+        return int(constants["K"])
+    return 1 if name == "z_ptrs" else 0
 
 
 def resources(compiled: Any) -> dict[str, int]:

@@ -84,6 +84,12 @@ def mixture(x: Tensor) -> None:
     mixed_sum.mixed_sum([x], weight, statistics, [x], weight)
     sums = mixed_sum_backward.mixed_sum_gradient_sums(x, [x], statistics, [x])
     mixed_sum_backward.mixed_sum_grad(x, [x], weight, statistics, sums, weight)
+    gammas = [x.new_ones(x.shape[1]), x.new_ones(x.shape[1])]
+    statistics = mixed_sum.batch_statistics([x, x])
+    for plain in ([], [x]):
+        mixed_sum.affine_sum([x, x], gammas, gammas, statistics, plain)
+    sums = mixed_sum_backward.mixed_sum_gradient_sums(x, [x, x], statistics)
+    mixed_sum_backward.affine_sum_grad(x, [x, x], gammas, statistics, sums)
     gradient_sum.gradient_sum([x, x], x, relu=True)
 
 

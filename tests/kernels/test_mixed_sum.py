@@ -10,9 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lgcnet_fast.kernels.mixed_sum import Statistics, TileConfig, batch_statistics, mixed_sum
+from lgcnet_fast.kernels.mixed_sum import (
+    Statistics,
+    TileConfig,
+    affine_sum,
+    batch_statistics,
+    mixed_sum,
+)
 from lgcnet_fast.kernels.mixed_sum_backward import (
     GradientSums,
+    affine_sum_grad,
     mixed_sum_grad,
     mixed_sum_gradient_sums,
 )
@@ -181,6 +188,43 @@ def test_gradients(case: Case, dtype: torch.dtype, device: torch.device, guarded
         terms = values.g.double() * torch.stack(values.xs).double()
         rounding = TERM * terms.abs().sum((1, 2, 3, 4)) + 1e-5
         assert_close(sums.plain.sum(1), truth_plain_dz, rounding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.shape[2] > 1], ids=str)
+def test_affine_sum(case: Case, dtype: torch.dtype, device: torch.device, guarded: None) -> None:
+    """Forward and gradients of the maps, where a gamma is zero."""
+    values = inputs(case, dtype, device)
+    gammas, betas = (
+        [torch.randn(case.shape[1], device=device) for _ in values.ys] for _ in range(2)
+    )
+    gammas[0][0] = 0
+    statistics = batch_statistics(values.ys, EPS, case.slabs)
+    out = affine_sum(values.ys, gammas, betas, statistics, values.xs, config=case.config)
+    sums = mixed_sum_gradient_sums(values.g, values.ys, statistics, config=case.slabs)
+    dys = affine_sum_grad(values.g, values.ys, gammas, statistics, sums, config=case.config)
+
+    ys = [y.double().requires_grad_() for y in values.ys]
+    norms = [(gamma.double(), beta.double()) for gamma, beta in zip(gammas, betas, strict=True)]
+    terms = [
+        F.batch_norm(y, None, None, *norm, training=True, eps=EPS)
+        for y, norm in zip(ys, norms, strict=True)
+    ]
+    truth = sum(terms) + sum(x.double() for x in values.xs)
+    assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
+    assert_close(out, truth.detach(), rounding_of(case) * max(1, case.branches / 2))
+    for dy, wanted in zip(dys, torch.autograd.grad(truth, ys, values.g.double()), strict=True):
+        assert dy.dtype == dtype and dy.is_contiguous(memory_format=torch.channels_last)
+        assert_close(dy, wanted, 1e-4)
+
+
+def test_affine_parts_that_do_not_fit_are_named(device: torch.device) -> None:
+    (y,) = random_maps(SMALL[1], 1, torch.float32, device)
+    statistics, weight = batch_statistics([y]), torch.ones(3, device=device)
+    with pytest.raises(ValueError, match="betas: 0 for 1 maps"):
+        affine_sum([y], [weight], [], statistics)
+    with pytest.raises(ValueError, match=r"gammas\[0\]"):
+        affine_sum([y], [weight[:2]], [weight], statistics)
 
 
 @pytest.mark.parametrize("mean", [1e3, -1e4])

@@ -31,6 +31,7 @@ class Case:
     edges: int = 1
     """Of all maps together."""
     maps: int = 1
+    shares: tuple[int, ...] | None = None
 
     @property
     def branches(self) -> int:
@@ -57,7 +58,8 @@ class Case:
         xs, weights = inputs[: self.maps], inputs[self.maps :]
         depthwise, pointwise = weights[: self.branches], weights[self.branches :]
         x = xs if self.maps > 1 else xs[0]
-        return separable_branches(x, depthwise, pointwise, self.dilations, self.stride, self.stacks)
+        settings = self.dilations, self.stride, self.stacks, self.shares
+        return separable_branches(x, depthwise, pointwise, *settings)
 
 
 CASES = [
@@ -70,6 +72,8 @@ CASES = [
     Case((1, 3, 1, 1), 1, (1, 2, 3, 4, 5, 6, 7), stride=2, stacks=(3, 4)),
     Case((2, 3, 4, 3), 2, (1, 2), stacks=(1, 1, 2, 1, 1, 1, 1), edges=4, maps=2),
     Case((1, 2, 3, 5), 3, (2, 1), stride=2, edges=3, maps=3),
+    Case((2, 3, 5, 7), 3, (4, 1, 2), stacks=(1, 1, 1), maps=2, shares=(1, 2)),
+    Case((1, 4, 5, 4), 2, (2, 2, 8), stride=2, stacks=(1, 1, 1), maps=2, shares=(2, 1)),
 ]
 
 
@@ -100,9 +104,11 @@ def test_reference_is_one_branch_after_the_other(case: Case) -> None:
     xs, depthwise, pointwise = case.build(torch.device("cpu"))
     maps = flat(case(*xs, *depthwise, *pointwise))
     assert len(maps) == case.branches
+    shares = case.shares or [case.branches // case.maps] * case.maps
+    owners = [x for x, share in zip(xs, shares, strict=True) for _ in range(share)]
     for branch, y in enumerate(maps):
         dilation = case.dilations[branch % len(case.dilations)]
-        x = xs[branch * case.maps // case.branches]
+        x = owners[branch]
         weights = depthwise[branch], pointwise[branch]
         assert torch.equal(y, relu_depthwise_separable(x, *weights, case.stride, dilation))
 
@@ -246,6 +252,9 @@ def test_parts_of_a_weight_gradient_are_long_and_equal(height: int, width: int) 
         ({"stacks": (2, 1)}, r"stacks: \(2, 1\) do not divide 2 branches"),
         ({"dilations": (1,), "stacks": (2,)}, "do not divide edges of 1 branches"),
         ({"stacks": (2, 0)}, "stacks"),
+        ({"shares": (1,)}, r"shares: \(1,\) of 2 branches for 1 maps"),
+        ({"shares": (2,), "dilations": (1,)}, "dilations: 1 for 2 branches"),
+        ({"shares": (2,), "stacks": (1, 2)}, "stacks"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, object], message: str, backend: str) -> None:
