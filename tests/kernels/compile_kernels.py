@@ -87,8 +87,12 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     merging = {"EPS": 1e-5, "BLOCK_T": slabs.MOST_SLABS, "BLOCK_C": 8}
     yield tile_statistics._merge_statistics_kernel, merging, 8
     yield mixed_sum._mixed_sum_kernel, counts | streaming, 4
-    slab |= {"MAPS": 4, "LOADS": 2}
+    slab |= {"MAPS": 2, "LOADS": 2}
     yield mixed_sum_backward._gradient_sums_kernel, counts | slab, 4
+    slab = {"BLOCK_M": 64, "LOADS": 2, "BLOCK_C": 64}
+    yield mixed_sum._slab_statistics_kernel, statistics | slab, 16
+    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 1}, 16
+    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 2, "LOADS": 1}, 16
     yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming, 4
     yield common._sum_rows_kernel, {"BLOCK_ROWS": 256, "BLOCK_COLUMNS": 8}, 4
     readers = {"K": READERS, "RELU": True, "ACC": tl.float32, "BLOCK": gradient_sum.BLOCK}
