@@ -95,6 +95,8 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 2, "LOADS": 1}, 16
     yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming, 4
     yield common._sum_rows_kernel, {"BLOCK_ROWS": 256, "BLOCK_COLUMNS": 8}, 4
+    shares = {"WINDOW_ROWS": 256, "WINDOW_COLUMNS": 8, "PRODUCT_ROWS": 16, "PRODUCT_COLUMNS": 128}
+    yield common._sum_shares_kernel, shares, 4
     readers = {"K": READERS, "RELU": True, "ACC": tl.float32, "BLOCK": gradient_sum.BLOCK}
     yield gradient_sum._gradient_sum_kernel, readers, gradient_sum.WARPS
     tile = {"ACC": tl.float32, "BLOCK_P": 8, "BLOCK_C": 64, "ROWS": 8}
