@@ -73,7 +73,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         for edges in (1, 2):
             yield depthwise._forward_kernel, shared | tile | {"EDGES": edges}, 4
         for parts in (1, 2):
-            sums = shared | tile | {"PARTS": parts}
+            sums = shared | {"PARTS": parts, "BLOCK_P": 32, "BLOCK_C": 16}
             yield depthwise_weight_grad._weight_grad_kernel, sums, 4
         yield depthwise_backward._backward_kernel, shared | tile | {"ROWS": 8}, 4
         for rows in (2, 4, 8) if stride == 1 else (2,):
@@ -175,6 +175,8 @@ def compile_for(
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
     target = GPUTarget("cuda", arch, 32)
     options = {"num_warps": warps, "num_stages": stages}
+    if constants.get("PARTS") == 2:
+        options["maxnreg"] = depthwise_weight_grad.MOST_REGISTERS
     return triton.compile(source, target=target, options=options)
 
 
