@@ -73,21 +73,24 @@ class ForwardConfig:
     ) -> ForwardConfig:
         """8 bytes of 16-bit storage a thread and load; 4 programs for each of 132 cores."""
         _, branches, images, channels, height, width = y_shape
-        block_p, block_c = default_block(width, channels)
+        block_p, block_c = default_block(width, channels, spare=1 / 8)
         tiles = images * branches * triton.cdiv(width, block_p) * triton.cdiv(channels, block_c)
         return cls(share_rows(height, 528 // tiles), block_p, block_c, warps=4)
 
 
-def default_block(width: int, channels: int) -> tuple[int, int]:
-    """(columns, channels) of a tile of 2 to 512 elements: few of them outside the map.
+def default_block(
+    width: int, channels: int, widest: int = 64, elements: int = 512, spare: float = 0.0
+) -> tuple[int, int]:
+    """(columns, channels) of a tile of 2 to `elements`: few of them outside the map.
 
-    Two, since `ready` takes bfloat16 by the pair.
+    Up to `widest` channels; where they exceed the map's by more than the part `spare`, down to 16.
+    Two elements, since `ready` takes bfloat16 by the pair.
     """
-    block_c = 64
-    while block_c > 16 and channels % block_c:
+    block_c = widest
+    while block_c > 16 and triton.cdiv(channels, block_c) * block_c > (1 + spare) * channels:
         block_c //= 2
     block_c = min(block_c, triton.next_power_of_2(channels))
-    block_p = min(512 // block_c, triton.next_power_of_2(width))
+    block_p = min(elements // block_c, triton.next_power_of_2(width))
     return max(block_p, 2 // block_c), block_c
 
 
@@ -96,11 +99,10 @@ def share_rows(height: int, programs: int) -> int:
     return triton.cdiv(height, max(1, min(programs, height // 4)))
 
 
-def default_rows(height: int, width: int, dilations: Sequence[int], stride: int) -> int:
-    """Long walks where the map is large enough to keep a GPU busy, none beyond the chains' end."""
-    rows = 8 if height * width >= 4096 else 4
+def default_rows(height: int, dilations: Sequence[int], stride: int) -> int:
+    """Rows of a short walk: 8, none beyond the chains' end."""
     longest_chain = max(triton.cdiv(height, _step(dilation, stride)) for dilation in dilations)
-    return min(rows, triton.next_power_of_2(longest_chain))
+    return min(8, triton.next_power_of_2(longest_chain))
 
 
 @triton.jit

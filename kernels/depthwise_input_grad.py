@@ -30,7 +30,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import INTERPRETED, accumulator, empty_map
-from lgcnet_fast.kernels.depthwise import check_arguments, check_dy, dilation_of, pack
+from lgcnet_fast.kernels.depthwise import (
+    check_arguments,
+    check_dy,
+    default_block,
+    dilation_of,
+    pack,
+)
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -46,16 +52,16 @@ class InputGradConfig:
 
     @classmethod
     def default(cls, dy_shape: tuple[int, ...], stride: int) -> InputGradConfig:
-        """16 bytes a thread and load of 16-bit storage; as high as leaves every core 11 warps.
+        """Large maps: 8 rows and 16 bytes a thread and load of 16-bit storage; others 4 rows and 8.
 
         Stride 2 holds four tiles of dx, which is what the registers take at two rows.
         """
         *_, images, channels, height, width = dy_shape
-        block_c = min(16, triton.next_power_of_2(channels))
-        rows = 2
-        while rows < min(height, 8) and images * channels * height * width >= 2 * rows * 390_000:
-            rows *= 2
-        return cls(2 if stride == 2 else rows, block_p=512 // block_c, block_c=block_c, warps=2)
+        block_p, block_c = default_block(512, channels, widest=32, spare=1 / 8)
+        elements = images * channels * height * width
+        rows = 8 if elements >= 1_500_000 else 4 if elements >= 375_000 else 2
+        rows = 2 if stride == 2 else min(rows, max(2, triton.next_power_of_2(height)))
+        return cls(rows, block_p, block_c, warps=2 if rows == 8 else 4)
 
 
 @triton.jit

@@ -67,19 +67,25 @@ class WeightGradConfig:
         """8 bytes of 16-bit storage a thread and load; up to 4 programs for each of 132 cores.
 
         Walks are long and as many as programs, or a multiple. Those of a single map are short, for
-        `depthwise_backward`.
+        `depthwise_backward`, whose threads hold twice as much. Tiles are narrow, since those of few
+        columns take longer to add up at the end.
         """
         edges, branches, images, channels, height, width = dy_shape
-        block_p, block_c = default_block(width, channels)
+        if edges * branches == 1:
+            block_p, block_c = default_block(width, channels, widest=32, elements=256)
+            warps = 2
+        else:
+            block_p, block_c = default_block(width, channels, widest=16)
+            warps = 4
         most = max(1, 528 // (edges * branches * triton.cdiv(channels, block_c)))
         walks = images * triton.cdiv(width, block_p)
         if edges * branches == 1:
-            rows = default_rows(height, width, dilations, stride)
+            rows = default_rows(height, dilations, stride)
         else:
             rows = share_rows(height, most // walks)
         walks *= triton.cdiv(height, rows)
         programs = triton.cdiv(walks, triton.cdiv(walks, most))
-        return cls(rows, block_p, block_c, warps=4, programs=programs)
+        return cls(rows, block_p, block_c, warps, programs)
 
 
 @triton.jit

@@ -59,9 +59,9 @@ class TileConfig:
         return cls(block_m=2048 // block_c, block_c=block_c, warps=4)
 
     @staticmethod
-    def reducing(channels: int) -> SlabConfig:
-        """For kernels that add up maps."""
-        return SlabConfig.default(channels)
+    def reducing(channels: int, maps: int) -> SlabConfig:
+        """For kernels that add up this many maps."""
+        return SlabConfig.default(channels, maps)
 
 
 @triton.jit
@@ -76,21 +76,6 @@ def tile_of(M, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     return tile, channel, position * C + channel, mask, tl.minimum(M - first, BLOCK_M)
 
 
-@triton.jit
-def _pivot(
-    y, inside, count, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
-    """The mean of four of the values at y, ROWS times: (ROWS, 1, BLOCK_C).
-
-    With the rows of a tile, every thread loads what it subtracts, and waits for no other.
-    """
-    pivot = tl.zeros((ROWS, 1, BLOCK_C), dtype=ACC)
-    for quarter in tl.static_range(4):
-        sample = tl.broadcast_to(y + quarter * (count // 4) * C, (ROWS, 1, BLOCK_C))
-        pivot += 0.25 * tl.load(sample, mask=inside, other=0.0).to(ACC)
-    return pivot
-
-
 @triton.jit(do_not_specialize=["M", "slab"])
 def _slab_statistics_kernel(
     y_ptrs, partial_ptr, M, slab, C,
@@ -99,13 +84,13 @@ def _slab_statistics_kernel(
 ):  # fmt: skip
     """partial[s, k] = (mean, M2) of the positions of slab s, per channel.
 
-    From the sums of d = y - p and of its square, where the pivot p is the mean of four of the
-    slab's n values:
+    Each row of a tile has a thread's n_t of the slab's n values, and its own pivot p, the mean of
+    the first ones. From the sums of d = y - p and of its square,
 
-        mean = p + sum d / n,   M2 = sum d^2 - (sum d)^2 / n
+        mean_t = p + sum d / n_t,   M2_t = sum d^2 - (sum d)^2 / n_t
 
-    However large the mean, nothing cancels: p is typically half a deviation from it, and at worst,
-    as 4 (mean - p)^2 <= M2, the terms of M2 are n / 4 + 1 times M2.
+    and rows merge as tiles do. However large the mean, nothing cancels: p is typically half a
+    deviation from it, and at worst the terms of M2_t are n_t + 1 times M2_t.
     """
     channel_blocks = tl.cdiv(C, BLOCK_C)
     number, k = tl.program_id(0) // channel_blocks, tl.program_id(1)
@@ -117,22 +102,27 @@ def _slab_statistics_kernel(
     y = pointer_of(y_ptrs, k, K) + first * C + channel
     lane = tile_positions(BLOCK_M, LOADS)
     following = tl.load(y + lane * C, mask=(lane < count) & inside, other=0.0)
-    pivot = _pivot(y, inside, count, C, BLOCK_M, BLOCK_C, ACC)
-    total = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
-    square = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
+    # Of a slab that is shorter than a tile, the last rows have no value: sums of 0 are 0.
+    values = (count + BLOCK_M - 1 - tl.arange(0, BLOCK_M)[:, None, None]) // BLOCK_M
+    pivot = tl.sum(following.to(ACC), axis=1, keep_dims=True)
+    pivot *= 1 / tl.maximum(tl.minimum(values, LOADS), 1).to(ACC)
+    total = tl.zeros((BLOCK_M, 1, BLOCK_C), dtype=ACC)
+    square = tl.zeros((BLOCK_M, 1, BLOCK_C), dtype=ACC)
     for start in range(0, count, BLOCK_M * LOADS):
         mask = (start + lane < count) & inside
         distance = tl.where(mask, following.to(ACC) - pivot, 0.0)
         # On its way while this tile is added up.
         position = start + BLOCK_M * LOADS + lane
         following = tl.load(y + position * C, mask=(position < count) & inside, other=0.0)
-        total += tl.sum(distance, axis=1)
-        square += tl.sum(distance * distance, axis=1)
-    shift = tl.sum(total, axis=0)[None, None, :] / count.to(ACC)
-    m2 = tl.sum(square, axis=0)[None, None, :] - shift * shift * count.to(ACC)
+        total += tl.sum(distance, axis=1, keep_dims=True)
+        square += tl.sum(distance * distance, axis=1, keep_dims=True)
+    weight = values.to(ACC)
+    shift = total * (1 / tl.maximum(weight, 1.0))
+    mean = tl.sum(weight * (pivot + shift), axis=0, keep_dims=True) / count.to(ACC)
+    beside = pivot + shift - mean
+    m2 = tl.sum(square - total * shift + weight * beside * beside, axis=0, keep_dims=True)
     partial = partial_ptr + (number.to(tl.int64) * K + k) * (2 * C) + channel
-    pivot = _pivot(y, inside, count, C, 1, BLOCK_C, ACC)
-    tl.store(partial, pivot + shift, mask=inside)
+    tl.store(partial, mean, mask=inside)
     # Rounding may take it below zero; NaN stays.
     tl.store(partial + C, tl.where(m2 < 0, 0.0, m2), mask=inside)
 
@@ -189,9 +179,8 @@ def batch_statistics(
     images, channels, height, width = ys[0].shape
     positions, count = images * height * width, len(ys)
     check_positions("ys", ys[0], positions)
-    config = config or TileConfig.reducing(channels)
-    block_m = config.rows(ys[0].dtype)
-    loads = max(1, config.loads // 2)  # and as many of the following tile
+    config = config or TileConfig.reducing(channels, count)
+    block_m, loads = config.rows(ys[0].dtype), config.tile_loads(1)
     channel_blocks = triton.cdiv(channels, config.block_c)
     slab = config.slab(positions, channels, count * channel_blocks, block_m * loads)
     partial = empty_partial(count, channels, positions, slab, ys[0])

@@ -93,15 +93,21 @@ def _gradient_sums_kernel(
     r = tl.load(r_ptr + k * C + channel, mask=inside & (k < K), other=1.0)
 
     lane = tile_positions(BLOCK_M, LOADS)[:, :, :, None]
+    present = lane < count
+    next_g = tl.load(g_start + lane * C, mask=present & inside, other=0.0)
+    next_value = tl.load(start_of + lane * C, mask=present & taken, other=0.0)
     gradient = tl.zeros((BLOCK_M, 1, BLOCK_C), dtype=ACC)
     total = tl.zeros((BLOCK_M, MAPS, BLOCK_C), dtype=ACC)
     for start in range(0, count, BLOCK_M * LOADS):
-        position = start + lane
+        g = next_g.to(ACC)
+        value = next_value.to(ACC)
+        # On their way together while this tile is added up: left to itself, ptxas moves every load
+        # of a tile to its use, one after the other, but none to another round.
+        position = start + BLOCK_M * LOADS + lane
         present = position < count
-        # Past the end g is zero and the maps give their first value again.
-        offset = tl.where(present, position, 0) * C
-        g = tl.load(g_start + offset, mask=present & inside, other=0.0).to(ACC)
-        value = tl.load(start_of + offset, mask=taken, other=0.0).to(ACC)
+        next_g = tl.load(g_start + position * C, mask=present & inside, other=0.0)
+        next_value = tl.load(start_of + position * C, mask=present & taken, other=0.0)
+        # Past the end both are zero.
         gradient += tl.sum(g, axis=1)
         total += tl.sum(g * (value - mean), axis=1)
     partial = partial_ptr + number * ((1 + K + J) * C) + channel
@@ -160,10 +166,9 @@ def gradient_sum_rows(
     check_statistics(statistics, ys)
     channels = g.shape[1]
     positions, count = g.numel() // channels, len(ys) + len(xs)
-    config = config or TileConfig.reducing(channels)
+    config = config or TileConfig.reducing(channels, count)
     together = min(config.maps, triton.next_power_of_2(count))
-    loads = max(1, config.loads // together)
-    block_m = config.rows(g.dtype)
+    block_m, loads = config.rows(g.dtype), config.tile_loads(together)
     shares = triton.cdiv(count, together) * triton.cdiv(channels, config.block_c)
     slab = config.slab(positions, channels, shares, block_m * loads, together)
     slabs = triton.cdiv(positions, slab)

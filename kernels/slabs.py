@@ -15,13 +15,18 @@ import triton.language as tl
 
 MOST_SLABS = 512
 """What a second stage adds up in one step."""
+FEW_MAPS = 2
+"""Whose sums take wider programs."""
 MOST_ELEMENTS = 2**30
 """Of a slab, so that offsets in it are 32-bit."""
 
 
 @dataclass(frozen=True)
 class SlabConfig:
-    """Of one program: `block_c` channels; a thread holds `loads` vectors of 16 bytes of maps."""
+    """Of one program: `block_c` channels; a thread holds `loads` vectors of 16 bytes of maps.
+
+    Half of them are of the tile that follows, which is on its way while one is added up.
+    """
 
     block_c: int
     warps: int
@@ -32,10 +37,21 @@ class SlabConfig:
     """The most that a launch has, but for maps that are very large; half as many of four maps."""
 
     @classmethod
-    def default(cls, channels: int) -> SlabConfig:
-        """Six programs of 128 threads, for their registers, on each of 132 multiprocessors."""
+    def default(cls, channels: int, maps: int) -> SlabConfig:
+        """For sums over so many maps, on 132 multiprocessors.
+
+        Of one map or two, one program of 512 threads on each: they share out a map that is short,
+        with as many bytes on their way, and leave the second stage few slabs. Otherwise four
+        programs of 128 threads.
+        """
         block_c = min(128, triton.next_power_of_2(channels))
-        return cls(block_c, warps=4, loads=8, maps=4, programs=792)
+        if maps <= FEW_MAPS:
+            return cls(block_c, warps=16, loads=4, maps=2, programs=132)
+        return cls(block_c, warps=4, loads=8, maps=2, programs=528)
+
+    def tile_loads(self, maps: int) -> int:
+        """Vectors of a tile that a thread loads of each of `maps` maps."""
+        return max(1, self.loads // (2 * maps))
 
     def rows(self, dtype: torch.dtype) -> int:
         """Positions of which a thread loads one vector."""

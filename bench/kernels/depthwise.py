@@ -128,8 +128,8 @@ def tiles(kernel: Any, case: Case) -> Iterator[Any]:
     elif kernel is input_grad:
         default = InputGradConfig.default(y_shape, case.stride)
         yield default
-        blocks = [(8, 32, 16, 2), (8, 16, 32, 2), (8, 64, 16, 4), (4, 32, 16, 2), (4, 64, 16, 4)]
-        blocks += [(4, 16, 32, 4), (2, 32, 16, 2), (2, 32, 32, 4)]
+        blocks = [(8, 32, 16, 2), (8, 16, 32, 2), (8, 64, 16, 4), (4, 32, 16, 4), (4, 64, 16, 4)]
+        blocks += [(4, 16, 32, 4), (2, 32, 32, 4)]
         if case.stride == 2:
             blocks = [(1, 32, 16, 2), (2, 64, 16, 4), (2, 16, 32, 2), (2, 16, 32, 4)]
         others = [InputGradConfig(*block) for block in blocks]

@@ -29,7 +29,7 @@ from lgcnet_fast.kernels.mixed_sum_backward import (
     mixed_sum_grad,
     mixed_sum_gradient_sums,
 )
-from lgcnet_fast.kernels.slabs import SlabConfig
+from lgcnet_fast.kernels.slabs import FEW_MAPS, SlabConfig
 from lgcnet_fast.ops.tuning import shape_key
 
 EDGE, NODE, FUSION = (6, 1), (18, 3), (10, 0)
@@ -42,15 +42,24 @@ UP = (1, 1)
 SHAPES = [(16, 64, 4), (32, 64, 4), (64, 64, 4), (64, 64, 8), (64, 32, 4), (256, 32, 8)]
 TILES = list(itertools.starmap(TileConfig, [*SHAPES, (512, 32, 8)]))
 SLABS: list[dict[str, int]] = [
-    {"programs": 528},
-    {"programs": 1056},
+    {"programs": 792},
     {"loads": 4},
-    {"loads": 4, "programs": 1056},
-    {"warps": 8, "programs": 396},
-    {"maps": 2, "programs": 528},
-    {"maps": 2, "loads": 4, "programs": 660},
+    {"loads": 4, "programs": 792},
+    {"loads": 16},
+    {"maps": 4},
+    {"maps": 1},
+    {"warps": 8, "programs": 264},
 ]
-"""What is tried in place of the defaults of kernels that add up maps."""
+FEW_SLABS: list[dict[str, int]] = [
+    {"loads": 8},
+    {"programs": 66},
+    {"warps": 8},
+    {"warps": 8, "loads": 8},
+    {"warps": 8, "programs": 264},
+    {"warps": 4, "loads": 8, "programs": 264},
+    {"warps": 4, "loads": 8, "programs": 528},
+]
+"""What is tried in place of the defaults of kernels that add up many maps, and one or two."""
 
 
 @dataclass(frozen=True)
@@ -221,13 +230,14 @@ def _sweeps(size: Size | None) -> Iterator[Sweep]:
     for case in _swept(size):
         k, j, channels = case.branches, case.plain, case.shape[1]
         streaming: list[Any] = [TileConfig.streaming(channels), *TILES]
-        reducing: list[Any] = [TileConfig.reducing(channels)]
-        reducing += [replace(reducing[0], **changes) for changes in SLABS]
-        shared = [config for config in reducing if config.maps == reducing[0].maps]
+        summed = _slabs(channels, k + j)
+        # Statistics share no map, so that `maps` says nothing.
+        alone = _slabs(channels, k)
+        alone = [config for config in alone if config.maps == alone[0].maps]
         kernels: list[tuple[str, Callable[[Inputs, Any], Any], int, list[Any]]] = [
-            ("statistics", _statistics_tiled, k, shared),
+            ("statistics", _statistics_tiled, k, alone),
             ("forward", _sum_tiled, k + j + 1, streaming),
-            ("gradient_sums", _gradient_sums_tiled, k + j + 1, reducing),
+            ("gradient_sums", _gradient_sums_tiled, k + j + 1, summed),
             ("gradients", _gradients_tiled, 2 * k + j + 1, streaming),
         ]
         for name, run, maps, configs in kernels:
@@ -240,6 +250,13 @@ def _sweeps(size: Size | None) -> Iterator[Sweep]:
                 configs=configs if size else configs[:1],
                 input=size,
             )
+
+
+def _slabs(channels: int, maps: int) -> list[Any]:
+    """The default for so many maps, and what else is tried."""
+    default = TileConfig.reducing(channels, maps)
+    tried = FEW_SLABS if maps <= FEW_MAPS else SLABS
+    return [default, *(replace(default, **changes) for changes in tried)]
 
 
 def _statistics_tiled(i: Inputs, config: SlabConfig) -> Any:

@@ -175,8 +175,12 @@ def tile(backend: str, launch: str, maps: Sequence[Tensor], plain: int) -> dict[
     from lgcnet_fast.kernels.mixed_sum import TileConfig
 
     y = maps[0]
-    writes_maps = launch in ("forward", "gradients")
-    default = (TileConfig.streaming if writes_maps else TileConfig.reducing)(y.shape[1])
+    default: Any
+    if launch in ("forward", "gradients"):
+        default = TileConfig.streaming(y.shape[1])
+    else:
+        summed = len(maps) + (plain if launch == "gradient_sums" else 0)
+        default = TileConfig.reducing(y.shape[1], summed)
     key = shape_key(y.dtype, y.shape, (len(maps), plain))
     return {"config": tuned(default, f"mixed_sum_{launch}", key, y.device)}
 

@@ -77,7 +77,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         for edges in (1, 2):
             yield depthwise._forward_kernel, shared | tile | {"EDGES": edges}, 4
         for parts in (1, 2):
-            sums = shared | tile | {"PARTS": parts}
+            sums = shared | {"PARTS": parts, "BLOCK_P": 32, "BLOCK_C": 16}
             yield depthwise_weight_grad._weight_grad_kernel, sums, 4
         yield depthwise_backward._backward_kernel, shared | tile | {"ROWS": 8}, 4
         for rows in (2, 4, 8) if stride == 1 else (2,):
@@ -92,11 +92,17 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield tile_statistics._merge_statistics_kernel, merging, 8
     yield mixed_sum._mixed_sum_kernel, counts | streaming | {"AFFINE": False}, 4
     yield mixed_sum._mixed_sum_kernel, NODE | streaming | {"AFFINE": True}, 4
-    slab |= {"MAPS": 4, "LOADS": 2}
+    slab |= {"MAPS": 2, "LOADS": 2}
     yield mixed_sum_backward._gradient_sums_kernel, counts | slab, 4
+    slab = {"BLOCK_M": 64, "LOADS": 2, "BLOCK_C": 64}
+    yield mixed_sum._slab_statistics_kernel, statistics | slab, 16
+    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 1}, 16
+    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 2, "LOADS": 1}, 16
     yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming | {"AFFINE": False}, 4
     yield mixed_sum_backward._mixed_sum_grad_kernel, NODE | streaming | {"AFFINE": True}, 4
     yield common._sum_rows_kernel, {"BLOCK_ROWS": 256, "BLOCK_COLUMNS": 8}, 4
+    shares = {"WINDOW_ROWS": 256, "WINDOW_COLUMNS": 8, "PRODUCT_ROWS": 16, "PRODUCT_COLUMNS": 128}
+    yield common._sum_shares_kernel, shares, 4
     readers = {"K": READERS, "RELU": True, "ACC": tl.float32, "BLOCK": gradient_sum.BLOCK}
     yield gradient_sum._gradient_sum_kernel, readers, gradient_sum.WARPS
     tile = {"ACC": tl.float32, "BLOCK_P": 8, "BLOCK_C": 64, "ROWS": 8}
@@ -184,6 +190,8 @@ def compile_for(
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
     target = GPUTarget("cuda", arch, 32)
     options = {"num_warps": warps, "num_stages": stages}
+    if constants.get("PARTS") == 2:
+        options["maxnreg"] = depthwise_weight_grad.MOST_REGISTERS
     return triton.compile(source, target=target, options=options)
 
 

@@ -191,9 +191,12 @@ def test_input_gradient_of_tiles_of_many_rows(
 
 
 def test_input_gradient_tiles_grow_with_the_map() -> None:
-    shapes = ((16, 32, 64, 128), (16, 64, 32, 64), (16, 128, 16, 32), (1, 5, 3, 2))
-    rows = [InputGradConfig.default((1, 4, *shape), 1).rows for shape in shapes]
-    assert rows == [8, 4, 2, 2]
+    shapes = ((16, 48, 64, 128), (16, 64, 32, 64), (16, 128, 16, 32), (1, 5, 3, 2))
+    tiles = [InputGradConfig.default((1, 4, *shape), 1) for shape in shapes]
+    assert [(tile.rows, tile.block_c, tile.warps) for tile in tiles] == [
+        (8, 16, 2), (8, 32, 2), (4, 32, 4), (2, 8, 4),
+    ]  # fmt: skip
+    assert InputGradConfig.default((1, 4, *shapes[1]), 2) == InputGradConfig(2, 16, 32, 4)
 
 
 def test_one_branch(device: torch.device) -> None:

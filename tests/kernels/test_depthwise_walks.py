@@ -50,10 +50,10 @@ def test_what_is_not_finite_stays_in_its_window(relu: bool, device: torch.device
 @pytest.mark.parametrize(
     ("shape", "maps", "rows", "programs"),
     [
-        ((16, 32, 64, 128), 8, 64, 64),
-        ((16, 64, 32, 64), 8, 32, 64),
-        ((16, 128, 16, 32), 8, 16, 32),
-        ((16, 64, 32, 64), 4, 32, 128),
+        ((16, 32, 64, 128), 8, 64, 32),
+        ((16, 64, 32, 64), 8, 32, 16),
+        ((16, 128, 16, 32), 8, 16, 8),
+        ((16, 64, 32, 64), 4, 32, 32),
         ((1, 1, 1, 1), 2, 1, 1),
     ],
 )
@@ -69,6 +69,7 @@ def test_tiles_fit_the_map() -> None:
     assert default_block(64, 48) == (32, 16)
     assert default_block(3, 3) == (4, 4)
     assert default_block(1, 1) == (2, 1)
+    assert default_block(128, 144, spare=1 / 8) == (16, 32)
     assert share_rows(64, 1) == 64
     assert share_rows(64, 4) == 16
     assert share_rows(5, 100) == 5

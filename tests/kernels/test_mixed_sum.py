@@ -46,6 +46,8 @@ SMALL = [
     Case((2, 17, 5, 7), 3, 2, TILE, SLABS),
     Case((2, 5, 9, 7), 3, 4, TILE, replace(SLABS, loads=8, maps=4, programs=4)),
     Case((2, 48, 4, 3), 18, 3),
+    Case((1, 64, 17, 20), 1),
+    Case((2, 5, 17, 9), 1, 1, slabs=SlabConfig(8, warps=2, loads=4, maps=2, programs=1)),
 ]
 LARGE = [Case((4, channels, 49, 97), 6, 1) for channels in (1, 3, 17, 48, 64, 255)] + [
     Case((2, 32, 193, 385), 20, 3),
@@ -288,6 +290,15 @@ def test_slabs_cover_a_map_by_few_programs() -> None:
     assert config.slab(65536, 64, shares=4, tile=64, maps=4) == 16 * 64  # 66 slabs
     assert config.slab(100, 64, shares=1, tile=64) == 64
     assert config.slab(2**32, 64, shares=2000, tile=64) * 64 <= 2**30
+
+
+def test_one_map_is_shared_out_to_all_multiprocessors() -> None:
+    config = SlabConfig.default(64, maps=1)
+    loads = config.tile_loads(1)
+    tile = config.rows(torch.bfloat16) * loads
+    slab = config.slab(32768, 64, shares=1, tile=tile)
+    assert 32768 // slab == 128 and slab % tile == 0
+    assert SlabConfig.default(64, maps=3).tile_loads(2) == 2
 
 
 def test_a_constant_map_becomes_zero(device: torch.device) -> None:
