@@ -20,9 +20,10 @@ def require_gpu(dry: bool) -> None:
         raise SystemExit("no CUDA GPU here; a dry run on tiny shapes works on the CPU")
 
 
-def use_fastest_convolutions() -> None:
-    """cuDNN tries its algorithms; float32 means float32."""
+def use_fastest_convolutions(algorithms: int = 10) -> None:
+    """cuDNN tries so many of its algorithms; float32 means float32."""
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark_limit = algorithms
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 

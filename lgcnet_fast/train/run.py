@@ -49,6 +49,10 @@ RESULT_KEYS = {"derive": ("latency_ms", "fps", "parameters"), "evaluate": ("prot
 
 REDO = "delete it to do its stage again"
 
+ALGORITHMS = 3
+"""Of cuDNN, tried for each convolution, in the order of its own guess. The 10 that torch tries by
+itself delay the first step by seconds; the search step is as fast with 3."""
+
 FEW_THREADS = 2
 """Up to so many cores, CPU stages use one thread. The operations of a small network are too short
 to share: a second thread that other work keeps from running made a search step 10 times slower.
@@ -241,6 +245,7 @@ def _prepare(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark_limit = ALGORITHMS
     elif torch.get_num_threads() <= FEW_THREADS:
         torch.set_num_threads(1)
 
