@@ -1,6 +1,7 @@
 """The CUDA max pooling kernels: `python -m bench.kernels.native_max_pool` (see command.py).
 
-Cases and floors are those of max_pool.py.
+Cases are those of max_pool.py. These kernels write no winners; the gradient finds them in x again,
+so its floor is x + dy + dx.
 """
 
 from __future__ import annotations
@@ -50,10 +51,19 @@ def check_backward(case: Case, i: Inputs) -> None:
 
 
 def comparisons(part: Part) -> Iterator[Comparison]:
-    directions = ((forward, check_forward), (backward, check_backward))
-    ours = itertools.product(max_pool.cases(part), directions)
-    for one, (case, (run, check)) in zip(max_pool.comparisons(part), ours, strict=True):
-        yield replace(one, ours=partial(run, case), check=partial(check, case))
+    checks = {"max pool forward": (forward, check_forward)}
+    checks["max pool backward"] = (backward, check_backward)
+    beside = (one for one in max_pool.comparisons(part) if one.operation in checks)
+    both = (case for case in max_pool.cases(part) for _ in checks)
+    for one, case in zip(beside, both, strict=True):
+        run, check = checks[one.operation]
+        ours, bytes_moved = partial(run, case), _bytes(case, run is backward)
+        yield replace(one, ours=ours, check=partial(check, case), bytes=bytes_moved)
+
+
+def _bytes(case: Case, gradient: bool) -> int:
+    x = torch.Size(case.shape).numel()
+    return case.bytes(winners=False) + gradient * x * case.dtype.itemsize
 
 
 def sweeps(tiny: bool) -> Iterator[Sweep]:
@@ -62,7 +72,7 @@ def sweeps(tiny: bool) -> Iterator[Sweep]:
         yield Sweep(
             operation=f"native_max_pool_{run.__name__}",
             key=shape_key(case.dtype, case.shape, (case.stride,)),
-            bytes=case.bytes(run is backward),
+            bytes=_bytes(case, run is backward),
             make=partial(make_inputs, case),
             run=partial(run, case),
             configs=found[:1] if tiny else found,
