@@ -5,6 +5,7 @@ Also fixtures that tests of several folders share.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
@@ -42,6 +43,14 @@ def pytest_runtest_call() -> Generator[None, object, object]:
         if gap is None:
             raise
         pytest.skip(f"the interpreter of Triton 3.3: {gap}")
+
+
+@pytest.fixture(autouse=True)
+def backend_of_each_test() -> Iterator[None]:
+    """Runs and measurements set the backend of the whole process."""
+    yield
+    if "lgcnet_fast.ops.backend" in sys.modules:
+        sys.modules["lgcnet_fast.ops.backend"].set_backend("auto")
 
 
 @pytest.fixture
