@@ -25,7 +25,7 @@ def in_processes(
 
     Raises `DeviceError` if a process dies, as it does where memory ends.
     """
-    processes = min(_cores(), MOST_PROCESSES, len(items))
+    processes = min(cores(), MOST_PROCESSES, len(items))
     # Processes that are forked from one that uses a GPU cannot use it.
     context = multiprocessing.get_context("spawn")
     try:
@@ -39,6 +39,6 @@ def in_processes(
         ) from None
 
 
-def _cores() -> int:
+def cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lgcnet_fast.ops.availability import is_interpreted
+from lgcnet_fast.parallel import cores
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def compile_together(kernels: list[str]) -> None:
     from triton.runtime import driver
 
     target = driver.active.get_current_target()
-    count = min(_cores(), -(-len(kernels) // KERNELS_A_PROCESS))
+    count = min(cores(), -(-len(kernels) // KERNELS_A_PROCESS))
     log.info("compiling %d kernels in %d processes", len(kernels), count)
     # Those with the most arguments take longest.
     kernels = sorted(kernels, key=len, reverse=True)
@@ -107,8 +108,3 @@ def _start(kernels: str) -> subprocess.Popen[str]:
     process.stdin.write(kernels)
     process.stdin.close()
     return process
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
