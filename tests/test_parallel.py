@@ -21,7 +21,7 @@ def note(folder: str, item: str) -> None:
 
 
 def test_all_items_are_done_in_other_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "_cores", lambda: 2)
+    monkeypatch.setattr(parallel, "cores", lambda: 2)
     told = []
     parallel.in_processes(
         partial(note, str(tmp_path)), ["a", "b", "c"], lambda *counts: told.append(counts)
