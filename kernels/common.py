@@ -148,6 +148,16 @@ INTERPRETED = not isinstance(_sum_rows_kernel, triton.JITFunction)
 """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 at the first import)."""
 
 
+def has_matrix_units(x: Tensor) -> bool:
+    """Whether products of values like x run in matrix units that Triton uses well: 16 bits, sm_80.
+
+    Elsewhere libraries tile better. The interpreter stands in for all of them.
+    """
+    if INTERPRETED:
+        return True
+    return x.dtype.itemsize == 2 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
 _unsummed: ContextVar[list[Tensor] | None] = ContextVar("unsummed", default=None)
 """What `sum_rows` has left to others."""
 

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.bilinear import Size, beyond, lower_input
 from lgcnet_fast.kernels.common import (
-    INTERPRETED,
     accumulator,
     check_dense,
     check_product,
     empty_map,
+    has_matrix_units,
     operand,
 )
 from lgcnet_fast.kernels.concat_upsample import check_maps
@@ -155,13 +155,9 @@ def _concat_pointwise_kernel(
 def serves(x: Tensor, out_channels: int) -> bool:
     """Whether the kernels here and those of the gradients are the way to take for maps like x.
 
-    They serve 32-bit maps too, but outside the matrix units, where libraries tile better.
+    They take 32-bit maps too, but see `has_matrix_units`.
     """
-    if out_channels > MAX_OUT_CHANNELS:
-        return False
-    if INTERPRETED:
-        return True
-    return x.dtype.itemsize == 2 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return out_channels <= MAX_OUT_CHANNELS and has_matrix_units(x)
 
 
 def concat_pointwise(

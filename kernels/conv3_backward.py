@@ -19,17 +19,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import (
-    INTERPRETED,
     accumulator,
     accumulator_dtype,
     check_like,
     check_product,
+    has_matrix_units,
     operand,
     sum_rows,
 )
@@ -171,9 +170,7 @@ def fits(x: Tensor, out_channels: int) -> bool:
 
 def serves(x: Tensor, out_channels: int) -> bool:
     """Whether `conv3_weight_grad` is the way to take for maps like x on their device."""
-    if not fits(x, out_channels):
-        return False
-    return INTERPRETED or torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return fits(x, out_channels) and has_matrix_units(x)
 
 
 def conv3_weight_grad(

@@ -25,12 +25,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import (
-    INTERPRETED,
     accumulator,
     accumulator_dtype,
     check_dense,
     check_like,
     check_product,
+    has_matrix_units,
     operand,
     sum_rows,
 )
@@ -130,13 +130,9 @@ def _product_gradients_kernel(
 def serves(x: Tensor, out_channels: int) -> bool:
     """Whether `pointwise_backward` is the way to take for maps like x.
 
-    It serves 32-bit maps too, but outside the matrix units, where libraries tile better.
+    It takes 32-bit maps too, but see `has_matrix_units`.
     """
-    if out_channels > MAX_OUT_CHANNELS:
-        return False
-    if INTERPRETED:
-        return True
-    return x.dtype.itemsize == 2 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return out_channels <= MAX_OUT_CHANNELS and has_matrix_units(x)
 
 
 def pointwise_backward(

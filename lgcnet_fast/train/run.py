@@ -50,8 +50,8 @@ RESULT_KEYS = {"derive": ("latency_ms", "fps", "parameters"), "evaluate": ("prot
 REDO = "delete it to do its stage again"
 
 ALGORITHMS = 3
-"""Of cuDNN, tried for each convolution, in the order of its own guess. The 10 that torch tries by
-itself delay the first step by seconds; the search step is as fast with 3."""
+"""Of cuDNN, tried for each convolution, in the order of its own guess. Torch tries 10 by itself,
+all before the first step is over; the search step was as fast with 3."""
 
 FEW_THREADS = 2
 """Up to so many cores, CPU stages use one thread. The operations of a small network are too short
