@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.constants import made_once
-from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
+from lgcnet_fast.ops.maps import accumulator, dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.operands import check_map
 
 ALIGNMENT = 8
@@ -167,8 +167,7 @@ def _windows(
     by_position = torch.zeros(height, width, padded, dtype=dtype)
     for index, (rows, columns) in enumerate(windows):
         by_position[rows.start : rows.stop, columns.start : columns.stop, index] = member
-    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    scale = torch.tensor([[1 / (member * area)] for area in areas], dtype=accumulator)
+    scale = torch.tensor([[1 / (member * area)] for area in areas], dtype=accumulator(dtype))
     return _Windows(by_position.flatten(0, 1).to(device).T, scale.to(device))
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from lgcnet_fast.ops.lanes import side_by_side
-from lgcnet_fast.ops.pointwise_kernels import accumulator, convolution_gradient
+from lgcnet_fast.ops.maps import accumulator
+from lgcnet_fast.ops.pointwise_kernels import convolution_gradient
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
 GEOMETRY = (1, 1, 1)

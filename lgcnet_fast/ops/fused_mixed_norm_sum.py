@@ -19,7 +19,7 @@ from torch.library import custom_op
 
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.constants import constant
-from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc, unstacked
+from lgcnet_fast.ops.maps import accumulator, dtype_refusal, empty_nhwc, nhwc, unstacked
 from lgcnet_fast.ops.recompute import recomputed
 from lgcnet_fast.ops.running_statistics import update_running_statistics
 from lgcnet_fast.ops.tuning import shape_key, tuned
@@ -65,8 +65,8 @@ def norm_refusal(norms: Sequence[nn.Module], y: Tensor, affine: bool = False) ->
             return "norms holds one without running statistics or momentum"
         if norm.num_features != y.shape[-3]:
             return f"norms holds one of {norm.num_features} channels, the maps have {y.shape[-3]}"
-        if norm.running_mean.dtype != _accumulator(y.dtype):
-            return f"running statistics are {norm.running_mean.dtype}, need {_accumulator(y.dtype)}"
+        if norm.running_mean.dtype != accumulator(y.dtype):
+            return f"running statistics are {norm.running_mean.dtype}, need {accumulator(y.dtype)}"
         settings = [(n.training, n.eps, n.momentum) for n in (first, norm)]
         if settings[0] != settings[1]:
             return f"norms differ in (training, eps, momentum): {settings[0]} and {settings[1]}"
@@ -152,11 +152,6 @@ def _running_statistics(norms: Sequence[Any], eps: float) -> Tensor:
     return torch.stack((mean, variance, (variance + eps).rsqrt()))
 
 
-def _accumulator(storage: torch.dtype) -> torch.dtype:
-    """Dtype of statistics and sums over maps of a storage dtype."""
-    return torch.float64 if storage == torch.float64 else torch.float32
-
-
 def _statistics_shape(ys: Sequence[Tensor]) -> tuple[int, int, int]:
     return (3, sum(len(y) if y.ndim == 5 else 1 for y in ys), ys[0].shape[-3])
 
@@ -190,14 +185,14 @@ def _batch_statistics(ys: list[Tensor], eps: float, plain: int, backend: str) ->
     """(3, K, C): mean, biased variance and inverse deviation of every map; `plain` ones beside."""
     forward, _ = launchers(backend)
     maps = unstacked(ys)
-    out = ys[0].new_empty(_statistics_shape(ys), dtype=_accumulator(ys[0].dtype))
+    out = ys[0].new_empty(_statistics_shape(ys), dtype=accumulator(ys[0].dtype))
     forward.batch_statistics(maps, eps, out=out, **tile(backend, "statistics", maps, plain))
     return out
 
 
 @_batch_statistics.register_fake
 def _(ys: list[Tensor], eps: float, plain: int, backend: str) -> Tensor:
-    return ys[0].new_empty(_statistics_shape(ys), dtype=_accumulator(ys[0].dtype))
+    return ys[0].new_empty(_statistics_shape(ys), dtype=accumulator(ys[0].dtype))
 
 
 @custom_op("lgcnet_fast::mixed_norm_sum", mutates_args=())

@@ -25,8 +25,8 @@ from torch.library import custom_op
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, filtered_maps
 from lgcnet_fast.ops.lanes import side_by_side
-from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
-from lgcnet_fast.ops.pointwise_kernels import accumulator, matrices, pointwise_gradients
+from lgcnet_fast.ops.maps import accumulator, dtype_refusal, empty_nhwc, nhwc
+from lgcnet_fast.ops.pointwise_kernels import matrices, pointwise_gradients
 
 T = TypeVar("T")
 

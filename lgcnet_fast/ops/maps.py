@@ -31,3 +31,8 @@ def dtype_refusal(name: str, x: Tensor) -> str | None:
     if x.dtype in STORAGE:
         return None
     return f"{name} is {x.dtype}, kernels take {', '.join(map(str, STORAGE))}"
+
+
+def accumulator(storage: torch.dtype) -> torch.dtype:
+    """Dtype of statistics and of sums over maps of a storage dtype."""
+    return torch.float64 if storage == torch.float64 else torch.float32

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from lgcnet_fast.ops.lanes import side_by_side
-from lgcnet_fast.ops.maps import empty_nhwc, unstacked
+from lgcnet_fast.ops.maps import accumulator, empty_nhwc, unstacked
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
 
@@ -121,10 +121,6 @@ def matrices(stack: Tensor) -> Tensor:
     """NHWC maps (..., N, C, H, W), the outer dimensions as one: (B, N H W, C), a view."""
     images, channels, height, width = stack.shape[-4:]
     return stack.movedim(-3, -1).reshape(-1, images * height * width, channels)
-
-
-def accumulator(storage: torch.dtype) -> torch.dtype:
-    return torch.float64 if storage == torch.float64 else torch.float32
 
 
 def _parts(maps: Tensor) -> int:
