@@ -12,7 +12,6 @@ from bench.rounds import median, ratios, tenth_percentile
 
 Part = Literal["table", "full", "sweep", "dry"]
 Row = dict[str, Any]
-Size = tuple[int, int]
 Binding = Callable[[Any], Call]
 """From a set of inputs to a call; conversions of the inputs happen here, outside the timing."""
 
@@ -99,8 +98,6 @@ class Sweep:
     """From inputs and a configuration."""
     configs: Sequence[Any]
     """Dataclasses; the first is the default."""
-    input: Size | None = None
-    """Size of the network's input that leads to the shape."""
     stock: Mapping[str, Binding] = field(default_factory=dict)
     """Alternatives by name, timed beside the configurations."""
 
@@ -138,5 +135,7 @@ class Family:
 
     name: str
     comparisons: Callable[[Part], Iterable[Comparison]]
-    sweeps: Callable[[bool], Iterable[Sweep]]
-    """Of tiny shapes if True."""
+    sweeps: Callable[[bool], Iterable[Sweep]] = lambda tiny: ()
+    """That `--part sweep` runs; of tiny shapes if True."""
+    swept: Mapping[str, Callable[[str], Sweep]] = field(default_factory=dict)
+    """By operation of the tuning table: from a shape key to the sweep that bench.tune runs."""
