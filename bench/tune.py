@@ -11,8 +11,10 @@ Those of the deploy engine are for `python -m lgcnet_fast.deploy.tune`.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -25,12 +27,11 @@ from bench.device import DEVICE, release_memory, require_gpu, use_fastest_convol
 from bench.genotypes import RANDOM, genotype_named
 from bench.kernels.command import print_sweep
 from bench.kernels.comparison import Row, Sweep
-from bench.kernels.launches import FAMILIES, Launch, chosen, launches_of, sweep_of
+from bench.kernels.launches import FAMILIES, Launch, family_of, launches_of, sweep_of
 from bench.kernels.operation_cases import OperationCase, cases
 from bench.kernels.operations import both_ways, check
 from bench.kernels.shapes import CLASSES, INPUTS, Size
-from bench.kernels.timing import copy_bandwidth, in_turn
-from bench.kernels.warm import compile_together
+from bench.kernels.timing import CANNOT_RUN, copy_bandwidth, in_turn
 from bench.options import Deadline, image_size, parser
 from bench.results_file import Rows, provenance
 from bench.rounds import median
@@ -44,15 +45,15 @@ from lgcnet_fast.deploy.engine import Engine
 from lgcnet_fast.errors import BackendError, UserError
 from lgcnet_fast.latency.timing import back_to_back_ms
 from lgcnet_fast.ops.backend import BACKENDS, use_backend
+from lgcnet_fast.ops.compile_ahead import compile_ahead
 from lgcnet_fast.ops.tuning import FOLDER, TuningTable, read_table, table_path, write_table
-from lgcnet_fast.parallel import cores
 
 STEPS = {"search": search, "finetune": finetune}
 SIZES = {"search": (256, 512), "finetune": (360, 480)}
 LAUNCH_BYTES = 8 * 2**20
 """A launch that moves nothing takes about as long as moving so much."""
-COMPILING = 0.6
-"""Of the time there is, at most."""
+COMPILED_TOGETHER = 80
+"""Sweeps, so that a command that ends early has measured what it has compiled."""
 ENGINE, ENGINE_SIZE = "deploy_engine", (769, 1537)
 GAIN = 0.97
 """A tile that is not even so much faster than the default is noise."""
@@ -101,14 +102,16 @@ def main() -> None:
     folders = [options.folder, *([options.copy] if options.copy else [])]
     tuning = Tuning(origin, folders)
     rows = Rows(options.out, origin, lambda row: (row["operation"], row.get("key", "")))
-    step = STEPS[options.step].make_step("ours-triton", _case(options))
-    counts = launches_of(step)
-    del step
+    counts = launches_of(STEPS[options.step].make_step("ours-triton", _case(options)))
     release_memory()
+    gc.freeze()  # What is there stays, and garbage is collected after every sweep.
     use_fastest_convolutions()
-    sweeps = sweeps_by_cost({launch: counts[launch] for launch in chosen(counts, options.families)})
+    chosen = [launch for launch in counts if family_of(launch[0]) in options.families]
+    sweeps = sweeps_by_cost({launch: counts[launch] for launch in chosen})
     print(f"{len(sweeps)} of {len(counts)} tiles that the step looks up", flush=True)
-    tune_tiles(sweeps, options, tuning, rows, deadline)
+    if options.dry:
+        sweeps = [replace(sweep, configs=sweep.configs[:1]) for sweep in sweeps]
+    tune_tiles(sweeps, tuning, rows, deadline)
     if options.backends and not deadline.over:
         choose_backends(None if options.dry else options.size, tuning, rows)
         tuning.write()
@@ -124,29 +127,34 @@ def sweeps_by_cost(counts: Mapping[Launch, int]) -> list[Sweep]:
     return [sweeps[launch] for launch in sorted(sweeps, key=lambda launch: -costs[launch])]
 
 
-def tune_tiles(
-    sweeps: Sequence[Sweep],
-    options: argparse.Namespace,
-    tuning: Tuning,
-    rows: Rows,
-    deadline: Deadline,
-) -> None:
-    if options.dry:
-        sweeps = [replace(sweep, configs=sweep.configs[:1]) for sweep in sweeps]
-    elif options.jobs > 1:
-        launches = [(sweep.operation, sweep.key) for sweep in sweeps]
-        count = compile_together(launches, options.jobs, COMPILING * deadline.left)
-        print(f"{count} configurations compiled, {deadline.left:.0f} s left", flush=True)
+def tune_tiles(sweeps: Sequence[Sweep], tuning: Tuning, rows: Rows, deadline: Deadline) -> None:
     bandwidth = copy_bandwidth()
     for done, sweep in enumerate(sweeps):
         if deadline.over:
             print(f"out of time: {len(sweeps) - done} of {len(sweeps)} sweeps left out")
             break
+        if done % COMPILED_TOGETHER == 0:
+            compile_sweeps(sweeps[done : done + COMPILED_TOGETHER])
+            print(f"compiled from {done} on, {deadline.left:.0f} s left", flush=True)
         row = sweep.measure(bandwidth)
         print_sweep(row)
         rows.add(row)
         tuning.take(row)
         tuning.write()
+
+
+def compile_sweeps(sweeps: Sequence[Sweep]) -> None:
+    """The kernels of all their configurations, each once, in processes on all cores."""
+
+    def rehearsal() -> None:
+        for sweep in sweeps:
+            inputs = sweep.make()
+            for config in sweep.configs:
+                with suppress(*CANNOT_RUN):
+                    sweep.run(inputs, config)
+
+    compile_ahead(rehearsal)
+    release_memory()
 
 
 def choose_backends(size: Size | None, tuning: Tuning, rows: Rows) -> None:
@@ -235,7 +243,6 @@ def _options() -> argparse.Namespace:
     found.add_argument("--genotype", default="reference", help="that is finetuned")
     found.add_argument("--families", choices=FAMILIES, nargs="*", default=list(FAMILIES))
     found.add_argument("--no-backends", dest="backends", action="store_false")
-    found.add_argument("--jobs", type=int, default=cores(), help="processes that compile")
     found.add_argument("--folder", type=Path, default=FOLDER, help="of the table")
     found.add_argument("--copy", type=Path, help="a second folder for it")
     found.add_argument("--dry", action="store_true", help="tiny shapes on the CPU")

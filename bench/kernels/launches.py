@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from unittest.mock import patch
 
@@ -63,19 +63,18 @@ def family_named(name: str) -> Family:
     return found
 
 
-def chosen(launches: Iterable[Launch], families: Iterable[str]) -> list[Launch]:
-    """Those that one of the families sweeps."""
-    operations = {operation for name in families for operation in family_named(name).swept}
-    return [launch for launch in launches if launch[0] in operations]
+def family_of(operation: str) -> str:
+    """Raises `BackendError` if there is none."""
+    for name in FAMILIES:
+        if operation in family_named(name).swept:
+            return name
+    raise BackendError(
+        f"{operation}: no family of bench/kernels sweeps the tiles of this operation; "
+        "add it to `swept` of the FAMILY that has its kernel"
+    )
 
 
 def sweep_of(launch: Launch) -> Sweep:
     """Raises `BackendError` for an operation or a key that no family knows."""
     operation, key = launch
-    for family in map(family_named, FAMILIES):
-        if operation in family.swept:
-            return family.swept[operation](key)
-    raise BackendError(
-        f"{operation}: no family of bench/kernels sweeps the tiles of this operation; "
-        "add it to `swept` of the FAMILY that has its kernel"
-    )
+    return family_named(family_of(operation)).swept[operation](key)
