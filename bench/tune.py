@@ -44,7 +44,7 @@ from lgcnet_fast.benchmark.networks import random_network, settle_batch_norms
 from lgcnet_fast.deploy.engine import Engine
 from lgcnet_fast.errors import BackendError, UserError
 from lgcnet_fast.latency.timing import back_to_back_ms
-from lgcnet_fast.ops.backend import BACKENDS, use_backend
+from lgcnet_fast.ops.backend import BACKENDS, set_backend, use_backend
 from lgcnet_fast.ops.compile_ahead import compile_ahead
 from lgcnet_fast.ops.tuning import FOLDER, TuningTable, read_table, table_path, write_table
 
@@ -103,6 +103,7 @@ def main() -> None:
     tuning = Tuning(origin, folders)
     rows = Rows(options.out, origin, lambda row: (row["operation"], row.get("key", "")))
     counts = launches_of(STEPS[options.step].make_step("ours-triton", _case(options)))
+    set_backend("auto")  # Making the step has changed it.
     release_memory()
     gc.freeze()  # What is there stays, and garbage is collected after every sweep.
     use_fastest_convolutions()

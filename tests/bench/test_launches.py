@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from bench.kernels import launches
+from bench.kernels.comparison import Sweep
 from bench.kernels.launches import FAMILIES, family_named, launches_of, sweep_of
 from bench.training import finetune, search
 from bench.training.case import Step, TrainingCase
@@ -87,6 +89,26 @@ def test_sweep(launch: launches.Launch) -> None:
     row = dataclasses.replace(sweep, configs=sweep.configs[:1]).measure(1e12)
     assert (row["operation"], row["key"]) == launch
     assert row["default_us"] == row["configs"][0]["us"] > 0
+
+
+def test_a_tile_with_wrong_results_is_left_out() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Tile:
+        scale: float
+
+    @dataclasses.dataclass(frozen=True)
+    class Sums:
+        maps: list[torch.Tensor]
+
+    def run(x: torch.Tensor, tile: Tile) -> Sums:
+        time.sleep(0.002 if tile.scale == 1 else 0)
+        return Sums([x, tile.scale * x])
+
+    tiles = [Tile(1), Tile(1.001), Tile(2), Tile(float("nan"))]
+    sweep = Sweep("pool", "key", 2**30, lambda: torch.ones(3), run, tiles)
+    row = sweep.measure(1e12)
+    assert row["configs"][0]["config"] == {"scale": 1.001}
+    assert row["default_us"] > 1000
 
 
 def test_every_operation_has_been_tried() -> None:
