@@ -162,8 +162,7 @@ class OnGpu:
 
     def __init__(self, network: FusedNetwork) -> None:
         self._network = network
-        # As small as a map's numbers, whichever maps lie there.
-        network.arena.view(network.plan.dtype).normal_()
+        self._random = torch.Generator(network.arena.device)
 
     def __call__(self, tile: Tile, config: TileConfig) -> float:
         from triton.compiler.errors import CompilationError
@@ -178,6 +177,10 @@ class OnGpu:
             return float("inf")
 
     def _results(self, tile: Tile, config: TileConfig | None = None) -> list[Tensor]:
+        # As small as a map's numbers, whichever maps lie there, and not what other launches have
+        # made of them, which may no longer be finite.
+        arena = self._network.arena.view(self._network.plan.dtype)
+        arena.normal_(generator=self._random.manual_seed(0))
         written = self._network.written_by(tile)
         for data in written:
             data.zero_()
