@@ -25,6 +25,7 @@ from lgcnet_fast.ops import (
     norm_sum,
     normalised,
     norms_apart,
+    pair_readers,
     readers,
     recomputable,
     recomputable_max_pool,
@@ -40,10 +41,18 @@ T = TypeVar("T")
 class Source:
     """A map that candidates read, with what several of them need of it, computed once."""
 
-    def __init__(self, x: Tensor, only_rectified: bool = False) -> None:
-        """only_rectified: every reader begins with a ReLU, and nobody else needs x going back."""
+    def __init__(
+        self, x: Tensor, beside: Tensor | None = None, only_rectified: bool = False
+    ) -> None:
+        """beside: where the map is concat(x, beside).
+
+        only_rectified: every reader begins with a ReLU, and nobody else needs the map going back.
+        """
         self.size = (x.shape[-2], x.shape[-1])
-        self._readers = readers(x, only_rectified)
+        if beside is None:
+            self._readers = readers(x, only_rectified)
+        else:
+            self._readers = pair_readers(x, beside, only_rectified)
         self.recomputable: list[Recomputable] = []
         """Raw maps that a node need not keep."""
 
@@ -117,7 +126,7 @@ class ReLUConvBN(nn.Sequential):
         return source.rectified(self[1])
 
     def forward(self, x: Tensor | Source) -> Tensor:
-        return _norm_of(self.norm, self.raw(_source(x)))
+        return _norm_of(self.norm, self.raw(source_of(x)))
 
     def of_concatenation(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """`forward` of `concat_upsample(maps, size)`; for modules that `is_pointwise` names."""
@@ -150,7 +159,7 @@ def applied_together(
 ) -> list[Tensor]:
     """What each module makes of its own input; the convolutions of ReLUConvBN side by side."""
     sources = {
-        module: _source(x)
+        module: source_of(x)
         for module, x in zip(modules, inputs, strict=True)
         if isinstance(module, ReLUConvBN)
     }
@@ -255,7 +264,7 @@ class FactorizedReduce(nn.Module):
         return source.rectified(partial(interleaved_convolution, **weights))
 
     def forward(self, x: Tensor | Source) -> Tensor:
-        return _norm_of(self.norm, self.raw(_source(x)))
+        return _norm_of(self.norm, self.raw(source_of(x)))
 
 
 class GlobalPool(nn.Module):
@@ -308,7 +317,7 @@ class Deconvolution(nn.Module):
         return _norm_of(self.norm, self.raw(Source(x), size))
 
 
-def _source(x: Tensor | Source) -> Source:
+def source_of(x: Tensor | Source) -> Source:
     """That of a map which several modules read, or one for a single reader."""
     return x if isinstance(x, Source) else Source(x)
 
