@@ -56,7 +56,8 @@ def _concat_pair_kernel(
     x0 = tl.load(x0_ptr + half, mask=mask)
     x1 = tl.load(x1_ptr + half, mask=mask)
     if RELU:
-        x0, x1 = _relu(x0, ACC), _relu(x1, ACC)
+        x0 = _relu(x0, ACC)
+        x1 = _relu(x1, ACC)
     tl.store(y_ptr + first, x0, mask=mask)
     tl.store(y_ptr + second, x1, mask=mask)
 

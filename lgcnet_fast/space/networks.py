@@ -56,9 +56,10 @@ class Backbone(nn.Module):
             choices = [(weights,) for weights in weights_of(cast(list[SearchCell], self.cells), z)]
         features: list[Tensor | Source] = []
         for k, (cell, choice) in enumerate(zip(self.cells, choices, strict=True)):
-            halves = cast(Cell, cell).halves(s0, s1, *choice)
             only_rectified = self.taps_rectified or k not in self.taps
-            s0, s1 = s1, Source(*halves, only_rectified=only_rectified)
+            # The halves have no name here: they may die as soon as they are concatenated.
+            out = Source(*cast(Cell, cell).halves(s0, s1, *choice), only_rectified=only_rectified)
+            s0, s1 = s1, out
             if k in self.taps:
                 features.append(s1 if self.taps_rectified else s1.plain())
         return features
