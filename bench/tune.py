@@ -1,17 +1,21 @@
 """Makes the tuning table of this GPU: which tile for a shape, which backend for an operation.
 
-    python -m bench.tune --out FILE [--size 256x512 ...] [--families depthwise ...] [--copy FOLDER]
+    python -m bench.tune --out FILE [--step search|finetune] [--size 256x512] [--batch 16]
 
-First the tiles of each family of kernels, compiled in several processes and timed in this one;
-then, with the tiles found, every operation on every backend, each checked against float64. The
-table is written after every step, and keeps what it holds already of other shapes.
+First the tiles of all that the step launches, compiled in several processes and timed in this one,
+what takes longest first; then, with the tiles found, every operation on every backend, each checked
+against float64. The table is written after each of them, and keeps what it holds of other shapes.
+Those of the deploy engine are for `python -m lgcnet_fast.deploy.tune`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -19,31 +23,37 @@ from typing import Any
 
 import torch
 
-from bench.device import DEVICE, require_gpu, use_fastest_convolutions
-from bench.genotypes import genotype_named
+from bench.device import DEVICE, release_memory, require_gpu, use_fastest_convolutions
+from bench.genotypes import RANDOM, genotype_named
 from bench.kernels.command import print_sweep
-from bench.kernels.comparison import Row, Size
+from bench.kernels.comparison import Row, Sweep
+from bench.kernels.launches import FAMILIES, Launch, family_of, launches_of, sweep_of
 from bench.kernels.operation_cases import OperationCase, cases
 from bench.kernels.operations import both_ways, check
-from bench.kernels.shapes import CLASSES
-from bench.kernels.timing import copy_bandwidth, in_turn
-from bench.kernels.warm import chosen_sweeps, compile_together
+from bench.kernels.shapes import CLASSES, INPUTS, Size
+from bench.kernels.timing import CANNOT_RUN, copy_bandwidth, in_turn
 from bench.options import Deadline, image_size, parser
 from bench.results_file import Rows, provenance
 from bench.rounds import median
+from bench.training import finetune, search
+from bench.training.case import TrainingCase
+from bench.training.command import TINY_SIZE, TINY_SPACE, TINY_SUPERNET
 from lgcnet_fast.benchmark.case import Case
 from lgcnet_fast.benchmark.engines import network_blueprint
 from lgcnet_fast.benchmark.networks import random_network, settle_batch_norms
 from lgcnet_fast.deploy.engine import Engine
 from lgcnet_fast.errors import BackendError, UserError
 from lgcnet_fast.latency.timing import back_to_back_ms
-from lgcnet_fast.ops.backend import BACKENDS, use_backend
+from lgcnet_fast.ops.backend import BACKENDS, set_backend, use_backend
+from lgcnet_fast.ops.compile_ahead import compile_ahead
 from lgcnet_fast.ops.tuning import FOLDER, TuningTable, read_table, table_path, write_table
 
-FAMILIES = (
-    *("depthwise", "pointwise_backward", "conv3_backward", "mixed_sum", "max_pool"),
-    *("concat_upsample", "concat_pointwise", "upsample_loss", "infer_tile"),
-)
+STEPS = {"search": search, "finetune": finetune}
+SIZES = {"search": (256, 512), "finetune": (360, 480)}
+LAUNCH_BYTES = 8 * 2**20
+"""A launch that moves nothing takes about as long as moving so much."""
+COMPILED_TOGETHER = 80
+"""Sweeps, so that a command that ends early has measured what it has compiled."""
 ENGINE, ENGINE_SIZE = "deploy_engine", (769, 1537)
 GAIN = 0.97
 """A tile that is not even so much faster than the default is noise."""
@@ -88,44 +98,64 @@ def main() -> None:
     options = _options()
     require_gpu(options.dry)
     deadline = Deadline(options.seconds)
-    use_fastest_convolutions()
     origin = provenance(options.commit)
     folders = [options.folder, *([options.copy] if options.copy else [])]
     tuning = Tuning(origin, folders)
     rows = Rows(options.out, origin, lambda row: (row["operation"], row.get("key", "")))
-    sizes = [] if options.dry else options.size
-    for family in options.families:
-        if not deadline.over:
-            tune_tiles(family, sizes, options.jobs, tuning, rows, deadline)
-            tuning.write()
+    counts = launches_of(STEPS[options.step].make_step("ours-triton", _case(options)))
+    set_backend("auto")  # Making the step has changed it.
+    release_memory()
+    gc.freeze()  # What is there stays, and garbage is collected after every sweep.
+    use_fastest_convolutions()
+    chosen = [launch for launch in counts if family_of(launch[0]) in options.families]
+    sweeps = sweeps_by_cost({launch: counts[launch] for launch in chosen})
+    print(f"{len(sweeps)} of {len(counts)} tiles that the step looks up", flush=True)
+    if options.dry:
+        sweeps = [replace(sweep, configs=sweep.configs[:1]) for sweep in sweeps]
+    tune_tiles(sweeps, tuning, rows, deadline)
     if options.backends and not deadline.over:
-        choose_backends(sizes[0] if sizes else None, tuning, rows)
+        choose_backends(None if options.dry else options.size, tuning, rows)
         tuning.write()
         choose_engine((33, 33) if options.dry else ENGINE_SIZE, tuning, rows)
         tuning.write()
     print(f"{table_path(origin['device'], folders[0]).name}: {tuning.backends}")
 
 
-def tune_tiles(
-    family: str,
-    sizes: Sequence[Size],
-    jobs: int,
-    tuning: Tuning,
-    rows: Rows,
-    deadline: Deadline,
-) -> None:
-    if sizes and jobs > 1:
-        count = compile_together(family, sizes, jobs, deadline.left)
-        print(f"{family}: {count} configurations compiled, {deadline.left:.0f} s left", flush=True)
+def sweeps_by_cost(counts: Mapping[Launch, int]) -> list[Sweep]:
+    """Of launches, with how often a step has them; first those that take most of it."""
+    sweeps = {launch: sweep_of(launch) for launch in counts}
+    costs = {launch: counts[launch] * (LAUNCH_BYTES + sweeps[launch].bytes) for launch in counts}
+    return [sweeps[launch] for launch in sorted(sweeps, key=lambda launch: -costs[launch])]
+
+
+def tune_tiles(sweeps: Sequence[Sweep], tuning: Tuning, rows: Rows, deadline: Deadline) -> None:
     bandwidth = copy_bandwidth()
-    for sweep in chosen_sweeps(family, sizes):
+    for done, sweep in enumerate(sweeps):
         if deadline.over:
-            print(f"out of time: {sweep} and what follows left out")
-            return
+            print(f"out of time: {len(sweeps) - done} of {len(sweeps)} sweeps left out")
+            break
+        if done % COMPILED_TOGETHER == 0:
+            compile_sweeps(sweeps[done : done + COMPILED_TOGETHER])
+            print(f"compiled from {done} on, {deadline.left:.0f} s left", flush=True)
         row = sweep.measure(bandwidth)
         print_sweep(row)
         rows.add(row)
         tuning.take(row)
+        tuning.write()
+
+
+def compile_sweeps(sweeps: Sequence[Sweep]) -> None:
+    """The kernels of all their configurations, each once, in processes on all cores."""
+
+    def rehearsal() -> None:
+        for sweep in sweeps:
+            inputs = sweep.make()
+            for config in sweep.configs:
+                with suppress(*CANNOT_RUN):
+                    sweep.run(inputs, config)
+
+    compile_ahead(rehearsal)
+    release_memory()
 
 
 def choose_backends(size: Size | None, tuning: Tuning, rows: Rows) -> None:
@@ -194,18 +224,35 @@ def _told(seconds: dict[str, float]) -> str:
     return ", ".join(f"{name} {1e6 * value:.1f} us" for name, value in seconds.items())
 
 
+def _case(options: argparse.Namespace) -> TrainingCase:
+    searching = options.step == "search"
+    if options.dry:
+        space = TINY_SUPERNET if searching else TINY_SPACE
+        return TrainingCase(2, TINY_SIZE, options.precision, space, "" if searching else RANDOM[0])
+    space = {"widths": options.widths} if searching else {}
+    genotype = "" if searching else options.genotype
+    return TrainingCase(options.batch, options.size, options.precision, space, genotype)
+
+
 def _options() -> argparse.Namespace:
-    options = parser("tuning table of this GPU")
-    options.add_argument(
-        "--size", type=image_size, nargs="+", default=[(256, 512)], help="of inputs"
-    )
-    options.add_argument("--families", choices=FAMILIES, nargs="*", default=list(FAMILIES))
-    options.add_argument("--no-backends", dest="backends", action="store_false")
-    options.add_argument("--jobs", type=int, default=8, help="processes that compile")
-    options.add_argument("--folder", type=Path, default=FOLDER, help="of the table")
-    options.add_argument("--copy", type=Path, help="a second folder for it")
-    options.add_argument("--dry", action="store_true", help="tiny shapes on the CPU")
-    return options.parse_args()
+    found = parser("tuning table of this GPU")
+    found.add_argument("--step", choices=STEPS, default="search", help="whose launches are tuned")
+    found.add_argument("--size", type=image_size, help="of inputs; by default that of the step")
+    found.add_argument("--batch", type=int, default=16)
+    found.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
+    found.add_argument("--widths", type=int, nargs=3, default=[32, 64, 128], help="of the supernet")
+    found.add_argument("--genotype", default="reference", help="that is finetuned")
+    found.add_argument("--families", choices=FAMILIES, nargs="*", default=list(FAMILIES))
+    found.add_argument("--no-backends", dest="backends", action="store_false")
+    found.add_argument("--folder", type=Path, default=FOLDER, help="of the table")
+    found.add_argument("--copy", type=Path, help="a second folder for it")
+    found.add_argument("--dry", action="store_true", help="tiny shapes on the CPU")
+    options = found.parse_args()
+    options.size = options.size or SIZES[options.step]
+    if options.backends and not options.dry and options.size not in INPUTS:
+        known = ", ".join(f"{height}x{width}" for height, width in INPUTS)
+        found.error(f"backends are chosen at {known}; for another --size add --no-backends")
+    return options
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m bench.kernels.FAMILY --out FILE [--part table|full|sweep|dry] [--only TEXT]
 
 Every case is checked against float64 before it is timed. `table` has selected cases and takes
-about a minute, `full` has all; `sweep` tries tile sizes; `dry` runs tiny shapes through the
-interpreter, to see that the script works.
+about a minute, `full` has all; `sweep` tries tile sizes of kernels that bench.tune does not tune;
+`dry` runs tiny shapes through the interpreter, to see that the script works.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ def main(family: Family) -> None:
     options = _options(family)
     deadline = Deadline(options.seconds)
     require_gpu(dry=options.part == "dry")
+    if options.part == "sweep" and family.swept:
+        raise SystemExit(f"{family.name}: bench.tune sweeps the tiles of what a step launches")
     use_fastest_convolutions()
     set_backend(options.backend, strict=True)
     bandwidth = copy_bandwidth()

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bench.device import release_memory
-from bench.kernels.timing import ROUNDS, Call, in_turn, rotations
+from bench.kernels.timing import CANNOT_RUN, ROUNDS, Call, alike, in_turn, rotations
 from bench.rounds import median, ratios, tenth_percentile
 
 Part = Literal["table", "full", "sweep", "dry"]
 Row = dict[str, Any]
-Size = tuple[int, int]
 Binding = Callable[[Any], Call]
 """From a set of inputs to a call; conversions of the inputs happen here, outside the timing."""
 
@@ -99,8 +98,6 @@ class Sweep:
     """From inputs and a configuration."""
     configs: Sequence[Any]
     """Dataclasses; the first is the default."""
-    input: Size | None = None
-    """Size of the network's input that leads to the shape."""
     stock: Mapping[str, Binding] = field(default_factory=dict)
     """Alternatives by name, timed beside the configurations."""
 
@@ -108,28 +105,38 @@ class Sweep:
         return f"{self.operation} {self.key}"
 
     def measure(self, bandwidth: float, rounds: int = (ROUNDS + 1) // 2) -> Row:
-        """Microseconds of every configuration that runs, fastest first."""
+        """Microseconds of every configuration that runs, fastest first; the first one is right."""
         sets = [self.make() for _ in range(min(rotations(self.bytes), 16))]
-        rows = []
+        found: list[tuple[float, Any]] = []
         for config in dict.fromkeys(self.configs):
             calls = [lambda i=i, c=config: self.run(i, c) for i in sets]
             times = in_turn({str(config): calls}, rounds)
-            rows += [
-                {"config": vars(config), "us": median(seconds) * 1e6} for seconds in times.values()
-            ]
+            found += [(median(seconds) * 1e6, config) for seconds in times.values()]
+        default = next((us for us, config in found if config == self.configs[0]), None)
+        found.sort(key=lambda one: one[0])
+        while found and self._differs(found[0][1], sets[0]):
+            print(f"    WRONG RESULT: {self}: {found.pop(0)[1]} is left out", flush=True)
         calls_of_stock = {name: [bind(i) for i in sets] for name, bind in self.stock.items()}
         stock = in_turn(calls_of_stock, rounds) if calls_of_stock else {}
-        default = next((r["us"] for r in rows if r["config"] == vars(self.configs[0])), None)
-        rows.sort(key=lambda row: row["us"])
         release_memory()
         return {
             "operation": self.operation,
             "key": self.key,
             "floor_us": self.bytes / bandwidth * 1e6,
             "default_us": default,
-            "configs": rows,
+            "configs": [{"config": vars(config), "us": us} for us, config in found],
             **({"stock_us": {k: median(v) * 1e6 for k, v in stock.items()}} if stock else {}),
         }
+
+    def _differs(self, config: Any, inputs: Any) -> bool:
+        """Whether a configuration has other results than the default: compilers err, too."""
+        if config == self.configs[0]:
+            return False
+        try:
+            expected = self.run(inputs, self.configs[0])
+        except CANNOT_RUN:
+            return False
+        return not alike(self.run(inputs, config), expected)
 
 
 @dataclass(frozen=True)
@@ -138,5 +145,7 @@ class Family:
 
     name: str
     comparisons: Callable[[Part], Iterable[Comparison]]
-    sweeps: Callable[[bool], Iterable[Sweep]]
-    """Of tiny shapes if True."""
+    sweeps: Callable[[bool], Iterable[Sweep]] = lambda tiny: ()
+    """That `--part sweep` runs; of tiny shapes if True."""
+    swept: Mapping[str, Callable[[str], Sweep]] = field(default_factory=dict)
+    """By operation of the tuning table: from a shape key to the sweep that bench.tune runs."""

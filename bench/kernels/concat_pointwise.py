@@ -20,6 +20,7 @@ from torch import Tensor
 from bench.device import DEVICE, LAYOUTS
 from bench.kernels.command import main
 from bench.kernels.comparison import Binding, Comparison, Family, Part, Sweep
+from bench.kernels.keys import case_of_key
 from bench.kernels.resizing_cases import CHANNELS, Case, plain, resized_gradient
 from bench.kernels.shapes import INPUTS, pyramid
 from bench.kernels.timing import Call, gate
@@ -167,30 +168,41 @@ def comparisons(part: Part) -> Iterator[Comparison]:
         )
 
 
-def sweeps(tiny: bool) -> Iterator[Sweep]:
-    """Of the maps that networks have, which are not resized."""
-    for size in (None,) if tiny else INPUTS:
-        if size is None:
-            chosen = list(cases("dry"))
-        else:
-            fine, middle, _ = pyramid(size)
-            joins = ((fine,) * 3, fine), ((middle,) * 2, middle)
-            chosen = [Case(INPUTS[size], sizes, target) for sizes, target in joins]
-        for case in chosen:
-            shapes = [(case.batch, CHANNELS, *part) for part in case.sizes]
-            for name, run, configs in (
-                ("concat_pointwise", forward, list(tiles(case))),
-                ("concat_pointwise_backward", backward, list(gradient_tiles(case))),
-            ):
-                yield Sweep(
-                    operation=name,
-                    key=concat_pointwise_key(case.dtype, shapes, case.size, CHANNELS),
-                    bytes=moved(case, backward=name.endswith("backward")),
-                    make=lambda case=case: make_inputs(case),
-                    run=lambda i, config, case=case, run=run: run(case, i, config),
-                    configs=configs[:1] if tiny else configs,
-                    input=size,
-                )
+def key_of(case: Case) -> str:
+    maps = [(case.batch, CHANNELS, *size) for size in case.sizes]
+    return concat_pointwise_key(case.dtype, maps, case.size, CHANNELS)
+
+
+def case_of(key: str) -> Case:
+    def read(dtype: torch.dtype, *shapes: Any) -> Case:
+        *maps, (_, *size) = shapes
+        return Case(maps[0][0], tuple(shape[2:] for shape in maps), tuple(size), dtype=dtype)
+
+    return case_of_key(key, read, key_of)
+
+
+def forward_sweep(key: str) -> Sweep:
+    case = case_of(key)
+    return Sweep(
+        operation="concat_pointwise",
+        key=key_of(case),
+        bytes=moved(case, backward=False),
+        make=lambda: make_inputs(case),
+        run=lambda i, config: forward(case, i, config),
+        configs=list(tiles(case)),
+    )
+
+
+def backward_sweep(key: str) -> Sweep:
+    case = case_of(key)
+    return Sweep(
+        operation="concat_pointwise_backward",
+        key=key_of(case),
+        bytes=moved(case, backward=True),
+        make=lambda: make_inputs(case),
+        run=lambda i, config: backward(case, i, config),
+        configs=list(gradient_tiles(case)),
+    )
 
 
 def tiles(case: Case) -> Iterator[ProductConfig]:
@@ -229,7 +241,11 @@ def make_maps(case: Case) -> list[Tensor]:
     ]
 
 
-FAMILY = Family("1x1 convolutions of resized maps", comparisons, sweeps)
+FAMILY = Family(
+    "1x1 convolutions of resized maps",
+    comparisons,
+    swept={"concat_pointwise": forward_sweep, "concat_pointwise_backward": backward_sweep},
+)
 
 if __name__ == "__main__":
     main(FAMILY)

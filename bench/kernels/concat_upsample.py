@@ -6,8 +6,8 @@ of a copied map for nothing, as a view of the output's.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from bench.kernels.command import main
 from bench.kernels.comparison import Comparison, Family, Part, Sweep
+from bench.kernels.keys import case_of_key
 from bench.kernels.resizing_cases import CHANNELS, Case, Inputs, comparisons, make_inputs
-from bench.kernels.shapes import INPUTS, Size, pyramid
+from bench.kernels.shapes import INPUTS, pyramid
 from lgcnet_fast.kernels.concat_upsample import (
     FORWARD,
     concat_upsample_forward,
@@ -65,52 +66,49 @@ def all_comparisons(part: Part) -> Iterator[Comparison]:
         yield from comparisons(case, forward, backward)
 
 
-def sweeps(tiny: bool) -> Iterator[Sweep]:
-    for size in (None,) if tiny else INPUTS:
-        yield from _sweeps(size)
+def key_of(case: Case) -> str:
+    maps = [(case.batch, CHANNELS, *size) for size in case.sizes]
+    return resize_key(case.dtype, maps, case.size)
 
 
-def _sweeps(size: Size | None) -> Iterator[Sweep]:
-    kernels: dict[Any, tuple[str, StripConfig]] = {
-        forward: ("", FORWARD),
-        backward: ("_backward", BACKWARD),
-    }
-    tiles = [(512, 2), (1024, 4), (2048, 4), (2048, 8)]
-    for case, (kernel, (suffix, default)) in itertools.product(_swept(size), kernels.items()):
-        configs = [default] + [
-            StripConfig(block, rows, warps)
-            for (block, warps), rows in itertools.product(tiles, (1, 2, 4, 8))
-        ]
-        sizes = case.resized if kernel is backward else case.sizes
-        if not sizes:  # every map of the sum has the output's gradient
-            continue
-        yield Sweep(
-            operation=f"{'sum' if case.add else 'concat'}_upsample{suffix}",
-            key=resize_key(case.dtype, [(case.batch, CHANNELS, *s) for s in sizes], case.size),
-            bytes=case.bytes(backward=kernel is backward),
-            make=lambda case=case: make_inputs(case),
-            run=lambda i, config, case=case, kernel=kernel: kernel(case, i, config),
-            configs=configs if size else configs[:1],
-            input=size,
-        )
+def case_of(key: str, add: bool) -> Case:
+    """add: whether it is that of a sum; that of a sum's gradient lacks maps that are copied."""
+
+    def read(dtype: torch.dtype, *shapes: Any) -> Case:
+        *maps, size = shapes
+        return Case(maps[0][0], tuple(shape[2:] for shape in maps), size, add, dtype)
+
+    return case_of_key(key, read, key_of)
 
 
-def _swept(size: Size | None) -> Iterator[Case]:
-    """The fusion cell's concatenations, upsampling edges and final sum."""
-    if size is None:
-        yield from cases("dry")
-        return
-    batch, (fine, middle, coarse) = INPUTS[size], pyramid(size)
-    yield Case(batch, (fine, fine, fine), fine)
-    yield Case(batch, (middle, middle), middle)
-    yield Case(batch, (middle,), fine)
-    yield Case(batch, (coarse,), middle)
-    for level in (fine, middle, coarse):  # pooled maps
-        yield from (Case(batch, ((bins, bins),), level) for bins in (1, 2, 5))
-    yield Case(batch, (fine, fine, fine), fine, add=True)
+def sweep(operation: str, key: str) -> Sweep:
+    case = case_of(key, add=operation.startswith("sum"))
+    backwards = operation.endswith("_backward")
+    kernel: Any = backward if backwards else forward
+    return Sweep(
+        operation=operation,
+        key=key_of(case),
+        bytes=case.bytes(backwards),
+        make=lambda: make_inputs(case),
+        run=lambda i, config: kernel(case, i, config),
+        configs=[BACKWARD if backwards else FORWARD, *TILES],
+    )
 
 
-FAMILY = Family("concatenation and sum of resized maps", all_comparisons, sweeps)
+TILES = [
+    *(StripConfig(512, rows, 2) for rows in (1, 2, 4)),
+    *(StripConfig(1024, rows, 4) for rows in (1, 2, 4, 8)),
+    StripConfig(2048, 4, 8),
+]
+"""Worth trying; the defaults are among them."""
+OPERATIONS = [
+    f"{kind}_upsample{suffix}" for kind in ("concat", "sum") for suffix in ("", "_backward")
+]
+FAMILY = Family(
+    "concatenation and sum of resized maps",
+    all_comparisons,
+    swept={name: partial(sweep, name) for name in OPERATIONS},
+)
 
 if __name__ == "__main__":
     main(FAMILY)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from bench.device import DEVICE
 from bench.kernels.command import main
 from bench.kernels.comparison import Binding, Comparison, Family, Part, Sweep
+from bench.kernels.keys import case_of_key
 from bench.kernels.shapes import INPUTS, Shape, Size, cell_shapes
 from bench.kernels.timing import Call, gate
 from lgcnet_fast.kernels.conv3_backward import WeightGradConfig, conv3_weight_grad, summed
@@ -25,6 +27,7 @@ from lgcnet_fast.ops.tuning import shape_key
 class Case:
     shape: Shape
     branches: int
+    out_channels: int
     dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
@@ -32,12 +35,13 @@ class Case:
         return f"{shape} B{self.branches} {str(self.dtype).removeprefix('torch.')}"
 
     @property
-    def elements(self) -> int:
-        return self.branches * torch.Size(self.shape).numel()
+    def positions(self) -> int:
+        return self.shape[0] * self.shape[2] * self.shape[3]
 
     @property
     def bytes(self) -> int:
-        return 2 * self.elements * self.dtype.itemsize
+        channels = self.shape[1] + self.out_channels
+        return self.branches * self.positions * channels * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -48,24 +52,24 @@ class Inputs:
 
 
 def make_inputs(case: Case) -> Inputs:
-    images, channels, *size = case.shape
+    images, in_channels, *size = case.shape
 
-    def maps() -> list[Tensor]:
+    def maps(channels: int) -> list[Tensor]:
         shape = (case.branches, images, *size, channels)
         stack = torch.randn(shape, device=DEVICE, dtype=case.dtype)
         return list(stack.movedim(-1, 2).unbind())
 
-    return Inputs(maps(), maps())
+    return Inputs(maps(case.out_channels), maps(in_channels))
 
 
 def cases(size: Size | None) -> Iterator[Case]:
     """Those of an input size; a tiny one if there is none."""
     if size is None:
-        yield Case((2, 32, 3, 5), 2)
+        yield Case((2, 32, 3, 5), 2, 32)
         return
     for shape in cell_shapes(size):
-        yield Case(shape, 4)
-        yield Case(shape, 1)
+        yield Case(shape, 4, shape[1])
+        yield Case(shape, 1, shape[1])
 
 
 def ours(i: Inputs, config: WeightGradConfig | None = None) -> Tensor:
@@ -73,16 +77,15 @@ def ours(i: Inputs, config: WeightGradConfig | None = None) -> Tensor:
 
 
 def check(case: Case, i: Inputs) -> None:
-    channels = case.shape[1]
+    shape = (case.out_channels, case.shape[1], 3, 3)
     for g, x, dw in zip(i.gs, i.xs, ours(i), strict=True):
-        shape = (channels, channels, 3, 3)
         truth = torch.nn.grad.conv2d_weight(x.double(), shape, g.double(), padding=1)
         gate(f"dw {case}", dw, truth)
 
 
 def _convolutions(i: Inputs) -> Call:
-    channels = i.xs[0].shape[1]
-    weight = i.xs[0].new_empty(channels, 3, 3, channels).movedim(-1, 1)
+    out_channels, channels = i.gs[0].shape[1], i.xs[0].shape[1]
+    weight = i.xs[0].new_empty(out_channels, 3, 3, channels).movedim(-1, 1)
     geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
     backward = torch.ops.aten.convolution_backward
     return lambda: [
@@ -100,7 +103,7 @@ def comparisons(part: Part) -> Iterator[Comparison]:
             operation="3x3 weight gradient",
             case=str(case),
             bytes=case.bytes,
-            operations=18 * case.elements * case.shape[1],
+            operations=18 * case.branches * case.positions * case.shape[1] * case.out_channels,
             make=lambda case=case: make_inputs(case),
             check=lambda i, case=case: check(case, i),
             ours=ours,
@@ -108,20 +111,29 @@ def comparisons(part: Part) -> Iterator[Comparison]:
         )
 
 
-def sweeps(tiny: bool) -> Iterator[Sweep]:
-    for size in (None,) if tiny else INPUTS:
-        for case in cases(size):
-            found = list(tiles(case))
-            yield Sweep(
-                operation="conv3_weight_grad",
-                key=shape_key(case.dtype, case.shape, (case.branches, case.shape[1])),
-                bytes=case.bytes,
-                make=lambda case=case: make_inputs(case),
-                run=ours,
-                configs=found if size else found[:1],
-                input=size,
-                stock=STOCK,
-            )
+def key_of(case: Case) -> str:
+    return shape_key(case.dtype, case.shape, (case.branches, case.out_channels))
+
+
+def case_of(key: str) -> Case:
+    def read(dtype: torch.dtype, shape: Any, convolutions: Any) -> Case:
+        branches, out_channels = convolutions
+        return Case(shape, branches, out_channels, dtype)
+
+    return case_of_key(key, read, key_of)
+
+
+def sweep(key: str) -> Sweep:
+    case = case_of(key)
+    return Sweep(
+        operation="conv3_weight_grad",
+        key=key_of(case),
+        bytes=case.bytes,
+        make=lambda: make_inputs(case),
+        run=ours,
+        configs=list(tiles(case)),
+        stock=STOCK,
+    )
 
 
 def tiles(case: Case) -> Iterator[WeightGradConfig]:
@@ -129,11 +141,11 @@ def tiles(case: Case) -> Iterator[WeightGradConfig]:
 
     def tile(block_p: int, block_o: int, block_c: int, a_core: int) -> WeightGradConfig:
         return WeightGradConfig.of_tile(
-            case.branches, case.shape, case.shape[1],
+            case.branches, case.shape, case.out_channels,
             block_p, block_o, block_c, resident=132 * a_core,
         )  # fmt: skip
 
-    default = WeightGradConfig.default(case.branches, case.shape, case.shape[1])
+    default = WeightGradConfig.default(case.branches, case.shape, case.out_channels)
     yield default
     yield replace(default, warps=4)
     yield tile(32, 32, 32, 1)
@@ -141,11 +153,14 @@ def tiles(case: Case) -> Iterator[WeightGradConfig]:
     yield tile(64, 32, 32, 1)
     if case.shape[1] >= 64:
         yield tile(32, 32, 64, 1)
-        yield tile(32, 64, 32, 1)
         yield tile(64, 32, 64, 1)
+    if case.out_channels >= 64:
+        yield tile(32, 64, 32, 1)
 
 
-FAMILY = Family("weight gradients of 3x3 convolutions", comparisons, sweeps)
+FAMILY = Family(
+    "weight gradients of 3x3 convolutions", comparisons, swept={"conv3_weight_grad": sweep}
+)
 
 if __name__ == "__main__":
     main(FAMILY)

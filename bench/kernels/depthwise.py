@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bench.kernels.command import main
@@ -13,13 +15,12 @@ from bench.kernels.comparison import Comparison, Family, Part, Sweep
 from bench.kernels.depthwise_cases import (
     Case,
     Inputs,
-    branches_of_nodes,
     cell_inputs,
     comparisons,
     make_inputs,
     single_branches,
 )
-from bench.kernels.shapes import INPUTS, Size, cell_shapes
+from bench.kernels.keys import case_of_key
 from lgcnet_fast.kernels.depthwise import ForwardConfig, depthwise_multi
 from lgcnet_fast.kernels.depthwise_backward import depthwise_backward
 from lgcnet_fast.kernels.depthwise_input_grad import (
@@ -70,45 +71,36 @@ def all_comparisons(part: Part) -> Iterator[Comparison]:
         yield from comparisons(case, forward, backward)
 
 
-def sweeps(tiny: bool) -> Iterator[Sweep]:
-    for size in (None,) if tiny else INPUTS:
-        yield from _sweeps(size)
-
-
-def _sweeps(size: Size | None) -> Iterator[Sweep]:
-    for case in _swept(size):
-        kernels = [forward, input_grad, weight_grad]
-        if case.maps == 1 and case.dilations[0] % case.stride == 0:
-            kernels.append(fused_backward)
-        for kernel in kernels:
-            found = list(tiles(kernel, case))
-            x_maps = 2 if kernel is fused_backward else 1
-            yield Sweep(
-                operation=OPERATIONS[kernel],
-                key=shape_key(case.dtype, case.shape, case.dilations, (case.stride, case.edges)),
-                bytes=x_maps * case.x_bytes + case.y_bytes,
-                make=lambda case=case: make_inputs(case),
-                run=lambda i, config, case=case, kernel=kernel: kernel(case, i, config),
-                configs=found if size else found[:1],
-                input=size,
-            )
-
-
-OPERATIONS: dict[Any, str] = {
-    forward: "depthwise_forward",
-    input_grad: "depthwise_input_grad",
-    weight_grad: "depthwise_weight_grad",
-    fused_backward: "depthwise_backward",
+KERNELS: dict[str, Any] = {
+    "depthwise_forward": forward,
+    "depthwise_input_grad": input_grad,
+    "depthwise_weight_grad": weight_grad,
+    "depthwise_backward": fused_backward,
 }
 
 
-def _swept(size: Size | None) -> Iterator[Case]:
-    if size is None:
-        yield Case((1, 4, 3, 5), (1,))
-        return
-    yield from branches_of_nodes(size)
-    for shape in cell_shapes(size):  # sep3's second stage
-        yield Case(shape, (1,))
+def key_of(case: Case) -> str:
+    return shape_key(case.dtype, case.shape, case.dilations, (case.stride, case.edges))
+
+
+def case_of(key: str) -> Case:
+    def read(dtype: torch.dtype, shape: Any, dilations: Any, launch: Any) -> Case:
+        return Case(shape, dilations, *launch, dtype=dtype)
+
+    return case_of_key(key, read, key_of)
+
+
+def sweep(operation: str, key: str) -> Sweep:
+    case, kernel = case_of(key), KERNELS[operation]
+    x_maps = 2 if kernel is fused_backward else 1
+    return Sweep(
+        operation=operation,
+        key=key_of(case),
+        bytes=x_maps * case.x_bytes + case.y_bytes,
+        make=lambda: make_inputs(case),
+        run=lambda i, config: kernel(case, i, config),
+        configs=list(tiles(kernel, case)),
+    )
 
 
 def tiles(kernel: Any, case: Case) -> Iterator[Any]:
@@ -146,9 +138,13 @@ def tiles(kernel: Any, case: Case) -> Iterator[Any]:
         yield WeightGradConfig(rows, 512 // _other(c), _other(c), 4, -(-programs * _other(c) // c))
     else:
         yield WeightGradConfig.default(y_shape, case.dilations, case.stride)
+        if case.dilations[0] % case.stride:  # runs the two separate kernels, with their defaults
+            return
         blocks = [(8, 16, 32, 4, 264), (4, 16, 32, 4, 264), (4, 16, 32, 4, 528), (4, 8, 64, 4, 264)]
         blocks += [(2, 16, 32, 4, 396), (8, 8, 32, 2, 528), (4, 8, 32, 2, 528)]
         for rows, p, c, warps, programs in blocks:
+            if 0 < channels % c <= 16:  # the last block would be mostly empty
+                p, c = p * c // 16, 16
             yield WeightGradConfig(rows, p, c, warps, -(-programs // -(-channels // c)))
 
 
@@ -157,7 +153,9 @@ def _other(block_c: int) -> int:
     return 32 if block_c == 16 else 16
 
 
-FAMILY = Family("depthwise", all_comparisons, sweeps)
+FAMILY = Family(
+    "depthwise", all_comparisons, swept={name: partial(sweep, name) for name in KERNELS}
+)
 
 if __name__ == "__main__":
     main(FAMILY)

@@ -74,7 +74,6 @@ def _sweep(plan: Plan, index: int, launch: Tile, size: Size | None) -> Sweep:
         make=_nothing,
         run=run,
         configs=configs if size else configs[:1],
-        input=size,
     )
 
 

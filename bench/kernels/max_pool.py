@@ -18,6 +18,7 @@ from torch import Tensor
 from bench.device import DEVICE, LAYOUTS
 from bench.kernels.command import main
 from bench.kernels.comparison import Binding, Comparison, Family, Part, Sweep
+from bench.kernels.keys import case_of_key
 from bench.kernels.shapes import CELLS, INPUTS, Shape, Size, at_stride, cell_shapes
 from bench.kernels.timing import Call
 from lgcnet_fast.kernels.max_pool import (
@@ -164,36 +165,51 @@ def comparisons(part: Part) -> Iterator[Comparison]:
         )
 
 
-def _swept(tiny: bool) -> Iterator[tuple[Case, Size | None]]:
-    if tiny:
-        yield from ((case, None) for case in cases("dry"))
-        return
-    for size in INPUTS:
-        for shape in cell_shapes(size):
-            yield Case(shape, 1), size
-        yield from ((case, size) for case in reducing_cells(size))
+def key_of(case: Case) -> str:
+    return shape_key(case.dtype, case.shape, (case.stride,))
 
 
-def sweeps(tiny: bool) -> Iterator[Sweep]:
-    for case, size in _swept(tiny):
-        y_shape = (*case.shape[:2], *case.out_size)
-        for name, run, default, tiles in (
-            ("forward", forward, PoolConfig.forward(y_shape), FORWARD_TILES),
-            ("backward", backward, PoolConfig.backward(y_shape), BACKWARD_TILES),
-        ):
-            others = [PoolConfig(*tile, warps=4) for tile in tiles]
-            yield Sweep(
-                operation=f"max_pool_{name}",
-                key=shape_key(case.dtype, case.shape, (case.stride,)),
-                bytes=case.bytes(name == "backward"),
-                make=lambda case=case: make_inputs(case),
-                run=lambda i, config, case=case, run=run: run(case, i, config),
-                configs=[default] if tiny else [default, *others],
-                input=size,
-            )
+def case_of(key: str) -> Case:
+    def read(dtype: torch.dtype, shape: Any, window: Any) -> Case:
+        (stride,) = window
+        return Case(shape, stride, dtype)
+
+    return case_of_key(key, read, key_of)
 
 
-FAMILY = Family("max pooling", comparisons, sweeps)
+def forward_sweep(key: str) -> Sweep:
+    return _sweep("forward", forward, case_of(key), PoolConfig.forward, FORWARD_TILES)
+
+
+def backward_sweep(key: str) -> Sweep:
+    return _sweep("backward", backward, case_of(key), PoolConfig.backward, BACKWARD_TILES)
+
+
+def _sweep(
+    direction: str,
+    run: Callable[[Case, Inputs, PoolConfig], Tensor],
+    case: Case,
+    default: Callable[[Any], PoolConfig],
+    tiles: list[tuple[int, int, int]],
+) -> Sweep:
+    return Sweep(
+        operation=f"max_pool_{direction}",
+        key=key_of(case),
+        bytes=case.bytes(winners=direction == "backward"),
+        make=lambda: make_inputs(case),
+        run=lambda i, config: run(case, i, config),
+        configs=[
+            default((*case.shape[:2], *case.out_size)),
+            *(PoolConfig(*tile, warps=4) for tile in tiles),
+        ],
+    )
+
+
+FAMILY = Family(
+    "max pooling",
+    comparisons,
+    swept={"max_pool_forward": forward_sweep, "max_pool_backward": backward_sweep},
+)
 
 if __name__ == "__main__":
     main(FAMILY)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor
 from bench.device import DEVICE, LAYOUTS
 from bench.kernels.command import main
 from bench.kernels.comparison import Binding, Comparison, Family, Part, Sweep
-from bench.kernels.shapes import FUSION_CHANNELS, INPUTS, Shape, Size, at_stride, cell_shapes
+from bench.kernels.keys import case_of_key
+from bench.kernels.shapes import FUSION_CHANNELS, INPUTS, Shape, at_stride, cell_shapes
 from bench.kernels.timing import Call, gate
 from lgcnet_fast.kernels.mixed_sum import Statistics, TileConfig, batch_statistics, mixed_sum
 from lgcnet_fast.kernels.mixed_sum_backward import (
@@ -29,16 +31,11 @@ from lgcnet_fast.kernels.mixed_sum_backward import (
     mixed_sum_grad,
     mixed_sum_gradient_sums,
 )
-from lgcnet_fast.kernels.slabs import FEW_MAPS, SlabConfig
+from lgcnet_fast.kernels.slabs import FEW_MAPS
 from lgcnet_fast.ops.tuning import shape_key
 
 EDGE, NODE, FUSION = (6, 1), (18, 3), (10, 0)
 """Branches and skips."""
-NODES = ((12, 2), (18, 3), (1, 0))
-"""Both nodes of a cell, and the batch norm inside sep3."""
-REDUCING_NODES = ((14, 0), (20, 1))
-UP = (1, 1)
-"""An upsampling edge: a transposed convolution, and the resized map as it is."""
 SHAPES = [(16, 64, 4), (32, 64, 4), (64, 64, 4), (64, 64, 8), (64, 32, 4), (256, 32, 8)]
 TILES = list(itertools.starmap(TileConfig, [*SHAPES, (512, 32, 8)]))
 SLABS: list[dict[str, int]] = [
@@ -60,6 +57,8 @@ FEW_SLABS: list[dict[str, int]] = [
     {"warps": 4, "loads": 8, "programs": 528},
 ]
 """What is tried in place of the defaults of kernels that add up many maps, and one or two."""
+FEW_DEFAULT = {"warps": 16, "loads": 4, "programs": 132}
+"""What is tried of three or four as well: the default of fewer."""
 
 
 @dataclass(frozen=True)
@@ -206,76 +205,66 @@ def comparisons(part: Part) -> Iterator[Comparison]:
             )
 
 
-def _swept(size: Size | None) -> Iterator[Case]:
-    if size is None:
-        yield from cases("dry")
-        return
-    for shape in cell_shapes(size):
-        yield from (Case(shape, *counts) for counts in NODES)
-    for shape in cell_shapes(size)[1:]:
-        yield from (Case(shape, *counts) for counts in REDUCING_NODES)
-    for stride in (4, 8, 16):
-        shape = (INPUTS[size], FUSION_CHANNELS, *at_stride(size, stride))
-        yield Case(shape, *FUSION)
-        if stride < 16:
-            yield Case(shape, *UP)
+def key_of(case: Case) -> str:
+    return shape_key(case.dtype, case.shape, (case.branches, case.plain))
 
 
-def sweeps(tiny: bool) -> Iterator[Sweep]:
-    for size in (None,) if tiny else INPUTS:
-        yield from _sweeps(size)
+def case_of(key: str) -> Case:
+    def read(dtype: torch.dtype, shape: Any, maps: Any) -> Case:
+        branches, plain = maps
+        return Case(shape, branches, plain, dtype)
+
+    return case_of_key(key, read, key_of)
 
 
-def _sweeps(size: Size | None) -> Iterator[Sweep]:
-    for case in _swept(size):
-        k, j, channels = case.branches, case.plain, case.shape[1]
-        streaming: list[Any] = [TileConfig.streaming(channels), *TILES]
-        summed = _slabs(channels, k + j)
-        # Statistics share no map, so that `maps` says nothing.
-        alone = _slabs(channels, k)
-        alone = [config for config in alone if config.maps == alone[0].maps]
-        kernels: list[tuple[str, Callable[[Inputs, Any], Any], int, list[Any]]] = [
-            ("statistics", _statistics_tiled, k, alone),
-            ("forward", _sum_tiled, k + j + 1, streaming),
-            ("gradient_sums", _gradient_sums_tiled, k + j + 1, summed),
-            ("gradients", _gradients_tiled, 2 * k + j + 1, streaming),
-        ]
-        for name, run, maps, configs in kernels:
-            yield Sweep(
-                operation=f"mixed_sum_{name}",
-                key=shape_key(case.dtype, case.shape, (k, j)),
-                bytes=maps * case.map_bytes,
-                make=lambda case=case: make_inputs(case),
-                run=run,
-                configs=configs if size else configs[:1],
-                input=size,
-            )
+RUNS: dict[str, Callable[[Inputs, Any], Any]] = {
+    "mixed_sum_statistics": lambda i, config: batch_statistics(i.ys, config=config),
+    "mixed_sum_forward": lambda i, config: mixed_sum(
+        i.ys, i.z, i.statistics, i.xs, i.plain_z, config
+    ),
+    "mixed_sum_gradient_sums": lambda i, config: mixed_sum_gradient_sums(
+        i.g, i.ys, i.statistics, i.xs, config
+    ),
+    "mixed_sum_gradients": lambda i, config: mixed_sum_grad(
+        i.g, i.ys, i.z, i.statistics, i.sums, i.plain_z, config=config
+    ),
+}
+"""By operation of the tuning table."""
+
+
+def sweep(operation: str, key: str) -> Sweep:
+    case = case_of(key)
+    k, j, channels = case.branches, case.plain, case.shape[1]
+    streaming: list[Any] = [TileConfig.streaming(channels), *TILES]
+    # Statistics share no map, so that `maps` says nothing.
+    alone = _slabs(channels, k)
+    alone = [config for config in alone if config.maps == alone[0].maps]
+    maps, configs = {
+        "mixed_sum_statistics": (k, alone),
+        "mixed_sum_forward": (k + j + 1, streaming),
+        "mixed_sum_gradient_sums": (k + j + 1, _slabs(channels, k + j)),
+        "mixed_sum_gradients": (2 * k + j + 1, streaming),
+    }[operation]
+    return Sweep(
+        operation=operation,
+        key=key_of(case),
+        bytes=maps * case.map_bytes,
+        make=lambda: make_inputs(case),
+        run=RUNS[operation],
+        configs=configs,
+    )
 
 
 def _slabs(channels: int, maps: int) -> list[Any]:
     """The default for so many maps, and what else is tried."""
     default = TileConfig.reducing(channels, maps)
     tried = FEW_SLABS if maps <= FEW_MAPS else SLABS
+    if FEW_MAPS < maps <= 2 * FEW_MAPS:  # also as of fewer maps
+        tried = [*tried[:-1], FEW_DEFAULT]
     return [default, *(replace(default, **changes) for changes in tried)]
 
 
-def _statistics_tiled(i: Inputs, config: SlabConfig) -> Any:
-    return batch_statistics(i.ys, config=config)
-
-
-def _sum_tiled(i: Inputs, config: TileConfig) -> Tensor:
-    return mixed_sum(i.ys, i.z, i.statistics, i.xs, i.plain_z, config)
-
-
-def _gradient_sums_tiled(i: Inputs, config: SlabConfig) -> Any:
-    return mixed_sum_gradient_sums(i.g, i.ys, i.statistics, i.xs, config)
-
-
-def _gradients_tiled(i: Inputs, config: TileConfig) -> Any:
-    return mixed_sum_grad(i.g, i.ys, i.z, i.statistics, i.sums, i.plain_z, config=config)
-
-
-FAMILY = Family("mixed sum", comparisons, sweeps)
+FAMILY = Family("mixed sum", comparisons, swept={name: partial(sweep, name) for name in RUNS})
 
 if __name__ == "__main__":
     main(FAMILY)

@@ -68,7 +68,6 @@ def _sweeps(size: Size | None) -> Iterator[Sweep]:
             make=lambda case=case: make_inputs(case),
             run=lambda i, tile, case=case, kernel=kernel: kernel(case, i, tile),
             configs=found if size else found[:1],
-            input=size,
         )
 
 

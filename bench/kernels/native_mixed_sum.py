@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.device import DEVICE
 from bench.kernels import mixed_sum as twin
 from bench.kernels.command import main
-from bench.kernels.comparison import Comparison, Family, Part, Sweep
+from bench.kernels.comparison import Comparison, Family, Part
 from bench.kernels.mixed_sum import Case, stock_sum
 from bench.kernels.timing import gate
 from lgcnet_fast.native.mixed_sum import Statistics, batch_statistics, mixed_sum
@@ -91,12 +91,7 @@ def comparisons(part: Part) -> Iterator[Comparison]:
         yield replace(one, make=partial(make_inputs, case), check=check, ours=ours)
 
 
-def sweeps(tiny: bool) -> Iterator[Sweep]:
-    """These kernels have one launch configuration."""
-    yield from ()
-
-
-FAMILY = Family("CUDA mixed sum", comparisons, sweeps)
+FAMILY = Family("CUDA mixed sum", comparisons)
 
 if __name__ == "__main__":
     main(FAMILY)

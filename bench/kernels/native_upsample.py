@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.kernels.command import main
-from bench.kernels.comparison import Comparison, Family, Part, Sweep
+from bench.kernels.comparison import Comparison, Family, Part
 from bench.kernels.resizing_cases import CHANNELS, Case, Inputs, comparisons
 from bench.kernels.shapes import INPUTS, pyramid
 from lgcnet_fast.native.upsample import concat_upsample_backward, concat_upsample_forward
@@ -46,12 +46,7 @@ def all_comparisons(part: Part) -> Iterator[Comparison]:
         yield from comparisons(case, forward, backward)
 
 
-def sweeps(tiny: bool) -> Iterator[Sweep]:
-    """These kernels have one launch configuration."""
-    yield from ()
-
-
-FAMILY = Family("CUDA resizing", all_comparisons, sweeps)
+FAMILY = Family("CUDA resizing", all_comparisons)
 
 if __name__ == "__main__":
     main(FAMILY)

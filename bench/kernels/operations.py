@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.device import LAYOUTS
 from bench.kernels.command import main
-from bench.kernels.comparison import Comparison, Family, Part, Sweep
+from bench.kernels.comparison import Comparison, Family, Part
 from bench.kernels.operation_cases import Inputs, OperationCase, Outputs, cases
 from bench.kernels.shapes import INPUTS, Size
 from bench.kernels.timing import Call, gate
@@ -84,12 +84,7 @@ def comparisons(part: Part) -> Iterator[Comparison]:
             yield from map(comparison, cases(size, dtype))
 
 
-def sweeps(tiny: bool) -> Iterator[Sweep]:
-    """Their launches are swept by the families of kernels."""
-    yield from ()
-
-
-FAMILY = Family("operations", comparisons, sweeps)
+FAMILY = Family("operations", comparisons)
 
 if __name__ == "__main__":
     main(FAMILY)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from bench.device import DEVICE
 from bench.kernels.command import main
 from bench.kernels.comparison import Binding, Comparison, Family, Part, Sweep
 from bench.kernels.depthwise_cases import branches_of_nodes
+from bench.kernels.keys import case_of_key
 from bench.kernels.shapes import CELLS, FUSION_CHANNELS, INPUTS, Shape, Size, at_stride, cell_shapes
 from bench.kernels.timing import Call, gate
 from lgcnet_fast.kernels.pointwise_backward import (
@@ -25,6 +27,9 @@ from lgcnet_fast.kernels.pointwise_backward import (
     summed,
 )
 from lgcnet_fast.ops.tuning import shape_key
+
+FEW = 3
+"""Products of a launch that a derived network has."""
 
 
 @dataclass(frozen=True)
@@ -135,19 +140,28 @@ def comparisons(part: Part) -> Iterator[Comparison]:
         )
 
 
-def sweeps(tiny: bool) -> Iterator[Sweep]:
-    for size in (None,) if tiny else INPUTS:
-        for case in dict.fromkeys(cases(size)):
-            found = list(tiles(case))
-            yield Sweep(
-                operation="pointwise_backward",
-                key=shape_key(case.dtype, case.shape, (case.branches, case.out_channels)),
-                bytes=case.bytes,
-                make=lambda case=case: make_inputs(case),
-                run=ours,
-                configs=found if size else found[:1],
-                input=size,
-            )
+def key_of(case: Case) -> str:
+    return shape_key(case.dtype, case.shape, (case.branches, case.out_channels))
+
+
+def case_of(key: str) -> Case:
+    def read(dtype: torch.dtype, shape: Any, products: Any) -> Case:
+        branches, out_channels = products
+        return Case(shape, out_channels, branches, dtype)
+
+    return case_of_key(key, read, key_of)
+
+
+def sweep(key: str) -> Sweep:
+    case = case_of(key)
+    return Sweep(
+        operation="pointwise_backward",
+        key=key_of(case),
+        bytes=case.bytes,
+        make=lambda: make_inputs(case),
+        run=ours,
+        configs=list(tiles(case)),
+    )
 
 
 def tiles(case: Case) -> Iterator[ProductGradientsConfig]:
@@ -157,7 +171,10 @@ def tiles(case: Case) -> Iterator[ProductGradientsConfig]:
     yield _shared_out(default, case, 2 * default.programs)
     yield _shared_out(default, case, default.programs // 2)
     yield replace(default, stages=2)
-    yield replace(default, stages=4)
+    if case.branches <= FEW:  # more programs, for each of which there is a tile or two
+        yield _shared_out(replace(default, block_m=32), case, 2 * default.programs)
+    else:
+        yield replace(default, stages=4)
     yield _shared_out(replace(default, block_m=128, warps=8, stages=2), case, default.programs)
     other = {32: 64, 64: 32}.get(default.block_c, default.block_c)
     programs = default.programs * other // default.block_c
@@ -172,7 +189,7 @@ def _shared_out(tile: ProductGradientsConfig, case: Case, programs: int) -> Prod
     return replace(tile, programs=min(most, max(1, programs)))
 
 
-FAMILY = Family("gradients of pointwise products", comparisons, sweeps)
+FAMILY = Family("gradients of pointwise products", comparisons, swept={"pointwise_backward": sweep})
 
 if __name__ == "__main__":
     main(FAMILY)

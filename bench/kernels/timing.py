@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -106,6 +107,16 @@ def _by_clock(calls: Sequence[Call]) -> Callable[[], float]:
 
 def relative_error(result: Tensor, truth: Tensor) -> float:
     return ((result.double() - truth).norm() / truth.norm()).item()
+
+
+def alike(results: Any, others: Any) -> bool:
+    """Whether tensors, in sequences and dataclasses of both, are equal but for roundings."""
+    if isinstance(results, Tensor):
+        error, size = (results.float() - others.float()).norm(), others.float().norm()
+        return bool(error <= 1e-2 * size)
+    if is_dataclass(results):
+        results, others = vars(results).values(), vars(others).values()
+    return results is None or all(map(alike, results, others))
 
 
 def gate(name: str, result: Tensor, truth: Tensor, factor: float = 1) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from torch import Tensor
 from bench.device import DEVICE, LAYOUTS
 from bench.kernels.command import main
 from bench.kernels.comparison import Binding, Comparison, Family, Part, Sweep
+from bench.kernels.keys import case_of_key
 from bench.kernels.shapes import CLASSES, INPUTS, Size, at_stride
 from bench.kernels.timing import Call, gate
 from bench.stock.losses import hardest_pixels_loss, resized_cross_entropy
@@ -172,36 +175,43 @@ def comparisons(part: Part) -> Iterator[Comparison]:
         )
 
 
-def sweeps(tiny: bool) -> Iterator[Sweep]:
-    for size in (None,) if tiny else INPUTS:
-        yield from _sweeps(size)
+KINDS = {f"upsample_{kind.replace(' ', '_')}": kind for kind in ("cross entropy", "ohem", "argmax")}
+"""By operation."""
+TILES = [
+    *(CellConfig(32, rows, 1) for rows in (1, 2, 4, 8)),
+    *(CellConfig(64, rows, 2) for rows in (2, 4, 8)),
+    CellConfig(128, 4, 4),
+]
+"""Worth trying; the defaults are among them."""
 
 
-def _sweeps(size: Size | None) -> Iterator[Sweep]:
-    for case in _swept(size):
-        default = ARGMAX if case.kind == "argmax" else LOSS
-        tiles = itertools.product([(32, 1), (64, 2), (128, 4)], (1, 2, 4, 8))
-        others = [CellConfig(lanes, rows, warps) for (lanes, warps), rows in tiles]
-        yield Sweep(
-            operation=f"upsample_{case.kind.replace(' ', '_')}",
-            key=loss_key(case.dtype, (case.batch, case.classes, *case.size), case.full),
-            bytes=case.bytes,
-            make=lambda case=case: make_inputs(case),
-            run=lambda i, config, case=case: ours(case, i, config),
-            configs=[default, *others] if size else [default],
-            input=size,
-        )
+def key_of(case: Case) -> str:
+    return loss_key(case.dtype, (case.batch, case.classes, *case.size), case.full)
 
 
-def _swept(size: Size | None) -> Iterator[Case]:
-    if size is None:
-        yield from (case for case in cases("dry") if case.kind != "validation")
-        return
-    for kind in ("cross entropy", "ohem", "argmax"):
-        yield Case(kind, INPUTS[size], *_logits(size), size)
+def case_of(key: str, kind: str) -> Case:
+    def read(dtype: torch.dtype, logits: Any, full: Any) -> Case:
+        batch, classes, *size = logits
+        return Case(kind, batch, classes, tuple(size), full, dtype=dtype)
+
+    return case_of_key(key, read, key_of)
 
 
-FAMILY = Family("final upsampling", comparisons, sweeps)
+def sweep(operation: str, key: str) -> Sweep:
+    case = case_of(key, KINDS[operation])
+    return Sweep(
+        operation=operation,
+        key=key_of(case),
+        bytes=case.bytes,
+        make=lambda: make_inputs(case),
+        run=lambda i, config: ours(case, i, config),
+        configs=[ARGMAX if case.kind == "argmax" else LOSS, *TILES],
+    )
+
+
+FAMILY = Family(
+    "final upsampling", comparisons, swept={name: partial(sweep, name) for name in KINDS}
+)
 
 if __name__ == "__main__":
     main(FAMILY)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, Protocol, TypeVar
 
@@ -15,12 +16,22 @@ from torch.nn import functional as F
 
 from lgcnet_fast.deploy.arena import STREAMS, Schedule
 from lgcnet_fast.deploy.fused import Call, FusedNetwork
+from lgcnet_fast.deploy.graph_copies import (
+    IS_SUPPORTED,
+    CopyNode,
+    are_plain,
+    copy_nodes,
+    cuda_driver,
+)
 from lgcnet_fast.deploy.lower import lower
 from lgcnet_fast.deploy.operations import Size
 from lgcnet_fast.deploy.packing import Packing
 from lgcnet_fast.deploy.program import FoldedNetwork
+from lgcnet_fast.errors import DeviceError
 from lgcnet_fast.ops.compile_ahead import compile_ahead
 from lgcnet_fast.recording import recording
+
+log = logging.getLogger(__name__)
 
 MOST_REPLAYS = 8
 """Sizes kept at once, each with maps and graph of its own; that unused for longest goes first."""
@@ -80,15 +91,18 @@ class GraphEngine(ABC, Generic[Network]):
         with self._lock, self._on_device:
             return self._replay((batch, *size, False)).network
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def start(self, batch: int, size: Size) -> Call:
         """What starts the launches for images of this size and no copies, to be timed."""
         with self._lock, self._on_device:
-            return self._replay((batch, *size, False)).run
+            return self._replay((batch, *size, False)).launches()
 
     def _replay(self, key: Key) -> Replay[Network]:
-        if key in self._replays:
+        replay = self._replays.get(key)
+        if replay is not None:
             self._replays.move_to_end(key)
-            return self._replays[key]
+            return replay
         if len(self._replays) == MOST_REPLAYS:
             if self._turns is not None:
                 self._turns.finish()
@@ -134,8 +148,7 @@ class Turns:
 
     def begin(self) -> None:
         """On the current stream, which waits for earlier work if that is on another one."""
-        # Every frame asks: the handle alone takes a tenth of the time of `current_stream`.
-        handle = torch._C._cuda_getCurrentRawStream(self._device)
+        handle = _current_handle(self._device)
         if handle != self._handle:
             self._stream, self._handle = torch.cuda.current_stream(), handle
             self._done.wait(self._stream)
@@ -152,28 +165,51 @@ class Turns:
 class Replay(Generic[Network]):
     """A network that runs as one CUDA graph, to the labels or only to the logits.
 
-    turns: of the engine, on a GPU.
+    turns: of the engine, on a GPU. Where PyTorch and the driver can, the copies of image and labels
+    are part of the graph.
     """
 
     def __init__(self, network: Network, with_labels: bool, turns: Turns | None) -> None:
         self.network = network
         self._image = network.image
         self._labels = network.image.new_empty(network.image.shape[:3], dtype=torch.uint8)
-        last = [lambda: network.write_labels(self._labels)] if with_labels else []
-        self.run: Call = _one_after_another([*network.calls, *last])
+        self._last = [lambda: network.write_labels(self._labels)] if with_labels else []
+        self._turns = turns
         self._begin: Call = _nothing
         self._end: Call = _nothing
+        self._frame: FrameGraph | None = None
+        self._run: Call | None = None
         if turns is not None:
             self._begin, self._end = turns.begin, turns.end
-            self.run = _recorded(self.run, network, last, turns).replay
+            if with_labels:
+                self._frame = _frame_graph(network, self._labels, turns)
+        if self._frame is None:
+            self.launches()
+
+    def launches(self) -> Call:
+        """What starts the launches and no copies."""
+        if self._run is None:
+            self._run = self._launches()
+        return self._run
+
+    def _launches(self) -> Call:
+        if self._turns is None:
+            return _one_after_another([*self.network.calls, *self._last])
+        graph = torch.cuda.CUDAGraph()
+        _record(graph, self.network, (), self._last, self._turns)
+        return graph.replay
 
     def labels_of(self, pixels: Tensor) -> Tensor:
-        """uint8 (N, H, W, 3) of the network's size to uint8 (N, H, W)."""
+        """uint8 (N, H, W, 3) of the network's size to uint8 (N, H, W). Raises `DeviceError`."""
         self._begin()
         try:
-            self._image.copy_(pixels)
-            self.run()
-            return self._labels.clone()
+            if self._frame is None:
+                self._image.copy_(pixels)
+                self.launches()()
+                return self._labels.clone()
+            labels = torch.empty_like(self._labels)
+            self._frame.run(pixels, labels)
+            return labels
         finally:
             self._end()
 
@@ -184,12 +220,22 @@ class Replay(Generic[Network]):
         self._begin()
         try:
             self._image.copy_(resized.permute(0, 2, 3, 1))
-            self.run()
+            self.launches()()
             labels = pixels.new_empty(pixels.shape[:3])
             self.network.write_labels(labels)
             return labels
         finally:
             self._end()
+
+
+def _handle_of_current_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+# Every frame asks: PyTorch's own call takes a tenth of the time, where a version has it.
+_current_handle: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", _handle_of_current_stream
+)
 
 
 def _one_after_another(calls: Sequence[Call]) -> Call:
@@ -204,24 +250,74 @@ def _nothing() -> None:
     """On the CPU work is over when a call returns."""
 
 
-def _recorded(
-    run: Call, network: NetworkInMemory, last: Sequence[Call], turns: Turns
-) -> torch.cuda.CUDAGraph:
-    """The launches of a network as a graph in which independent ones overlap, then `last`.
+class FrameGraph:
+    """The graph of a network with the copies of its image and labels.
 
-    `run` does the same, one after another.
+    image: of the network. source, target: where the image comes from and where the labels go.
     """
-    graph = torch.cuda.CUDAGraph()
+
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, image: Tensor, source: CopyNode, target: CopyNode
+    ) -> None:
+        self._replay, self._image = graph.replay, image
+        self._source, self._target = source, target
+
+    def run(self, pixels: Tensor, labels: Tensor) -> None:
+        """labels: uint8 (N, H, W), contiguous. Raises `DeviceError`."""
+        if not are_plain(self._image, pixels):
+            pixels = self._copy_of(pixels)
+        try:
+            self._source.move(pixels.data_ptr())
+        except DeviceError:
+            # Memory of another kind than PyTorch's own, such as managed memory, cannot be part.
+            pixels = self._copy_of(pixels)
+            self._source.move(pixels.data_ptr())
+        self._target.move(labels.data_ptr())
+        self._replay()
+
+    def _copy_of(self, pixels: Tensor) -> Tensor:
+        return torch.empty_like(self._image).copy_(pixels)
+
+
+def _frame_graph(network: NetworkInMemory, labels: Tensor, turns: Turns) -> FrameGraph | None:
+    """None where PyTorch or the driver cannot move the ends of a copy."""
+    driver = cuda_driver()
+    if driver is None or not IS_SUPPORTED:
+        return None
+    pixels, result = torch.zeros_like(network.image), torch.empty_like(labels)
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    first = [lambda: network.image.copy_(pixels)]
+    last = [lambda: network.write_labels(labels), lambda: result.copy_(labels)]
+    _record(graph, network, first, last, turns)
+    graph.instantiate()
+    try:
+        nodes = copy_nodes(driver, graph, pixels.data_ptr(), result.data_ptr())
+    except DeviceError as error:
+        log.warning("images and labels are copied outside of their CUDA graph: %s", error)
+        return None
+    return FrameGraph(graph, network.image, *nodes)
+
+
+def _record(
+    graph: torch.cuda.CUDAGraph,
+    network: NetworkInMemory,
+    first: Sequence[Call],
+    last: Sequence[Call],
+    turns: Turns,
+) -> None:
+    """`first`, the launches of a network, of which independent ones overlap, then `last`."""
+    run = _one_after_another([*first, *network.calls, *last])
     turns.main.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(turns.main):
         compile_ahead(run)
         # Loads the kernels, which a recording must not.
         run()
     with recording(graph, turns.main, pool=turns.pool):
+        for call in first:
+            call()
         _overlapping(network.calls, network.schedule, turns.sides)
         for call in last:
             call()
-    return graph
 
 
 def _overlapping(

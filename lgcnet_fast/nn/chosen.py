@@ -6,7 +6,7 @@ and the batch norms that end in a node are part of its sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -19,10 +19,13 @@ from lgcnet_fast.nn.primitives import (
     Source,
     raw_convolutions,
 )
-from lgcnet_fast.ops import max_pool, norm_sum, separable_branches
+from lgcnet_fast.nn.together import Part, together
+from lgcnet_fast.ops import Recomputable, max_pool, norm_sum, recomputed, separable_branches
 
 Term = tuple[Tensor, nn.Module | None]
 """A map, and the batch norm that it still goes through, if any."""
+Work = tuple[Sequence[nn.Module], Part]
+"""Operations, and what computes the raw map of each."""
 
 
 def leaving_source(x: Tensor, operations: Sequence[nn.Module]) -> Source:
@@ -33,19 +36,26 @@ def leaving_source(x: Tensor, operations: Sequence[nn.Module]) -> Source:
 
 def chosen_terms(leaving: Mapping[nn.Module, Source]) -> dict[nn.Module, Term]:
     """What each operation brings to its node; leaving: the map that it reads."""
-    raw = _convolved(leaving) | _separable(leaving)
-    terms: dict[nn.Module, Term] = {}
-    for operation, source in leaving.items():
-        if operation in raw:
-            terms[operation] = raw[operation], cast(nn.Module, operation.norm)
-        elif isinstance(operation, nn.MaxPool2d):
-            terms[operation] = _pooled(source, operation), None
-        elif isinstance(operation, nn.Identity):
-            terms[operation] = source.plain(), None
-        else:
-            compute = cast(Callable[[Source], Tensor], operation.raw)
-            terms[operation] = compute(source), cast(nn.Module, operation.norm)
-    return terms
+    ways: list[Recomputable] = []
+    works = [
+        *_rectifying(leaving, ways),
+        *_separable(leaving),
+        *_pooled(leaving),
+    ]
+    with recomputed(*ways):
+        found = together([part for _, part in works])
+    raw = {
+        operation: y
+        for (operations, _), maps in zip(works, found, strict=True)
+        for operation, y in zip(operations, maps, strict=True)
+    }
+    return {
+        operation: (
+            raw[operation] if operation in raw else source.plain(),
+            getattr(operation, "norm", None),
+        )
+        for operation, source in leaving.items()
+    }
 
 
 def term_sum(terms: Sequence[Term]) -> Tensor:
@@ -54,44 +64,66 @@ def term_sum(terms: Sequence[Term]) -> Tensor:
     return norm_sum(maps, norms)
 
 
-def _convolved(leaving: Mapping[nn.Module, Source]) -> dict[nn.Module, Tensor]:
-    """The raw maps of plain convolutions."""
-    found = [operation for operation in leaving if isinstance(operation, ReLUConvBN)]
-    if not found:
-        return {}
-    maps = raw_convolutions(found, [leaving[operation] for operation in found])
-    return dict(zip(found, maps, strict=True))
+def _rectifying(leaving: Mapping[nn.Module, Source], ways: list[Recomputable]) -> Iterator[Work]:
+    """Plain convolutions, and reductions; ways: gets how to compute again what they read."""
+    convolutions = [one for one in leaving if isinstance(one, ReLUConvBN)]
+    reductions = [one for one in leaving if isinstance(one, FactorizedReduce)]
+    if convolutions:
+        maps = [_rectified(leaving[one], ways) for one in convolutions]
+        yield convolutions, Part(lambda *xs: raw_convolutions(convolutions, xs), maps, convolutions)
+    for one in reductions:
+        x = _rectified(leaving[one], ways)
+        yield [one], Part(lambda x, one=one: [one.convolved(x)], [x], [one])
 
 
-def _separable(leaving: Mapping[nn.Module, Source]) -> dict[nn.Module, Tensor]:
-    """The raw maps of depthwise-separable operations, whose maps are of one shape."""
+def _rectified(source: Source, ways: list[Recomputable]) -> Tensor:
+    value, own = source.rectify()
+    ways += own
+    return value
+
+
+def _separable(leaving: Mapping[nn.Module, Source]) -> Iterator[Work]:
+    """Depthwise-separable operations, whose maps are of one shape."""
     found = [one for one in leaving if isinstance(one, (DepthwiseSeparable, SeparablePair))]
     if not found:
-        return {}
+        return
     # Map after map, whatever the order of the edges.
     sources = list(dict.fromkeys(leaving[one] for one in found))
     found.sort(key=lambda one: sources.index(leaving[one]))
     firsts = [one.stages()[0] if isinstance(one, SeparablePair) else one for one in found]
     layers = [first.depthwise for first in firsts]
-    stacks = separable_branches(
-        [source.plain() for source in sources],
-        [layer.weight for layer in layers],
-        [first.pointwise.weight for first in firsts],
-        [layer.dilation[0] for layer in layers],
-        layers[0].stride[0],
-        [1] * len(found),
-        [sum(leaving[one] is source for one in found) for source in sources],
-    )
-    return {
-        one: one.second(y) if isinstance(one, SeparablePair) else y
-        for one, (y,) in zip(found, stacks, strict=True)
-    }
+    shares = [sum(leaving[one] is source for one in found) for source in sources]
+
+    def compute(*xs: Tensor) -> list[Tensor]:
+        stacks = separable_branches(
+            xs,
+            [layer.weight for layer in layers],
+            [first.pointwise.weight for first in firsts],
+            [layer.dilation[0] for layer in layers],
+            layers[0].stride[0],
+            [1] * len(found),
+            shares,
+        )
+        return [
+            one.second(y) if isinstance(one, SeparablePair) else y
+            for one, (y,) in zip(found, stacks, strict=True)
+        ]
+
+    yield found, Part(compute, [source.plain() for source in sources], found)
 
 
-def _pooled(source: Source, operation: nn.MaxPool2d) -> Tensor:
+def _pooled(leaving: Mapping[nn.Module, Source]) -> Iterator[Work]:
     """Max pooling, once for all operations that pool a map alike."""
-    stride = cast(int, operation.stride)
-    if stride not in source.pooled:
-        x = source.plain()
-        source.pooled[stride] = max_pool(x, stride) if operation.training else operation(x)
-    return source.pooled[stride]
+    alike: dict[tuple[Source, int], list[nn.Module]] = {}
+    for one, source in leaving.items():
+        if isinstance(one, nn.MaxPool2d):
+            alike.setdefault((source, cast(int, one.stride)), []).append(one)
+    for (source, stride), operations in alike.items():
+
+        def compute(
+            x: Tensor, stride: int = stride, operations: Sequence[nn.Module] = operations
+        ) -> list[Tensor]:
+            pooled = max_pool(x, stride) if operations[0].training else operations[0](x)
+            return [pooled] * len(operations)
+
+        yield operations, Part(compute, [source.plain()])

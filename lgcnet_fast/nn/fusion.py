@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from lgcnet_fast.nn.primitives import (
     is_pointwise,
     source_of,
 )
+from lgcnet_fast.nn.together import Part, together
 from lgcnet_fast.ops import concat_upsample, sum_upsample
 
 FUSION_WIDTH = 48
@@ -58,31 +60,45 @@ class FusionCell(nn.Module):
         """
         sources = [source_of(feature) for feature in features]
         sizes = [source.size for source in sources]
-        reduced = applied_together(list(self.reduce), sources)
+        reduced = applied_together(cast(list[ReLUConvBN], list(self.reduce)), sources)
         values = dict(zip(self.graph.inputs, reduced, strict=True))
-        for edge in self.graph.edges:
-            read = [values[source] for source in edge.sources]
-            values[edge.name] = self._value(edge, read, sizes[edge.level], z)
+        for edges in _ready_together(self.graph):
+            found = together([self._part(edge, values, sizes[edge.level], z) for edge in edges])
+            values |= {edge.name: value for edge, (value,) in zip(edges, found, strict=True)}
         return sum_upsample([values[name] for name in self.graph.output], sizes[0])
 
-    def _value(
+    def _part(
         self,
         edge: FusionEdge,
-        sources: Sequence[Tensor],
+        values: Mapping[str, Tensor],
         size: tuple[int, int],
         z: Mapping[str, Tensor] | None,
-    ) -> Tensor:
+    ) -> Part:
         """What an edge makes of its sources. In derived networks 1x1 convolutions read several
         sources as they are: their concatenation is neither written nor kept."""
         module = self.edges[edge.name]
-        weights = () if z is None or edge.kind == "join" else (z[edge.name],)
-        if edge.kind == "up":
-            value: Tensor = module(*weights, sources[0], size)
-        elif z is None and len(sources) > 1 and is_pointwise(module):
-            value = module.of_concatenation(sources, size)
-        else:
-            value = module(*weights, concat_upsample(sources, size))
-        return value
+        maps = [values[source] for source in edge.sources]
+        weights = [] if z is None or edge.kind == "join" else [z[edge.name]]
+
+        def value(*tensors: Tensor) -> list[Tensor]:
+            sources, row = tensors[: len(maps)], tensors[len(maps) :]
+            if edge.kind == "up":
+                return [module(*row, *sources, size)]
+            if z is None and len(sources) > 1 and is_pointwise(module):
+                return [module.of_concatenation(sources, size)]
+            return [module(*row, concat_upsample(sources, size))]
+
+        return Part(value, [*maps, *weights], [module])
+
+
+def _ready_together(graph: FusionGraph) -> Iterator[list[FusionEdge]]:
+    """All edges in their order, those together whose sources are there at once."""
+    known, waiting = set(graph.inputs), list(graph.edges)
+    while waiting:
+        ready = [edge for edge in waiting if known.issuperset(edge.sources)]
+        yield ready
+        known |= {edge.name for edge in ready}
+        waiting = [edge for edge in waiting if edge not in ready]
 
 
 def search_fusion_cell(graph: FusionGraph, channels: Sequence[int]) -> FusionCell:

@@ -7,29 +7,17 @@ that end in a node are then one operation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, groupby
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lgcnet_fast.nn.primitives import (
-    DepthwiseSeparable,
-    GlobalPool,
-    ReLUConvBN,
-    SeparablePair,
-    Source,
-    raw_convolutions,
-)
-from lgcnet_fast.ops import (
-    Recomputable,
-    mixed_norm_sum,
-    recomputed,
-    second_stages,
-    separable_branches,
-)
+from lgcnet_fast.nn.candidates import raw_maps
+from lgcnet_fast.nn.primitives import DepthwiseSeparable, Source
+from lgcnet_fast.ops import Recomputable, mixed_norm_sum, recomputed
 from lgcnet_fast.ops.constants import constant
 
 ALIGNMENT = 8
@@ -73,36 +61,24 @@ class MixedOp(nn.Module):
         for names in self._runs:
             yield [self.candidates[name] for name in names]
 
-    def terms(
-        self, source: Source, computed: Mapping[nn.Module, list[Tensor]], *inputs: object
-    ) -> Terms:
-        """computed: the raw maps of runs that are there already, by their first candidate."""
+    def terms(self, source: Source, computed: Mapping[nn.Module, list[Tensor]]) -> Terms:
+        """computed: the raw maps of the candidates, as `raw_maps` gives them."""
         maps: list[Tensor] = []
-        pools = [one.bins for one in self.candidates.values() if isinstance(one, GlobalPool)]
-        if pools:
-            source.average(pools)
         for run in self.runs():
-            if run[0] in computed:
-                maps += computed[run[0]]
-            elif isinstance(run[0], nn.Identity):
-                maps.append(source.plain())
-            else:
-                raw = cast(Callable[..., Tensor], run[0].raw)
-                maps.append(raw(source, *inputs))
+            is_identity = isinstance(run[0], nn.Identity)
+            maps += [source.plain()] if is_identity else computed[run[0]]
         return Terms(maps, self.norms(), source.recomputable)
-
-
-Leaving = tuple[Source, Sequence[MixedOp]]
-"""The map of a node, and the edges that leave it."""
 
 
 def edge_terms(leaving: Sequence[tuple[Source, Sequence[MixedOp]]], *inputs: object) -> list[Terms]:
     """The terms of all edges that leave some nodes, node after node.
 
-    All nodes have as many edges, and all edges the same candidates.
+    All nodes have as many edges, and all edges the same candidates. inputs: what candidates take
+    beside the map.
     """
-    computed = _separable_maps(leaving) | _convolved_maps(leaving)
-    return [edge.terms(source, computed, *inputs) for source, edges in leaving for edge in edges]
+    every = [(source, [list(edge.runs()) for edge in edges]) for source, edges in leaving]
+    computed = raw_maps(every, *inputs)
+    return [edge.terms(source, computed) for source, edges in leaving for edge in edges]
 
 
 def node_weights(nodes: Sequence[Sequence[MixedOp]], z: Tensor) -> list[Tensor]:
@@ -158,66 +134,6 @@ def node_sum(edges: Sequence[Terms], weights: Tensor) -> Tensor:
             norms,
             [next(plain if norm is None else with_norm) for norm in norms],
         )
-
-
-def _separable_maps(leaving: Sequence[Leaving]) -> dict[nn.Module, list[Tensor]]:
-    """The raw maps of all depthwise-separable candidates, by the first of each run."""
-    edges = [edge for _, edges in leaving for edge in edges]
-    runs = [run for edge in edges for run in edge.runs() if _is_separable(run[0])]
-    if not runs:
-        return {}
-    firsts = [_first_stages(run) for run in runs]
-    branches = [branch for first in firsts for branch in first]
-    stacks = separable_branches(
-        [source.plain() for source, _ in leaving],
-        [branch.depthwise.weight for branch in branches],
-        [branch.pointwise.weight for branch in branches],
-        [branch.depthwise.dilation[0] for branch in branches[: len(branches) // len(edges)]],
-        branches[0].depthwise.stride[0],
-        [len(first) for first in firsts],
-    )
-    computed = {run[0]: stack for run, stack in zip(runs, stacks, strict=True)}
-    return computed | _second_stages(computed)
-
-
-def _second_stages(computed: Mapping[nn.Module, list[Tensor]]) -> dict[nn.Module, list[Tensor]]:
-    """computed: the raw maps of first stages, of pairs among them."""
-    pairs = {pair: pair.stages() for pair in computed if isinstance(pair, SeparablePair)}
-    if not pairs:
-        return {}
-    stacks = second_stages(
-        [computed[pair] for pair in pairs],
-        [first.norm for first, _ in pairs.values()],
-        [second.depthwise.weight for _, second in pairs.values()],
-        [second.pointwise.weight for _, second in pairs.values()],
-    )
-    return dict(zip(pairs, stacks, strict=True))
-
-
-def _convolved_maps(leaving: Sequence[Leaving]) -> dict[nn.Module, list[Tensor]]:
-    """The raw maps of all plain convolutions, by candidate."""
-    sources = {
-        candidate: source
-        for source, edges in leaving
-        for edge in edges
-        for candidate in edge.candidates.values()
-        if isinstance(candidate, ReLUConvBN)
-    }
-    if not sources:
-        return {}
-    maps = raw_convolutions(list(sources), list(sources.values()))
-    return {candidate: [y] for candidate, y in zip(sources, maps, strict=True)}
-
-
-def _first_stages(run: list[nn.Module]) -> list[DepthwiseSeparable]:
-    """What reads the edge's input."""
-    if isinstance(run[0], SeparablePair):
-        return [run[0].stages()[0]]
-    return cast(list[DepthwiseSeparable], run)
-
-
-def _is_separable(candidate: nn.Module) -> bool:
-    return isinstance(candidate, (DepthwiseSeparable, SeparablePair))
 
 
 def _is_branch(candidate: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from typing import TypeGuard, TypeVar, cast
 
 from torch import Tensor, nn
 
+from lgcnet_fast.nn.together import Part, together
 from lgcnet_fast.ops import (
     Geometry,
     Recomputable,
@@ -29,6 +30,7 @@ from lgcnet_fast.ops import (
     readers,
     recomputable,
     recomputable_max_pool,
+    recomputed,
     recomputes,
     rectified_together,
     separable_branches,
@@ -67,6 +69,10 @@ class Source:
     def average(self, bins: Sequence[int]) -> None:
         """Fills `means` for the readers that pool the ReLU to so many bins, in one operation."""
         self.means.update(zip(bins, self.rectified(partial(average_pools, bins=bins)), strict=True))
+
+    def rectify(self) -> tuple[Tensor, list[Recomputable]]:
+        """The ReLU that convolutions begin with, for one reader, who keeps it `recomputed`."""
+        return self._readers.rectify()
 
     @staticmethod
     def rectified_together(
@@ -128,6 +134,10 @@ class ReLUConvBN(nn.Sequential):
     def forward(self, x: Tensor | Source) -> Tensor:
         return _norm_of(self.norm, self.raw(source_of(x)))
 
+    def of_rectified(self, x: Tensor) -> Tensor:
+        """`forward`, from the ReLU on."""
+        return _norm_of(self.norm, *raw_convolutions([self], [x]))
+
     def of_concatenation(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """`forward` of `concat_upsample(maps, size)`; for modules that `is_pointwise` names."""
         return _norm_of(self.norm, concat_upsample_pointwise(maps, size, self[1].weight))
@@ -141,34 +151,27 @@ def is_pointwise(module: nn.Module) -> TypeGuard[ReLUConvBN]:
     return layer.kernel_size == (1, 1) and layer.stride == (1, 1)
 
 
-def raw_convolutions(modules: Sequence[ReLUConvBN], sources: Sequence[Source]) -> list[Tensor]:
-    """What the norms of the modules receive, each of which reads its own source."""
+def raw_convolutions(modules: Sequence[ReLUConvBN], rectified: Sequence[Tensor]) -> list[Tensor]:
+    """What the norms of the modules receive; rectified: the ReLU that each begins with."""
     layers = [cast(nn.Conv2d, module[1]) for module in modules]
     geometries = [
         Geometry(layer.stride[0], cast(int, layer.padding[0]), layer.dilation[0])
         for layer in layers
     ]
-    weights = [layer.weight for layer in layers]
-    return Source.rectified_together(
-        sources, partial(convolutions, weights=weights, geometries=geometries)
-    )
+    return convolutions(rectified, [layer.weight for layer in layers], geometries)
 
 
 def applied_together(
-    modules: Sequence[nn.Module], inputs: Sequence[Tensor | Source]
+    modules: Sequence[ReLUConvBN | FactorizedReduce], inputs: Sequence[Tensor | Source]
 ) -> list[Tensor]:
-    """What each module makes of its own input; the convolutions of ReLUConvBN side by side."""
-    sources = {
-        module: source_of(x)
-        for module, x in zip(modules, inputs, strict=True)
-        if isinstance(module, ReLUConvBN)
-    }
-    raw = raw_convolutions(list(sources), list(sources.values()))
-    normed = dict(zip(sources, _norms_of([module.norm for module in sources], raw), strict=True))
-    return [
-        normed[module] if isinstance(module, ReLUConvBN) else module(x)
-        for module, x in zip(modules, inputs, strict=True)
+    """What each module makes of its own input, side by side."""
+    rectified, ways = zip(*(source_of(x).rectify() for x in inputs), strict=True)
+    parts = [
+        Part(lambda x, module=module: [module.of_rectified(x)], [x], [module])
+        for module, x in zip(modules, rectified, strict=True)
     ]
+    with recomputed(*(way for own in ways for way in own)):
+        return [y for (y,) in together(parts)]
 
 
 class PoolBN(nn.Sequential):
@@ -259,9 +262,16 @@ class FactorizedReduce(nn.Module):
         self.odd = nn.Conv2d(c_in, c_out - c_out // 2, 1, stride=2, bias=False)
         self.norm = nn.BatchNorm2d(c_out, affine=affine)
 
+    def convolved(self, x: Tensor) -> Tensor:
+        """What the norm receives; x: the ReLU of the input."""
+        return interleaved_convolution(x, even=self.even.weight, odd=self.odd.weight)
+
     def raw(self, source: Source) -> Tensor:
-        weights = {"even": self.even.weight, "odd": self.odd.weight}
-        return source.rectified(partial(interleaved_convolution, **weights))
+        return source.rectified(self.convolved)
+
+    def of_rectified(self, x: Tensor) -> Tensor:
+        """`forward`, from the ReLU on."""
+        return _norm_of(self.norm, self.convolved(x))
 
     def forward(self, x: Tensor | Source) -> Tensor:
         return _norm_of(self.norm, self.raw(source_of(x)))

@@ -14,7 +14,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +22,6 @@ from lgcnet_fast.parallel import cores
 
 log = logging.getLogger(__name__)
 
-COLD_SECONDS = 0.1
-"""A kernel that takes longer was compiled: from Triton's cache it comes in a tenth of that."""
 KERNELS_A_PROCESS = 4
 """A process takes as long to start as it takes to compile so many."""
 
@@ -44,36 +41,35 @@ def compile_ahead(rehearsal: Callable[[], object]) -> None:
     except ImportError:
         return
     notes = _Notes()
-    with knobs.runtime.scope():
+    with knobs.runtime.scope(), knobs.compilation.scope():
         knobs.runtime.jit_cache_hook = notes.before
-        knobs.runtime.jit_post_compile_hook = notes.after
+        knobs.compilation.listener = notes.compiled
         rehearsal()
     if notes.kernels:
         compile_together(list(notes.kernels))
 
 
 class _Notes:
-    """Triton's hooks: lets it compile until that takes time, then takes notes instead."""
+    """Triton's hooks: lets it take kernels from its cache until one is missing, then takes notes.
+
+    The one that was missing first has been compiled by then.
+    """
 
     def __init__(self) -> None:
         self.kernels: dict[str, None] = {}
         """As lines of JSON for compile_worker.py, in order."""
         self._cold = False
-        self._started = False
-        self._begun = 0.0
 
     def before(self, *, fn: Any, compile: dict[str, Any], **others: Any) -> bool:
         """Whether Triton shall neither compile nor launch the kernel."""
         if self._cold:
             kernel = {"module": fn.module, "name": fn.name, "data": compile["specialization_data"]}
             self.kernels[json.dumps(kernel)] = None
-        self._begun = time.perf_counter()
         return self._cold
 
-    def after(self, **others: Any) -> None:
-        # The first kernel also waits until Triton has started up.
-        self._cold = self._started and time.perf_counter() - self._begun > COLD_SECONDS
-        self._started = True
+    def compiled(self, *, cache_hit: bool, **others: Any) -> None:
+        # How long it took would not tell: on a busy machine the cache takes its time as well.
+        self._cold = self._cold or not cache_hit
 
 
 def compile_together(kernels: list[str]) -> None:

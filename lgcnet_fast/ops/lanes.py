@@ -14,6 +14,8 @@ allocated on as soon as Python drops it, whatever other streams still do with it
 3. A stream belongs to one job at a time: a job that calls `side_by_side` shares out its own
    streams only. All of them have joined the job's first stream when it ends.
 
+4. What a job drops that was there before it, it hands to `keep_until_joined`.
+
 So memory that a stream takes again was last used by that stream itself, or by one that has joined
 the point from which the stream was forked since. `record_stream` is not needed, which would keep
 memory until the capture ends. What a job returns may be used and dropped like any other tensor.
@@ -29,12 +31,14 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-LANES = 6
+LANES = 9
 """Streams among which jobs are shared out, the current one included: cuBLAS takes a workspace on
 each (see train/memory.py)."""
 
 _own: ContextVar[tuple[torch.cuda.Stream, ...] | None] = ContextVar("lanes", default=None)
 """The streams of the job that is running, the one that it runs on first."""
+_kept: ContextVar[list[torch.Tensor] | None] = ContextVar("kept", default=None)
+"""What jobs have dropped since the outermost `side_by_side` began."""
 
 
 def side_by_side(device: torch.device, jobs: Sequence[Callable[[], T]]) -> list[T]:
@@ -50,10 +54,27 @@ def side_by_side(device: torch.device, jobs: Sequence[Callable[[], T]]) -> list[
     fork = streams[0].record_event()
     for share in shares[1:]:
         share[0].wait_event(fork)
-    results = [_run(job, shares[index % lanes]) for index, job in enumerate(jobs)]
-    for share in shares[1:]:
-        streams[0].wait_stream(share[0])
-    return results
+    outermost = _kept.set([]) if _kept.get() is None else None
+    try:
+        results = [_run(job, shares[index % lanes]) for index, job in enumerate(jobs)]
+        for share in shares[1:]:
+            streams[0].wait_stream(share[0])
+        return results
+    finally:
+        if outermost is not None:
+            _kept.reset(outermost)
+
+
+def has_lanes(device: torch.device) -> bool:
+    """Whether `side_by_side` would run two jobs on streams of their own."""
+    return len(_own.get() or _streams(device)) > 1
+
+
+def keep_until_joined(*tensors: torch.Tensor) -> None:
+    """For a job that drops tensors which it has not allocated; elsewhere they are just dropped."""
+    kept = _kept.get()
+    if kept is not None:
+        kept.extend(tensors)
 
 
 def _run(job: Callable[[], T], streams: tuple[torch.cuda.Stream, ...]) -> T:

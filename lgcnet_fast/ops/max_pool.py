@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.lanes import keep_until_joined
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.operands import check_map
 from lgcnet_fast.ops.recompute import Recomputable, recomputable
@@ -96,7 +97,9 @@ class _Again:
 
     def gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
         kept = x if self._backend == "cuda" else self._computed(x)[1]
-        self._found = None
+        if self._found is not None:
+            keep_until_joined(*self._found)
+            self._found = None
         return _max_pool_backward(
             kept, gradient, x.shape[2], x.shape[3], self._stride, self._backend
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def test_only_better_tiles_are_taken(tmp_path: Path) -> None:
     assert table.backends == {"pool": "triton"}
 
 
+def test_what_takes_longest_is_swept_first() -> None:
+    small, large = (("max_pool_forward", f"float32 1x8x{n}x{n} 1") for n in (4, 4096))
+    for counts, first in (({small: 9, large: 1}, large), ({small: 999, large: 1}, small)):
+        sweeps = tune.sweeps_by_cost(counts)
+        assert [(sweep.operation, sweep.key) for sweep in sweeps][0] == first
+
+
 def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("a dry run is for the CPU")
@@ -59,9 +67,13 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tune, "cases", two_operations)
     monkeypatch.setattr(tune, "choose_engine", lambda size, tuning, rows: None)
-    options = ["--dry", "--families", "concat_upsample", "--folder", str(tmp_path)]
+    options = ["--dry", "--step", "finetune", "--families", "concat_upsample"]
+    options += ["--folder", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["bench", *options, "--out", str(tmp_path / "rows.json")])
     tune.main()
+    swept = [r for r in json.loads((tmp_path / "rows.json").read_text())["rows"] if "configs" in r]
+    assert {"concat_upsample", "concat_upsample_backward"} < {row["operation"] for row in swept}
+    assert all(row["default_us"] == row["configs"][0]["us"] for row in swept)
     table = read_table(tmp_path / "cpu.json")
     names = {"upsample_argmax", "mixed_norm_sum"}
     assert table.backends == dict.fromkeys(names, "reference")

@@ -204,6 +204,24 @@ def test_threads_on_streams_of_their_own(own_size: Blueprint, backend: str) -> N
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", GRAPHS)
+def test_layouts_and_places_of_images_give_the_same_labels(
+    own_size: Blueprint, backend: str
+) -> None:
+    engine = Engine(own_size, torch.device("cuda"), "fp16", backend)
+    wide = torch.from_numpy(picture((65, 194), 3)).cuda()
+    image = wide[:, ::2].contiguous()
+    planar = image.permute(2, 0, 1).contiguous()
+    stacked = torch.stack([torch.zeros_like(image), image])
+    expected = engine.labels(image.cpu()).cpu()
+    views = [image, wide[:, ::2], planar.permute(1, 2, 0), stacked[1], image.clone(), image]
+    found = [engine.labels(view) for view in views]
+    assert all(torch.equal(one.cpu(), expected) for one in found)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(engine.labels, stacked[1]).result().cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", GRAPHS)
 def test_memory_stays_where_sizes_change(own_size: Blueprint, backend: str) -> None:
     engine = Engine(own_size, torch.device("cuda"), "fp16", backend)
     sizes = [(33 + 16 * i, 65 + 16 * i) for i in range(2 * replay.MOST_REPLAYS)]
