@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def edge_stride(edge: int, reduction: bool) -> int:
 
 
 class Cell(nn.Module):
-    """Preprocessing of both inputs to `channels`; subclasses add the edges.
+    """Preprocessing of both inputs to `channels`; subclasses add the edges, and `halves`.
 
     `reduce_first` halves s0, which is larger than s1 when the previous cell was a reduction.
     """
@@ -50,6 +50,14 @@ class Cell(nn.Module):
         first = FactorizedReduce if reduce_first else ReLUConvBN
         self.preprocess0 = first(c_in0, channels, affine=affine)
         self.preprocess1 = ReLUConvBN(c_in1, channels, affine=affine)
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """inputs: those of `halves`, which it concatenates. Returns (N, 2C, H', W')."""
+        return concat_pair(*self.halves(*inputs))
+
+    def halves(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """The maps of x1 and x2, each (N, C, H', W')."""
+        raise NotImplementedError
 
     def preprocessed(self, s0: Tensor | Source, s1: Tensor | Source) -> list[Tensor]:
         """The maps of i1 and i2."""
@@ -67,10 +75,10 @@ class SearchCell(Cell):
             _mixed_edge(channels, edge_stride(edge, reduction)) for edge in range(EDGES_PER_CELL)
         )
 
-    def forward(
+    def halves(
         self, s0: Tensor | Source, s1: Tensor | Source, z: Tensor | Sequence[Tensor]
-    ) -> Tensor:
-        """s0: output of cell k - 2, s1: of cell k - 1. Returns (N, 2C, H', W').
+    ) -> tuple[Tensor, Tensor]:
+        """s0: output of cell k - 2, s1: of cell k - 1. Returns the maps of x1 and x2.
 
         z: (5, 8), or what `weights_of` picked from it together with that of other cells.
         """
@@ -80,7 +88,7 @@ class SearchCell(Cell):
         x1 = Source(node_sum([terms[edge] for edge in _EDGES_INTO["x1"]], weights1))
         terms |= self._leave({"x1": x1})
         x2 = node_sum([terms[edge] for edge in _EDGES_INTO["x2"]], weights2)
-        return concat_pair(x1.plain(), x2)
+        return x1.plain(), x2
 
     def nodes(self) -> list[list[MixedOp]]:
         """The edges that end in x1, and those that end in x2."""
@@ -125,15 +133,15 @@ class DerivedCell(Cell):
             if operation is not None:
                 self.edges[str(edge)] = operation
 
-    def forward(self, s0: Tensor | Source, s1: Tensor | Source) -> Tensor:
-        """s0: output of cell k - 2, s1: of cell k - 1. Returns (N, 2C, H', W')."""
+    def halves(self, s0: Tensor | Source, s1: Tensor | Source) -> tuple[Tensor, Tensor]:
+        """s0: output of cell k - 2, s1: of cell k - 1. Returns the maps of x1 and x2."""
         i1, i2 = self.preprocessed(s0, s1)
         terms = self._leave({"i1": i1, "i2": i2})
         x1 = self._node("x1", terms, i2)
         source = Source(x1)
         terms |= chosen_terms(dict.fromkeys(self._chosen(_EDGES_FROM["x1"]), source))
         x2 = self._node("x2", terms, i2)
-        return concat_pair(source.plain(), x2)
+        return source.plain(), x2
 
     def _chosen(self, edges: Sequence[int]) -> list[nn.Module]:
         """The operations of those of the edges that have one."""

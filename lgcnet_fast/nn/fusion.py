@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from lgcnet_fast.nn.fusion_graphs import FusionEdge, FusionGraph
 from lgcnet_fast.nn.mixed import MixedOp
 from lgcnet_fast.nn.operations import FUSION_OPS, UP_OPS, fusion_operation, up_operation
-from lgcnet_fast.nn.primitives import ReLUConvBN, applied_together, is_pointwise
+from lgcnet_fast.nn.primitives import (
+    ReLUConvBN,
+    Source,
+    applied_together,
+    is_pointwise,
+    source_of,
+)
 from lgcnet_fast.nn.together import Part, together
 from lgcnet_fast.ops import concat_upsample, sum_upsample
 
@@ -45,13 +51,16 @@ class FusionCell(nn.Module):
                 else make_edge(edge, c_in)
             )
 
-    def forward(self, features: Sequence[Tensor], z: Mapping[str, Tensor] | None = None) -> Tensor:
+    def forward(
+        self, features: Sequence[Tensor | Source], z: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """features: one map a branch, finest first; z: edge name -> (options,), supernet only.
 
         Returns (N, 48, H, W) at the size of the finest branch.
         """
-        sizes = [(feature.shape[-2], feature.shape[-1]) for feature in features]
-        reduced = applied_together(cast(list[ReLUConvBN], list(self.reduce)), features)
+        sources = [source_of(feature) for feature in features]
+        sizes = [source.size for source in sources]
+        reduced = applied_together(cast(list[ReLUConvBN], list(self.reduce)), sources)
         values = dict(zip(self.graph.inputs, reduced, strict=True))
         for edges in _ready_together(self.graph):
             found = together([self._part(edge, values, sizes[edge.level], z) for edge in edges])

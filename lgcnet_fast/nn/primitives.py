@@ -26,6 +26,7 @@ from lgcnet_fast.ops import (
     norm_sum,
     normalised,
     norms_apart,
+    pair_readers,
     readers,
     recomputable,
     recomputable_max_pool,
@@ -42,10 +43,18 @@ T = TypeVar("T")
 class Source:
     """A map that candidates read, with what several of them need of it, computed once."""
 
-    def __init__(self, x: Tensor, only_rectified: bool = False) -> None:
-        """only_rectified: every reader begins with a ReLU, and nobody else needs x going back."""
+    def __init__(
+        self, x: Tensor, beside: Tensor | None = None, only_rectified: bool = False
+    ) -> None:
+        """beside: where the map is concat(x, beside).
+
+        only_rectified: every reader begins with a ReLU, and nobody else needs the map going back.
+        """
         self.size = (x.shape[-2], x.shape[-1])
-        self._readers = readers(x, only_rectified)
+        if beside is None:
+            self._readers = readers(x, only_rectified)
+        else:
+            self._readers = pair_readers(x, beside, only_rectified)
         self.recomputable: list[Recomputable] = []
         """Raw maps that a node need not keep."""
 
@@ -123,7 +132,7 @@ class ReLUConvBN(nn.Sequential):
         return source.rectified(self[1])
 
     def forward(self, x: Tensor | Source) -> Tensor:
-        return _norm_of(self.norm, self.raw(_source(x)))
+        return _norm_of(self.norm, self.raw(source_of(x)))
 
     def of_rectified(self, x: Tensor) -> Tensor:
         """`forward`, from the ReLU on."""
@@ -156,7 +165,7 @@ def applied_together(
     modules: Sequence[ReLUConvBN | FactorizedReduce], inputs: Sequence[Tensor | Source]
 ) -> list[Tensor]:
     """What each module makes of its own input, side by side."""
-    rectified, ways = zip(*(_source(x).rectify() for x in inputs), strict=True)
+    rectified, ways = zip(*(source_of(x).rectify() for x in inputs), strict=True)
     parts = [
         Part(lambda x, module=module: [module.of_rectified(x)], [x], [module])
         for module, x in zip(modules, rectified, strict=True)
@@ -265,7 +274,7 @@ class FactorizedReduce(nn.Module):
         return _norm_of(self.norm, self.convolved(x))
 
     def forward(self, x: Tensor | Source) -> Tensor:
-        return _norm_of(self.norm, self.raw(_source(x)))
+        return _norm_of(self.norm, self.raw(source_of(x)))
 
 
 class GlobalPool(nn.Module):
@@ -318,7 +327,7 @@ class Deconvolution(nn.Module):
         return _norm_of(self.norm, self.raw(Source(x), size))
 
 
-def _source(x: Tensor | Source) -> Source:
+def source_of(x: Tensor | Source) -> Source:
     """That of a map which several modules read, or one for a single reader."""
     return x if isinstance(x, Source) else Source(x)
 

@@ -67,7 +67,7 @@ class SummedReaders(Readers):
 
     def plain(self) -> Tensor:
         if not self._plain:
-            self._plain += _FanOut.apply(self.x, False, False, self._backend)
+            self._plain = aliases(self.x, self._backend)
         return self._plain.pop()
 
     def rectify(self) -> tuple[Tensor, list[Recomputable]]:
@@ -76,6 +76,11 @@ class SummedReaders(Readers):
             self._rectified += _FanOut.apply(x, True, self._only_rectified, self._backend)
         value = self._rectified.pop()
         return value, [] if self._only_rectified else [(value, self._again)]
+
+
+def aliases(x: Tensor, backend: str) -> list[Tensor]:
+    """x for AT_ONCE readers, whose gradients are summed together."""
+    return list(_FanOut.apply(x, False, False, backend))
 
 
 class _FanOut(torch.autograd.Function):
@@ -105,7 +110,7 @@ class _FanOut(torch.autograd.Function):
 def _gradient_sum(gradients: list[Tensor], x: Tensor, relu: bool, backend: str) -> Tensor:
     """Gradient of x from those of its readers or, with `relu`, of the readers of relu(x)."""
     if backend == "cuda":
-        return _pairwise_sum(gradients, x, relu)
+        return pairwise_sum(gradients, x, relu)
     from lgcnet_fast.kernels.gradient_sum import gradient_sum
 
     return gradient_sum(gradients, x, relu)
@@ -116,7 +121,7 @@ def _(gradients: list[Tensor], x: Tensor, relu: bool, backend: str) -> Tensor:
     return empty_nhwc(x, x.shape)
 
 
-def _pairwise_sum(gradients: Sequence[Tensor], x: Tensor, relu: bool) -> Tensor:
+def pairwise_sum(gradients: Sequence[Tensor], x: Tensor, relu: bool) -> Tensor:
     """By PyTorch's own kernels: the extension has none for it."""
     total = gradients[0].clone() if len(gradients) == 1 else gradients[0] + gradients[1]
     for g in gradients[2:]:

@@ -30,26 +30,38 @@ from lgcnet_fast.space.lgcnet_genotype import LGCNetGenotype
 class Backbone(nn.Module):
     """Stem and cells; returns the outputs of the tapped cells, finest first."""
 
-    def __init__(self, layout: MacroLayout, make_cell: Callable[[int, CellLayout], Cell]) -> None:
+    def __init__(
+        self,
+        layout: MacroLayout,
+        make_cell: Callable[[int, CellLayout], Cell],
+        taps_rectified: bool,
+    ) -> None:
+        """taps_rectified: all that reads the outputs begins with a ReLU, as fusion cells do."""
         super().__init__()
         self.taps = layout.taps
+        self.taps_rectified = taps_rectified
         self.stem = Stem(layout.stem.widths, layout.stem.strides)
         self.cells = nn.ModuleList(make_cell(k, cell) for k, cell in enumerate(layout.cells))
 
-    def forward(self, x: Tensor, z: Tensor | None = None) -> list[Tensor]:
-        """x: (N, 3, H, W); z: (cells * 5, 8) for search cells, none for derived cells."""
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Sequence[Tensor | Source]:
+        """x: (N, 3, H, W); z: (cells * 5, 8) for search cells, none for derived cells.
+
+        Returns sources where `taps_rectified`.
+        """
         stem0, stem1 = self.stem(x)
         # The ReLU that ends the second stage of the stem keeps its output.
         s0, s1 = Source(stem0), Source(stem1, only_rectified=True)
         choices: Sequence[tuple[Sequence[Tensor], ...]] = [()] * len(self.cells)
         if z is not None:
             choices = [(weights,) for weights in weights_of(cast(list[SearchCell], self.cells), z)]
-        features = []
+        features: list[Tensor | Source] = []
         for k, (cell, choice) in enumerate(zip(self.cells, choices, strict=True)):
-            out = cell(s0, s1, *choice)
-            s0, s1 = s1, Source(out, only_rectified=k not in self.taps)
+            only_rectified = self.taps_rectified or k not in self.taps
+            # The halves have no name here: they may die as soon as they are concatenated.
+            out = Source(*cast(Cell, cell).halves(s0, s1, *choice), only_rectified=only_rectified)
+            s0, s1 = s1, out
             if k in self.taps:
-                features.append(out)
+                features.append(s1 if self.taps_rectified else s1.plain())
         return features
 
 
@@ -65,7 +77,9 @@ class Network(SegmentationNetwork):
         self.neck = neck
         self.classifier = Classifier(neck_channels(layout, head), num_classes)
 
-    def _logits(self, features: list[Tensor], z: Mapping[str, Tensor] | None = None) -> Tensor:
+    def _logits(
+        self, features: Sequence[Tensor | Source], z: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         if isinstance(self.neck, FusionCell):
             return self.classifier(self.neck(features, z))
         return self.classifier(self.neck(features[-1]))
@@ -82,7 +96,8 @@ class Supernet(Network):
             neck = fixed_neck(head, channels[-1], affine=False)
         else:
             neck = search_fusion_cell(graph, channels)
-        super().__init__(layout, head, Backbone(layout, _search_cell), neck, num_classes)
+        backbone = Backbone(layout, _search_cell, taps_rectified=graph is not None)
+        super().__init__(layout, head, backbone, neck, num_classes)
         self.fusion_edges = () if graph is None else (*graph.op_edges, *graph.up_edges)
 
     def forward(self, x: Tensor, z: Arch) -> Tensor:
@@ -110,7 +125,8 @@ class DerivedNetwork(Network):
             neck = fixed_neck(genotype.head, channels[-1])
         else:
             neck = derived_fusion_cell(fusion.graph, channels, fusion.ops)
-        super().__init__(layout, genotype.head, derived_backbone(genotype), neck, num_classes)
+        backbone = derived_backbone(genotype, taps_rectified=fusion is not None)
+        super().__init__(layout, genotype.head, backbone, neck, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> logits (N, classes, H / output_stride, W / output_stride), rounded up."""
@@ -159,7 +175,7 @@ def neck_channels(layout: MacroLayout, head: str) -> int:
     return widths.get(head, layout.tap_channels[-1])
 
 
-def derived_backbone(genotype: LGCNetGenotype) -> Backbone:
+def derived_backbone(genotype: LGCNetGenotype, taps_rectified: bool = False) -> Backbone:
     def make_cell(k: int, cell: CellLayout) -> DerivedCell:
         return DerivedCell(
             cell.c_in0,
@@ -170,7 +186,7 @@ def derived_backbone(genotype: LGCNetGenotype) -> Backbone:
             genotype.cells[k],
         )
 
-    return Backbone(genotype.layout, make_cell)
+    return Backbone(genotype.layout, make_cell, taps_rectified)
 
 
 def _search_cell(k: int, cell: CellLayout) -> SearchCell:

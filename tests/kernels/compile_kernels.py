@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from lgcnet_fast.kernels import (
     average_pool,
     common,
+    concat_pair,
     concat_pointwise,
     concat_pointwise_backward,
     conv3_backward,
@@ -105,6 +106,11 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield common._sum_shares_kernel, shares, 4
     readers = {"K": READERS, "RELU": True, "ACC": tl.float32, "BLOCK": gradient_sum.BLOCK}
     yield gradient_sum._gradient_sum_kernel, readers, gradient_sum.WARPS
+    for groups, vector in ((128, 8), (1024, 1)):
+        pair = {"RELU": True, "ACC": tl.float32, "INDEX": tl.int32}
+        pair |= {"GROUPS": groups, "VECTOR": vector}
+        yield concat_pair._concat_pair_kernel, pair, concat_pair.WARPS
+        yield concat_pair._concat_pair_grad_kernel, pair | {"K": READERS}, concat_pair.WARPS
     tile = {"ACC": tl.float32, "BLOCK_P": 8, "BLOCK_C": 64, "ROWS": 8}
     for stride in (1, 2):
         for winners in (False, True):

@@ -21,6 +21,7 @@ from triton.runtime import driver
 
 from lgcnet_fast.kernels import (
     average_pool,
+    concat_pair,
     concat_pointwise,
     concat_pointwise_backward,
     concat_upsample,
@@ -91,6 +92,8 @@ def mixture(x: Tensor) -> None:
     sums = mixed_sum_backward.mixed_sum_gradient_sums(x, [x, x], statistics)
     mixed_sum_backward.affine_sum_grad(x, [x, x], gammas, statistics, sums)
     gradient_sum.gradient_sum([x, x], x, relu=True)
+    y = concat_pair.concat_pair_forward(x, x, relu=True)
+    concat_pair.concat_pair_backward([y, y], y, relu=True)
 
 
 def products(x: Tensor) -> None:

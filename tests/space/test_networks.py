@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from lgcnet_fast.nn.fusion import FusionCell
+from lgcnet_fast.nn.primitives import Source
 from lgcnet_fast.space.base import Arch
 from lgcnet_fast.space.registry import make_space
 from lgcnet_fast.space.sampling import gumbel_softmax
@@ -60,6 +62,19 @@ def test_odd_and_even_inputs(options, size):
     derived = space.build(space.random_genotype(_generator()), CLASSES)
     assert derived.output_stride == stride
     assert derived(x).shape == expected
+
+
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_cells_make_no_plain_output_for_a_fusion_cell(options):
+    space = _space(**options)
+    genotype = space.random_genotype(_generator())
+    fused = genotype.fusion is not None
+    for network in (space.build_supernet(CLASSES), space.build(genotype, CLASSES)):
+        assert network.backbone.taps_rectified is isinstance(network.neck, FusionCell) is fused
+    features = network.eval().backbone(torch.randn(1, 3, 33, 33))
+    assert all(isinstance(feature, Source if fused else torch.Tensor) for feature in features)
+    classifier = space.build_classifier(genotype, CLASSES)
+    assert not classifier.backbone.taps_rectified
 
 
 @pytest.mark.parametrize("taps", [[0, 5, 13], [0, 6, 13], [0, 7, 10], [0, 7, 11], [0, 7, 12]])
