@@ -1,4 +1,4 @@
-"""The raw maps of the candidates of all edges that leave some nodes: up to their batch norms.
+"""The raw maps of the candidates of all edges that leave a node: up to their batch norms.
 
 What is computed alike is computed together, and what is not side by side (see together.py).
 """
@@ -29,24 +29,19 @@ from lgcnet_fast.ops import second_stages, separable_branches
 
 Run = Sequence[nn.Module]
 """A candidate, or neighbouring depthwise-separable ones, which go on as one stack."""
-Leaving = Sequence[tuple[Source, Sequence[Sequence[Run]]]]
-"""The map of each node, and the candidates of every edge that leaves it."""
-Reading = tuple[Source, Sequence[Run]]
-"""A map, and the candidates of an edge that read it."""
+Edges = Sequence[Sequence[Run]]
+"""The candidates of each edge."""
 
 
-def raw_maps(leaving: Leaving, *inputs: object) -> dict[nn.Module, list[Tensor]]:
+def raw_maps(source: Source, edges: Edges, *inputs: object) -> dict[nn.Module, list[Tensor]]:
     """By the first candidate of a run: its maps, or a stack of them. Identities have none.
 
-    All nodes have as many edges, and all edges the same candidates. inputs: what candidates take
+    source: the map of the node; edges: they have the same candidates; inputs: what candidates take
     beside the map.
     """
-    works = [
-        work
-        for kinds, compute in _KINDS
-        if (work := _Work(kinds, compute, leaving, inputs)).candidates
-    ]
-    found = together([Part(work, work.maps(), work.candidates) for work in works])
+    works = [_Work(source, edges, inputs, *kind) for kind in _KINDS]
+    works = [work for work in works if work.candidates]
+    found = together([Part(work, [source.plain()], work.candidates) for work in works])
     computed: dict[nn.Module, list[Tensor]] = {}
     for work, maps in zip(works, found, strict=True):
         computed |= work.by_candidate(maps)
@@ -58,55 +53,43 @@ class _Work:
 
     def __init__(
         self,
-        kinds: tuple[type[nn.Module], ...],
-        compute: Callable[[list[Reading], Sequence[object]], list[list[Tensor]]],
-        leaving: Leaving,
+        source: Source,
+        edges: Edges,
         inputs: Sequence[object],
+        kinds: tuple[type[nn.Module], ...],
+        compute: Callable[[Source, Edges, Sequence[object]], list[list[Tensor]]],
     ) -> None:
-        self._compute, self._inputs = compute, inputs
-        self._sources = [source for source, _ in leaving]
-        self._runs = [
-            [[run for run in edge if isinstance(run[0], kinds)] for edge in edges]
-            for _, edges in leaving
-        ]
-        every = [run for edges in self._runs for edge in edges for run in edge]
-        self.candidates = [candidate for run in every for candidate in run]
-        self._firsts = [run[0] for run in every]
+        self._source, self._inputs, self._compute = source, inputs, compute
+        self._edges = [[run for run in edge if isinstance(run[0], kinds)] for edge in edges]
+        self.candidates = [candidate for edge in self._edges for run in edge for candidate in run]
         self._counts: list[int] = []
 
-    def maps(self) -> list[Tensor]:
-        """What is computed on."""
-        return [source.plain() for source in self._sources]
-
-    def __call__(self, *xs: Tensor) -> list[Tensor]:
+    def __call__(self, x: Tensor) -> list[Tensor]:
         """The maps of all runs."""
-        own = [Source(x) for x in xs]
-        readings = [
-            (source, edge) for source, edges in zip(own, self._runs, strict=True) for edge in edges
-        ]
-        found = self._compute(readings, self._inputs)
-        for outer, source in zip(self._sources, own, strict=True):
-            outer.recomputable += source.recomputable
+        own = Source(x)
+        found = self._compute(own, self._edges, self._inputs)
+        self._source.recomputable += own.recomputable
         self._counts = [len(maps) for maps in found]
         return [y for maps in found for y in maps]
 
     def by_candidate(self, maps: Sequence[Tensor]) -> Iterator[tuple[nn.Module, list[Tensor]]]:
         """maps: what the call has given."""
         rest = iter(maps)
-        for first, count in zip(self._firsts, self._counts, strict=True):
-            yield first, list(islice(rest, count))
+        runs = (run for edge in self._edges for run in edge)
+        for run, count in zip(runs, self._counts, strict=True):
+            yield run[0], list(islice(rest, count))
 
 
-def _separable(readings: list[Reading], inputs: Sequence[object]) -> list[list[Tensor]]:
+def _separable(source: Source, edges: Edges, inputs: Sequence[object]) -> list[list[Tensor]]:
     """Depthwise-separable candidates and pairs of them."""
-    runs = [run for _, edge in readings for run in edge]
+    runs = [run for edge in edges for run in edge]
     firsts = [_first_stages(run) for run in runs]
     branches = [branch for first in firsts for branch in first]
     stacks = separable_branches(
-        [source.plain() for source in dict.fromkeys(source for source, _ in readings)],
+        source.plain(),
         [branch.depthwise.weight for branch in branches],
         [branch.pointwise.weight for branch in branches],
-        [branch.depthwise.dilation[0] for branch in branches[: len(branches) // len(readings)]],
+        [branch.depthwise.dilation[0] for branch in branches[: len(branches) // len(edges)]],
         branches[0].depthwise.stride[0],
         [len(first) for first in firsts],
     )
@@ -125,31 +108,26 @@ def _separable(readings: list[Reading], inputs: Sequence[object]) -> list[list[T
     return stacks
 
 
-def _rectifying(readings: list[Reading], inputs: Sequence[object]) -> list[list[Tensor]]:
+def _rectifying(source: Source, edges: Edges, inputs: Sequence[object]) -> list[list[Tensor]]:
     """Candidates that begin with a ReLU and a convolution or an average of it."""
+    every = _single(edges)
+    convolutions = [one for one in every if isinstance(one, ReLUConvBN)]
     maps: dict[nn.Module, Tensor] = {}
-    convolutions = [
-        (candidate, source)
-        for source, candidate in _each(readings)
-        if isinstance(candidate, ReLUConvBN)
-    ]
     if convolutions:
-        candidates, sources = zip(*convolutions, strict=True)
-        found = Source.rectified_together(sources, partial(raw_convolutions, candidates))
-        maps |= zip(candidates, found, strict=True)
-    for source, edge in readings:
+        sources = [source] * len(convolutions)
+        found = Source.rectified_together(sources, partial(raw_convolutions, convolutions))
+        maps |= zip(convolutions, found, strict=True)
+    for edge in edges:
         bins = [run[0].bins for run in edge if isinstance(run[0], GlobalPool)]
         if bins:
             source.average(bins)
-    for source, candidate in _each(readings):
-        if candidate not in maps:
-            maps[candidate] = _raw(candidate, source, inputs)
-    return [[maps[candidate]] for _, candidate in _each(readings)]
+        maps |= {run[0]: _raw(run[0], source, inputs) for run in edge if run[0] not in maps}
+    return [[maps[one]] for one in every]
 
 
-def _plain(readings: list[Reading], inputs: Sequence[object]) -> list[list[Tensor]]:
+def _plain(source: Source, edges: Edges, inputs: Sequence[object]) -> list[list[Tensor]]:
     """Candidates that read the map as it is."""
-    return [[_raw(candidate, source, inputs)] for source, candidate in _each(readings)]
+    return [[_raw(one, source, inputs)] for one in _single(edges)]
 
 
 _KINDS = (
@@ -164,11 +142,9 @@ def _raw(candidate: nn.Module, source: Source, inputs: Sequence[object]) -> Tens
     return raw(source, *inputs)
 
 
-def _each(readings: Sequence[Reading]) -> Iterator[tuple[Source, nn.Module]]:
-    """Single candidates and what they read."""
-    for source, edge in readings:
-        for (candidate,) in edge:
-            yield source, candidate
+def _single(edges: Edges) -> list[nn.Module]:
+    """The candidates of runs of one."""
+    return [candidate for edge in edges for (candidate,) in edge]
 
 
 def _first_stages(run: Run) -> list[DepthwiseSeparable]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +13,11 @@ from torch import Tensor, nn
 from lgcnet_fast.nn.chosen import Term, chosen_terms, leaving_source, term_sum
 from lgcnet_fast.nn.mixed import MixedOp, Terms, edge_terms, node_sum, node_weights
 from lgcnet_fast.nn.operations import CELL_OPS, cell_operation
-from lgcnet_fast.nn.primitives import FactorizedReduce, ReLUConvBN, Source, applied_together
+from lgcnet_fast.nn.primitives import FactorizedReduce, ReLUConvBN, Source, source_of
+from lgcnet_fast.nn.together import Part, Work, worked
 from lgcnet_fast.ops import concat_pair
+
+T = TypeVar("T")
 
 CELL_NODES = ("i1", "i2", "x1", "x2")
 """i1 is the output of cell k - 2, i2 that of cell k - 1; the cell's output is concat(x1, x2)."""
@@ -37,8 +42,16 @@ def edge_stride(edge: int, reduction: bool) -> int:
     return 2 if reduction and CELL_EDGES[edge][0] in ("i1", "i2") else 1
 
 
-class Cell(nn.Module):
-    """Preprocessing of both inputs to `channels`; subclasses add the edges, and `halves`.
+@dataclass(frozen=True)
+class Begun(Work, Generic[T]):
+    """The work of a cell that needs only s0: what the edges that leave i1 bring to their ends."""
+
+    terms: Callable[[Sequence[Tensor]], T]
+    """From what its part has computed."""
+
+
+class Cell(nn.Module, Generic[T]):
+    """Preprocessing of both inputs to `channels`; subclasses add the edges, `begin` and `end`.
 
     `reduce_first` halves s0, which is larger than s1 when the previous cell was a reduction.
     """
@@ -51,20 +64,35 @@ class Cell(nn.Module):
         self.preprocess0 = first(c_in0, channels, affine=affine)
         self.preprocess1 = ReLUConvBN(c_in1, channels, affine=affine)
 
-    def forward(self, *inputs: Any) -> Tensor:
-        """inputs: those of `halves`, which it concatenates. Returns (N, 2C, H', W')."""
-        return concat_pair(*self.halves(*inputs))
+    def forward(self, s0: Tensor, s1: Tensor, *choice: Tensor) -> Tensor:
+        """s0: output of cell k - 2, s1: of cell k - 1, choice: as for `end`.
 
-    def halves(self, *inputs: Any) -> tuple[Tensor, Tensor]:
-        """The maps of x1 and x2, each (N, C, H', W')."""
+        Returns (N, 2C, H', W').
+        """
+        begun = self.begin(source_of(s0))
+        (maps,) = worked([begun])
+        (halves,) = worked([self.end(source_of(s1), begun.terms, maps, *choice)])
+        return concat_pair(*halves)
+
+    def begin(self, s0: Source) -> Begun[T]:
+        """What can be computed before s1 is there; s0: output of cell k - 2."""
         raise NotImplementedError
 
-    def preprocessed(self, s0: Tensor | Source, s1: Tensor | Source) -> list[Tensor]:
-        """The maps of i1 and i2."""
-        return applied_together([self.preprocess0, self.preprocess1], [s0, s1])
+    def end(
+        self,
+        s1: Source,
+        terms: Callable[[Sequence[Tensor]], T],
+        maps: Sequence[Tensor],
+        *choice: Any,
+    ) -> Work:
+        """The rest, whose part gives the maps of x1 and x2, each (N, C, H', W').
+
+        s1: output of cell k - 1; terms: of what `begin` gave; maps: what that has computed.
+        """
+        raise NotImplementedError
 
 
-class SearchCell(Cell):
+class SearchCell(Cell[dict[int, Terms]]):
     """A cell of the supernet: every edge is a mixed operation, batch norm has no affine part."""
 
     def __init__(
@@ -75,20 +103,48 @@ class SearchCell(Cell):
             _mixed_edge(channels, edge_stride(edge, reduction)) for edge in range(EDGES_PER_CELL)
         )
 
-    def halves(
-        self, s0: Tensor | Source, s1: Tensor | Source, z: Tensor | Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """s0: output of cell k - 2, s1: of cell k - 1. Returns the maps of x1 and x2.
+    def begin(self, s0: Source) -> Begun[dict[int, Terms]]:
+        x, ways = s0.rectify()
+        edges = _EDGES_FROM["i1"]
+        found: dict[int, tuple[Terms, int]] = {}
 
-        z: (5, 8), or what `weights_of` picked from it together with that of other cells.
-        """
-        weights1, weights2 = weights_of([self], z)[0] if isinstance(z, Tensor) else z
-        first, second = map(Source, self.preprocessed(s0, s1))
-        terms = self._leave({"i1": first, "i2": second})
-        x1 = Source(node_sum([terms[edge] for edge in _EDGES_INTO["x1"]], weights1))
-        terms |= self._leave({"x1": x1})
-        x2 = node_sum([terms[edge] for edge in _EDGES_INTO["x2"]], weights2)
-        return x1.plain(), x2
+        def maps(x: Tensor) -> list[Tensor]:
+            leaving = self._leave("i1", Source(self.preprocess0.of_rectified(x)))
+            for edge, terms in leaving.items():
+                found[edge] = replace(terms, maps=[]), len(terms.maps)
+            return [y for edge in edges for y in leaving[edge].maps]
+
+        def terms(maps: Sequence[Tensor]) -> dict[int, Terms]:
+            rest = iter(maps)
+            return {
+                edge: replace(own, maps=list(islice(rest, count)))
+                for edge, (own, count) in found.items()
+            }
+
+        return Begun(Part(maps, [x], [self.preprocess0, *self._leaving("i1")]), ways, terms)
+
+    def end(
+        self,
+        s1: Source,
+        terms: Callable[[Sequence[Tensor]], dict[int, Terms]],
+        maps: Sequence[Tensor],
+        *choice: Any,
+    ) -> Work:
+        """choice: Z's rows (5, 8), or what `weights_of` picked from them for many cells."""
+        (z,) = choice
+        weights = weights_of([self], z)[0] if isinstance(z, Tensor) else z
+        x, ways = s1.rectify()
+
+        def halves(x: Tensor, weights1: Tensor, weights2: Tensor, *maps: Tensor) -> list[Tensor]:
+            second = Source(self.preprocess1.of_rectified(x))
+            arriving = terms(maps) | self._leave("i2", second)
+            x1 = Source(node_sum([arriving[edge] for edge in _EDGES_INTO["x1"]], weights1))
+            arriving |= self._leave("x1", x1)
+            x2 = node_sum([arriving[edge] for edge in _EDGES_INTO["x2"]], weights2)
+            return [x1.plain(), x2]
+
+        modules = [self.preprocess1, *self._leaving("i2"), *self._leaving("x1")]
+        return Work(Part(halves, [x, *weights, *maps], modules), ways)
 
     def nodes(self) -> list[list[MixedOp]]:
         """The edges that end in x1, and those that end in x2."""
@@ -96,14 +152,13 @@ class SearchCell(Cell):
             [cast(MixedOp, self.edges[edge]) for edge in edges] for edges in _EDGES_INTO.values()
         ]
 
-    def _leave(self, sources: Mapping[str, Source]) -> dict[int, Terms]:
-        """What the edges that leave some nodes bring to their ends, by edge; sources: the maps."""
-        leaving = [
-            (source, [cast(MixedOp, self.edges[edge]) for edge in _EDGES_FROM[node]])
-            for node, source in sources.items()
-        ]
-        numbers = [edge for node in sources for edge in _EDGES_FROM[node]]
-        return dict(zip(numbers, edge_terms(leaving), strict=True))
+    def _leave(self, node: str, source: Source) -> dict[int, Terms]:
+        """What the edges that leave a node bring to their ends, by edge; source: its map."""
+        terms = edge_terms(source, self._leaving(node))
+        return dict(zip(_EDGES_FROM[node], terms, strict=True))
+
+    def _leaving(self, node: str) -> list[MixedOp]:
+        return [cast(MixedOp, self.edges[edge]) for edge in _EDGES_FROM[node]]
 
 
 def weights_of(cells: Sequence[SearchCell], z: Tensor) -> list[list[Tensor]]:
@@ -113,7 +168,7 @@ def weights_of(cells: Sequence[SearchCell], z: Tensor) -> list[list[Tensor]]:
     return [weights[first : first + nodes] for first in range(0, len(weights), nodes)]
 
 
-class DerivedCell(Cell):
+class DerivedCell(Cell[dict[nn.Module, Term]]):
     """A cell of a derived network: one operation an edge; `none` costs nothing."""
 
     def __init__(
@@ -133,27 +188,51 @@ class DerivedCell(Cell):
             if operation is not None:
                 self.edges[str(edge)] = operation
 
-    def halves(self, s0: Tensor | Source, s1: Tensor | Source) -> tuple[Tensor, Tensor]:
-        """s0: output of cell k - 2, s1: of cell k - 1. Returns the maps of x1 and x2."""
-        i1, i2 = self.preprocessed(s0, s1)
-        terms = self._leave({"i1": i1, "i2": i2})
-        x1 = self._node("x1", terms, i2)
-        source = Source(x1)
-        terms |= chosen_terms(dict.fromkeys(self._chosen(_EDGES_FROM["x1"]), source))
-        x2 = self._node("x2", terms, i2)
-        return source.plain(), x2
+    def begin(self, s0: Source) -> Begun[dict[nn.Module, Term]]:
+        x, ways = s0.rectify()
+        operations = self._chosen(_EDGES_FROM["i1"])
+        norms: dict[nn.Module, nn.Module | None] = {}
+
+        def maps(x: Tensor) -> list[Tensor]:
+            leaving = self._leave(self.preprocess0.of_rectified(x), operations)
+            norms.update({operation: norm for operation, (_, norm) in leaving.items()})
+            return [leaving[operation][0] for operation in operations]
+
+        def terms(maps: Sequence[Tensor]) -> dict[nn.Module, Term]:
+            every = zip(operations, maps, strict=True)
+            return {operation: (y, norms[operation]) for operation, y in every}
+
+        return Begun(Part(maps, [x], [self.preprocess0, *operations]), ways, terms)
+
+    def end(
+        self,
+        s1: Source,
+        terms: Callable[[Sequence[Tensor]], dict[nn.Module, Term]],
+        maps: Sequence[Tensor],
+        *choice: Any,
+    ) -> Work:
+        """choice: nothing."""
+        x, ways = s1.rectify()
+        operations = {node: self._chosen(_EDGES_FROM[node]) for node in ("i2", "x1")}
+
+        def halves(x: Tensor, *maps: Tensor) -> list[Tensor]:
+            i2 = self.preprocess1.of_rectified(x)
+            arriving = terms(maps) | self._leave(i2, operations["i2"])
+            x1 = Source(self._node("x1", arriving, i2))
+            arriving |= chosen_terms(dict.fromkeys(operations["x1"], x1))
+            x2 = self._node("x2", arriving, i2)
+            return [x1.plain(), x2]
+
+        modules = [self.preprocess1, *operations["i2"], *operations["x1"]]
+        return Work(Part(halves, [x, *maps], modules), ways)
 
     def _chosen(self, edges: Sequence[int]) -> list[nn.Module]:
         """The operations of those of the edges that have one."""
         return [self.edges[str(edge)] for edge in edges if str(edge) in self.edges]
 
-    def _leave(self, maps: Mapping[str, Tensor]) -> dict[nn.Module, Term]:
-        """What the operations that leave the input nodes bring to their ends."""
-        leaving: dict[nn.Module, Source] = {}
-        for node, x in maps.items():
-            operations = self._chosen(_EDGES_FROM[node])
-            leaving |= dict.fromkeys(operations, leaving_source(x, operations))
-        return chosen_terms(leaving)
+    def _leave(self, x: Tensor, operations: Sequence[nn.Module]) -> dict[nn.Module, Term]:
+        """What the operations that leave an input node bring to their ends; x: its map."""
+        return chosen_terms(dict.fromkeys(operations, leaving_source(x, operations)))
 
     def _node(self, node: str, terms: Mapping[nn.Module, Term], like: Tensor) -> Tensor:
         own = [terms[operation] for operation in self._chosen(_EDGES_INTO[node])]

@@ -50,7 +50,7 @@ class MixedOp(nn.Module):
     def forward(self, weights: Tensor, x: Tensor, *inputs: object) -> Tensor:
         """weights: (options,), one row of Z; x, inputs: what the candidates take."""
         (weights,) = node_weights([[self]], weights[None])
-        return node_sum(edge_terms([(Source(x), [self])], *inputs), weights)
+        return node_sum(edge_terms(Source(x), [self], *inputs), weights)
 
     def norms(self) -> list[nn.Module | None]:
         """The batch norm of each candidate; None where its map counts as it is."""
@@ -70,15 +70,13 @@ class MixedOp(nn.Module):
         return Terms(maps, self.norms(), source.recomputable)
 
 
-def edge_terms(leaving: Sequence[tuple[Source, Sequence[MixedOp]]], *inputs: object) -> list[Terms]:
-    """The terms of all edges that leave some nodes, node after node.
+def edge_terms(source: Source, edges: Sequence[MixedOp], *inputs: object) -> list[Terms]:
+    """The terms of all edges that leave a node, which have the same candidates.
 
-    All nodes have as many edges, and all edges the same candidates. inputs: what candidates take
-    beside the map.
+    source: the map of the node; inputs: what candidates take beside it.
     """
-    every = [(source, [list(edge.runs()) for edge in edges]) for source, edges in leaving]
-    computed = raw_maps(every, *inputs)
-    return [edge.terms(source, computed) for source, edges in leaving for edge in edges]
+    computed = raw_maps(source, [list(edge.runs()) for edge in edges], *inputs)
+    return [edge.terms(source, computed) for edge in edges]
 
 
 def node_weights(nodes: Sequence[Sequence[MixedOp]], z: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from typing import TypeGuard, TypeVar, cast
 
 from torch import Tensor, nn
 
-from lgcnet_fast.nn.together import Part, together
+from lgcnet_fast.nn.together import Part, Work, worked
 from lgcnet_fast.ops import (
     Geometry,
     Recomputable,
@@ -30,7 +30,6 @@ from lgcnet_fast.ops import (
     readers,
     recomputable,
     recomputable_max_pool,
-    recomputed,
     recomputes,
     rectified_together,
     separable_branches,
@@ -162,16 +161,15 @@ def raw_convolutions(modules: Sequence[ReLUConvBN], rectified: Sequence[Tensor])
 
 
 def applied_together(
-    modules: Sequence[ReLUConvBN | FactorizedReduce], inputs: Sequence[Tensor | Source]
+    modules: Sequence[ReLUConvBN], inputs: Sequence[Tensor | Source]
 ) -> list[Tensor]:
     """What each module makes of its own input, side by side."""
-    rectified, ways = zip(*(source_of(x).rectify() for x in inputs), strict=True)
-    parts = [
-        Part(lambda x, module=module: [module.of_rectified(x)], [x], [module])
-        for module, x in zip(modules, rectified, strict=True)
-    ]
-    with recomputed(*(way for own in ways for way in own)):
-        return [y for (y,) in together(parts)]
+    works = []
+    for module, x in zip(modules, inputs, strict=True):
+        rectified, ways = source_of(x).rectify()
+        part = Part(lambda x, module=module: [module.of_rectified(x)], [rectified], [module])
+        works.append(Work(part, ways))
+    return [y for (y,) in worked(works)]
 
 
 class PoolBN(nn.Sequential):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lgcnet_fast.ops.lanes import has_lanes, side_by_side
+from lgcnet_fast.ops.recompute import Recomputable, recomputed
 
 Places = list[tuple[dict[str, Any], str]]
 """Where modules keep their parameters: a module's own ones, and a name among them."""
@@ -33,6 +34,20 @@ class Part:
     inputs: Sequence[Tensor]
     modules: Sequence[nn.Module] = ()
     """Those whose parameters it reads."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A part whose inputs are among what can be computed again (see ops/recompute.py)."""
+
+    part: Part
+    ways: Sequence[Recomputable]
+
+
+def worked(works: Sequence[Work]) -> list[list[Tensor]]:
+    """What the part of each computes, `together`."""
+    with recomputed(*(way for work in works for way in work.ways)):
+        return together([work.part for work in works])
 
 
 def together(parts: Sequence[Part]) -> list[list[Tensor]]:

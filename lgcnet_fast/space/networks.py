@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from lgcnet_fast.nn.fusion_graphs import FusionGraph
 from lgcnet_fast.nn.heads import ASPP, ASPP_WIDTH, PPM, PPM_WIDTH, Classifier
 from lgcnet_fast.nn.primitives import Source
 from lgcnet_fast.nn.stem import Stem
+from lgcnet_fast.nn.together import worked
 from lgcnet_fast.ops import gathered_running_statistics
 from lgcnet_fast.space.base import Arch, SegmentationNetwork
 from lgcnet_fast.space.layout import CellLayout, MacroLayout
@@ -55,11 +56,21 @@ class Backbone(nn.Module):
         if z is not None:
             choices = [(weights,) for weights in weights_of(cast(list[SearchCell], self.cells), z)]
         features: list[Tensor | Source] = []
-        for k, (cell, choice) in enumerate(zip(self.cells, choices, strict=True)):
+        cells = cast(Sequence[Cell[Any]], self.cells)
+        begun = cells[0].begin(s0)
+        (maps,) = worked([begun])
+        for k, (cell, choice) in enumerate(zip(cells, choices, strict=True)):
+            # The next cell does beside this one what needs no more than s1.
+            works = [cell.end(s1, begun.terms, maps, *choice)]
+            if k + 1 < len(cells):
+                begun = cells[k + 1].begin(s1)
+                works.append(begun)
+            halves, *others = worked(works)
+            maps = others[0] if others else []
             only_rectified = self.taps_rectified or k not in self.taps
-            # The halves have no name here: they may die as soon as they are concatenated.
-            out = Source(*cast(Cell, cell).halves(s0, s1, *choice), only_rectified=only_rectified)
-            s0, s1 = s1, out
+            s1 = Source(*halves, only_rectified=only_rectified)
+            # They may die now that they are concatenated.
+            del works, halves
             if k in self.taps:
                 features.append(s1 if self.taps_rectified else s1.plain())
         return features
