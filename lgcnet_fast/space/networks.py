@@ -21,7 +21,7 @@ from lgcnet_fast.nn.fusion_graphs import FusionGraph
 from lgcnet_fast.nn.heads import ASPP, ASPP_WIDTH, PPM, PPM_WIDTH, Classifier
 from lgcnet_fast.nn.primitives import Source
 from lgcnet_fast.nn.stem import Stem
-from lgcnet_fast.ops import gathered_running_statistics
+from lgcnet_fast.ops import gathered_running_statistics, packed_weights
 from lgcnet_fast.space.base import Arch, SegmentationNetwork
 from lgcnet_fast.space.layout import CellLayout, MacroLayout
 from lgcnet_fast.space.lgcnet_genotype import LGCNetGenotype
@@ -142,7 +142,7 @@ def few_launches(network: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def _few_launches(network: nn.Module) -> Iterator[None]:
-    with gathered_running_statistics(), cast_weights(network):
+    with gathered_running_statistics(), cast_weights(network), packed_weights(network):
         yield
 
 
