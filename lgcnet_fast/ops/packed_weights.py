@@ -33,13 +33,14 @@ class _Kind(NamedTuple):
 
 
 class _Plan:
-    """The stacks of a pass. Whoever makes it launches its kernel, which is compiled by then."""
+    """The stacks of a pass."""
 
     def __init__(self, asked: dict[Stack, list[Tensor]], products: torch.dtype) -> None:
         from lgcnet_fast.kernels.weight_stacks import WeightStacks
 
         self._names = list(asked)
         self._stacks, self._products = WeightStacks(list(asked.values())), products
+        # Compiles the kernel, which cannot be recorded in a graph.
         self.filled()
 
     def filled(self) -> dict[Stack, Tensor]:
@@ -70,12 +71,14 @@ class _Pass:
 
 
 _plans: WeakKeyDictionary[nn.Module, dict[_Kind, _Plan]] = WeakKeyDictionary()
+_recorded: WeakKeyDictionary[nn.Module, list[_Plan | None]] = WeakKeyDictionary()
+"""Plans that CUDA graphs go on using, whatever comes after them."""
 _here: ContextVar[_Pass | None] = ContextVar("packed_weights", default=None)
 
 
 @contextmanager
 def packed_weights(network: nn.Module) -> Iterator[None]:
-    """For a forward pass of `network`, whose parameters do not change meanwhile.
+    """For a forward pass of `network`, whose own parameters are in place and do not change.
 
     The first pass finds out what to stack, in every dtype of its own, and so does one that asks
     for more than the one before. A pass that is captured in a CUDA graph finds out nothing.
@@ -92,8 +95,9 @@ def packed_weights(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         _here.reset(token)
-    captured = first.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not captured and not here.asked.keys() <= here.stacks.keys():
+    if first.is_cuda and torch.cuda.is_current_stream_capturing():
+        _recorded.setdefault(network, []).append(plans.get(kind))
+    elif not here.asked.keys() <= here.stacks.keys():
         plans[kind] = _Plan(here.asked, kind.products)
 
 

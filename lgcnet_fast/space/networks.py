@@ -142,7 +142,8 @@ def few_launches(network: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def _few_launches(network: nn.Module) -> Iterator[None]:
-    with gathered_running_statistics(), cast_weights(network), packed_weights(network):
+    # Casts put other tensors in the place of parameters.
+    with gathered_running_statistics(), packed_weights(network), cast_weights(network):
         yield
 
 

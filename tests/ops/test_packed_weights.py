@@ -19,6 +19,7 @@ from lgcnet_fast.ops import packed_weights, separable_branches, use_backend
 from lgcnet_fast.ops.backend import suppose
 from lgcnet_fast.ops.constants import separate_constants
 from lgcnet_fast.ops.second_stages import second_stages
+from lgcnet_fast.recording import recording
 
 CHANNELS = 3
 
@@ -224,3 +225,21 @@ def test_the_reference_and_cuda_have_nothing_prepared(network: Branches, x: Tens
         for _ in range(2):
             network(x)
     assert packings(network, x) == 4
+
+
+@pytest.mark.gpu
+def test_a_graph_stacks_the_values_of_each_replay(network: Branches, x: Tensor) -> None:
+    if x.device.type != "cuda":
+        pytest.skip("needs a CUDA GPU")
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        network(x)
+        with recording(graph, stream), Packing() as packing:
+            out = network(x)
+        assert packing.count == 0
+        for _ in range(2):
+            for parameter in network.parameters():
+                parameter.mul_(1.5)
+            graph.replay()
+            assert torch.equal(out, network.alone(x))
