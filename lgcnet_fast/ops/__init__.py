@@ -12,6 +12,7 @@ from lgcnet_fast.ops.interleaved_convolution import interleaved_convolution
 from lgcnet_fast.ops.max_pool import max_pool, recomputable_max_pool
 from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, norm_sum, normalised, norms_apart
 from lgcnet_fast.ops.mixed_sum import mixed_sum
+from lgcnet_fast.ops.packed_weights import packed_weights
 from lgcnet_fast.ops.pair_readers import pair_readers
 from lgcnet_fast.ops.readers import Readers, readers, rectified_together
 from lgcnet_fast.ops.recompute import Recomputable, recomputable, recomputed, recomputes
@@ -41,6 +42,7 @@ __all__ = [
     "normalised",
     "norms_apart",
     "pair_readers",
+    "packed_weights",
     "readers",
     "recomputable",
     "recomputable_max_pool",

@@ -76,6 +76,11 @@ def suppose(device: torch.device) -> Iterator[None]:
         _supposed.reset(token)
 
 
+def supposing() -> bool:
+    """Whether tensors have no data: inside `suppose`."""
+    return _supposed.get() is not None
+
+
 def current_backend() -> Choice:
     return _here.get() or _process_wide
 

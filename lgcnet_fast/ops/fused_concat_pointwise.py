@@ -20,8 +20,7 @@ from torch.library import custom_op
 
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.fused_resize import refuse_resize
-from lgcnet_fast.ops.fused_separable_branches import computed_dtype
-from lgcnet_fast.ops.maps import accumulator, dtype_refusal, empty_nhwc, nhwc
+from lgcnet_fast.ops.maps import accumulator, computed_dtype, dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
 Shape = Sequence[int]

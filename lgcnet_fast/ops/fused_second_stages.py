@@ -19,7 +19,6 @@ from lgcnet_fast.ops.constants import constant
 from lgcnet_fast.ops.fused_mixed_norm_sum import mixed_sum, mixed_sum_backward, norm_statistics
 from lgcnet_fast.ops.fused_mixed_norm_sum import refuse as refuse_norms
 from lgcnet_fast.ops.fused_separable_branches import (
-    computed_dtype,
     separable_branches_backward,
     separable_branches_forward,
     stacked_matrices,
@@ -27,7 +26,7 @@ from lgcnet_fast.ops.fused_separable_branches import (
     weight_gradients,
 )
 from lgcnet_fast.ops.lanes import side_by_side
-from lgcnet_fast.ops.maps import nhwc
+from lgcnet_fast.ops.maps import computed_dtype, nhwc
 
 
 def refuse(

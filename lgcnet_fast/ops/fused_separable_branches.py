@@ -25,7 +25,8 @@ from torch.library import custom_op
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, filtered_maps
 from lgcnet_fast.ops.lanes import side_by_side
-from lgcnet_fast.ops.maps import accumulator, dtype_refusal, empty_nhwc, nhwc
+from lgcnet_fast.ops.maps import accumulator, computed_dtype, dtype_refusal, empty_nhwc, nhwc
+from lgcnet_fast.ops.packed_weights import packed
 from lgcnet_fast.ops.pointwise_kernels import matrices, pointwise_gradients
 
 T = TypeVar("T")
@@ -75,13 +76,6 @@ def run(
     ]
     maps = _SeparableBranches.apply(settings, stacks, counts, *xs, *depthwise, *pointwise)
     return [[stack] for stack in maps]
-
-
-def computed_dtype(x: Tensor) -> torch.dtype:
-    """That of the products of x: autocast's where it is enabled."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 class _SeparableBranches(torch.autograd.Function):
@@ -136,13 +130,19 @@ class _SeparableBranches(torch.autograd.Function):
 
 
 def stacked_windows(depthwise: Sequence[Tensor]) -> Tensor:
-    """Weights (C, 1, 3, 3) as the kernels take them: (B, 3, 3, C)."""
+    """Weights (C, 1, 3, 3) as the kernels take them: (B, 3, 3, C), in their dtype."""
+    ready = packed(depthwise, depthwise[0].dtype)
+    if ready is not None:
+        return ready
     windows = torch.stack([weight.flatten(1).t() for weight in depthwise])
     return windows.unflatten(1, (3, 3))
 
 
 def stacked_matrices(pointwise: Sequence[Tensor], x: Tensor) -> Tensor:
     """Weights (C_out, C, 1, 1) in the dtype of x: (B, C_out, C)."""
+    ready = packed(pointwise, x.dtype)
+    if ready is not None:
+        return ready
     matrices = x.new_empty(len(pointwise), *pointwise[0].shape[:2])
     torch._foreach_copy_(list(matrices.unbind()), [weight.flatten(1) for weight in pointwise])
     return matrices

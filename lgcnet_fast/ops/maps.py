@@ -33,6 +33,13 @@ def dtype_refusal(name: str, x: Tensor) -> str | None:
     return f"{name} is {x.dtype}, kernels take {', '.join(map(str, STORAGE))}"
 
 
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """That of the products of x: autocast's where it is enabled."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 def accumulator(storage: torch.dtype) -> torch.dtype:
     """Dtype of statistics and of sums over maps of a storage dtype."""
     return torch.float64 if storage == torch.float64 else torch.float32

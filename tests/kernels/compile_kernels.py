@@ -41,11 +41,12 @@ from lgcnet_fast.kernels import (
     pointwise_backward,
     slabs,
     tile_statistics,
+    weight_stacks,
 )
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 BRANCHES, PLAIN, READERS = 18, 3, 8
-MAPS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "g_ptr", "out_ptr"}
+MAPS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "g_ptr", "out_ptr", "matrices_out_ptr"}
 MAPS |= {f"{name}{index}_ptr" for name in ("x", "dx") for index in range(4)}
 LISTS = {
     "y_ptrs": BRANCHES,
@@ -62,7 +63,7 @@ NODE = {"K": 3, "J": 1, "ACC": tl.float32}
 OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALARS = {"packed_dilations": "i64"}
-POINTERS = {"winner_ptr": "u8", "pieces_ptr": "i32", "windows_ptr": "i32"}
+POINTERS = {"winner_ptr": "u8", "pieces_ptr": "i32", "windows_ptr": "i32", "table_ptr": "i64"}
 MULTIPLES_OF_16 = {"H", "W", "HO", "WO", "C", "CO", "c0", "c1", "c2", "c3"}
 MULTIPLES_OF_16 |= {"p0", "p1", "p2", "p3"}
 MULTIPLES_OF_16 |= {"columns", "tile_size", "size"}
@@ -104,6 +105,8 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield common._sum_rows_kernel, {"BLOCK_ROWS": 256, "BLOCK_COLUMNS": 8}, 4
     shares = {"WINDOW_ROWS": 256, "WINDOW_COLUMNS": 8, "PRODUCT_ROWS": 16, "PRODUCT_COLUMNS": 128}
     yield common._sum_shares_kernel, shares, 4
+    stacks = {"COLUMNS": weight_stacks.COLUMNS, "BLOCK": weight_stacks.BLOCK}
+    yield weight_stacks._stacks_kernel, stacks, weight_stacks.WARPS
     readers = {"K": READERS, "RELU": True, "ACC": tl.float32, "BLOCK": gradient_sum.BLOCK}
     yield gradient_sum._gradient_sum_kernel, readers, gradient_sum.WARPS
     for groups, vector in ((128, 8), (1024, 1)):

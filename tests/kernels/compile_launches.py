@@ -38,6 +38,7 @@ from lgcnet_fast.kernels import (
     pointwise_backward,
     upsample_argmax,
     upsample_loss,
+    weight_stacks,
 )
 from tests.kernels.carried_bounds import carried_bounds
 from tests.kernels.stand_in import StandIn
@@ -77,6 +78,12 @@ def depthwise_filters(x: Tensor) -> None:
         weight = x.new_zeros(3, 3, x.shape[1])
         dy = depthwise.depthwise(x, weight, 2, stride)
         depthwise_backward.depthwise_backward(dy, x, weight, 2, stride)
+
+
+def stacked_weights(x: Tensor) -> None:
+    channels = x.shape[1]
+    weights = [[x.new_zeros(channels, 1, 3, 3)], [x.new_zeros(channels, channels, 1, 1)]]
+    weight_stacks.WeightStacks(weights).filled(x.dtype)
 
 
 def mixture(x: Tensor) -> None:
@@ -139,7 +146,9 @@ def hard_examples(x: Tensor) -> None:
         upsample_loss.upsample_ohem_forward(x, target)
 
 
-FAMILIES: tuple[Launch, ...] = (pool, means, depthwise_filters, mixture, resizes, losses)
+FAMILIES: tuple[Launch, ...] = (
+    pool, means, depthwise_filters, stacked_weights, mixture, resizes, losses,
+)  # fmt: skip
 FLOAT32_FAMILIES: tuple[Launch, ...] = (products, products_of_concatenations, hard_examples)
 """Products are not compiled for float64, and losses are ranked in float32."""
 
