@@ -38,8 +38,6 @@ from lgcnet_fast.kernels import (
     mixed_sum,
     mixed_sum_backward,
     pointwise_backward,
-    slabs,
-    tile_statistics,
 )
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -61,7 +59,7 @@ NODE = {"K": 3, "J": 1, "ACC": tl.float32}
 OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALARS = {"packed_dilations": "i64"}
-POINTERS = {"winner_ptr": "u8", "pieces_ptr": "i32", "windows_ptr": "i32"}
+POINTERS = {"winner_ptr": "u8", "pieces_ptr": "i32", "windows_ptr": "i32", "counter_ptr": "i32"}
 MULTIPLES_OF_16 = {"H", "W", "HO", "WO", "C", "CO", "c0", "c1", "c2", "c3"}
 MULTIPLES_OF_16 |= {"p0", "p1", "p2", "p3"}
 MULTIPLES_OF_16 |= {"columns", "tile_size", "size"}
@@ -85,19 +83,18 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
             yield depthwise_input_grad._input_grad_kernel, shared | tile, 2
     counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}
     streaming = {"BLOCK_M": 32, "BLOCK_C": 64}
-    statistics = {"K": BRANCHES, "ACC": tl.float32}
-    slab = {"BLOCK_M": 16, "LOADS": 4, "BLOCK_C": 64}
+    statistics = {"K": BRANCHES, "ACC": tl.float32, "EPS": 1e-5}
+    slab = {"BLOCK_M": 16, "LOADS": 4, "BLOCK_C": 64, "BLOCK_S": 16}
     yield mixed_sum._slab_statistics_kernel, statistics | slab, 4
-    merging = {"EPS": 1e-5, "BLOCK_T": slabs.MOST_SLABS, "BLOCK_C": 8}
-    yield tile_statistics._merge_statistics_kernel, merging, 8
     yield mixed_sum._mixed_sum_kernel, counts | streaming | {"AFFINE": False}, 4
     yield mixed_sum._mixed_sum_kernel, NODE | streaming | {"AFFINE": True}, 4
-    slab |= {"MAPS": 2, "LOADS": 2}
+    slab |= {"MAPS": 2, "LOADS": 2, "BLOCK_S": 8}
     yield mixed_sum_backward._gradient_sums_kernel, counts | slab, 4
-    slab = {"BLOCK_M": 64, "LOADS": 2, "BLOCK_C": 64}
-    yield mixed_sum._slab_statistics_kernel, statistics | slab, 16
-    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 1}, 16
-    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 2, "LOADS": 1}, 16
+    slab = {"BLOCK_M": 64, "LOADS": 4, "BLOCK_C": 32, "BLOCK_S": 64}
+    yield mixed_sum._slab_statistics_kernel, statistics | slab, 8
+    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 1}, 8
+    slab |= {"LOADS": 2, "BLOCK_S": 32}
+    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 2}, 8
     yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming | {"AFFINE": False}, 4
     yield mixed_sum_backward._mixed_sum_grad_kernel, NODE | streaming | {"AFFINE": True}, 4
     yield common._sum_rows_kernel, {"BLOCK_ROWS": 256, "BLOCK_COLUMNS": 8}, 4
@@ -161,10 +158,9 @@ def product_gradients(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, 
         if storage != "fp32":
             shape = (16, channels, 2048 // channels, 4096 // channels)
             walk = conv3_backward.WeightGradConfig.default(PLAIN, shape, channels)
-            tile |= {"BLOCK_P": walk.block_p, "BLOCK_C": walk.block_c, "BLOCK_O": walk.block_o}
-            del tile["BLOCK_M"]
-            tile["BRANCHES"] = PLAIN
-            yield conv3_backward._conv3_weight_grad_kernel, tile, walk.warps, 1
+            windows = {"BLOCK_P": walk.block_p, "BLOCK_C": walk.block_c, "BLOCK_O": walk.block_o}
+            windows |= {"BRANCHES": PLAIN, "ACC": tl.float32, "OPERAND": OPERANDS[storage]}
+            yield conv3_backward._conv3_weight_grad_kernel, windows, walk.warps, 1
 
 
 def compile_for(
