@@ -14,8 +14,9 @@ and with a batch norm's gamma_k in place of z_k, and its beta_k,
 
     dgamma_k = S1_k,   dbeta_k = S0,   dx_j = g
 
-One pass reduces g against every map in two stages, a second pass writes all dy_k: an affine in
-(g, y_k) per channel. Under synchronised batch norm the sums of the ranks are added in between.
+One pass reduces g against every map, in two stages of one launch; a second pass writes all dy_k:
+an affine in (g, y_k) per channel. Under synchronised batch norm the sums of the ranks are added in
+between.
 
 Least traffic of K branches and J plain terms, in maps: K + J + 1 for the sums, 2 K + J + 1 for
 the gradients.
@@ -35,8 +36,8 @@ from lgcnet_fast.kernels.common import (
     accumulator_dtype,
     check_dense,
     empty_map,
-    sum_rows,
 )
+from lgcnet_fast.kernels.last_program import finishes_last, take_counters
 from lgcnet_fast.kernels.mixed_sum import (
     Statistics,
     TileConfig,
@@ -47,7 +48,7 @@ from lgcnet_fast.kernels.mixed_sum import (
     tile_of,
     weight_of,
 )
-from lgcnet_fast.kernels.slabs import MOST_SLABS, SlabConfig, pointer_of, tile_positions
+from lgcnet_fast.kernels.slabs import SlabConfig, pointer_of, tile_positions
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,14 @@ class GradientSums:
 
 @triton.jit(do_not_specialize=["M", "slab"])
 def _gradient_sums_kernel(
-    g_ptr, map_ptrs, mean_ptr, r_ptr, partial_ptr, M, slab, C,
+    g_ptr, map_ptrs, mean_ptr, r_ptr, partial_ptr, sums_ptr, counter_ptr, M, slab, C,
     K: tl.constexpr, J: tl.constexpr, MAPS: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, LOADS: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, LOADS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """partial[s] = S0, S1_1 to S1_K, P_1 to P_J of the positions of slab s, per channel.
 
-    The maps are y_1 to y_K, x_1 to x_J; a program takes MAPS of them, for one reading of g.
+    sums is their sum over s. The maps are y_1 to y_K, x_1 to x_J; a program takes MAPS of them, for
+    one reading of g.
     """
     groups: tl.constexpr = (K + J + MAPS - 1) // MAPS
     group, block = tl.program_id(0) % groups, tl.program_id(0) // groups
@@ -114,6 +116,35 @@ def _gradient_sums_kernel(
     if group == 0:
         tl.store(partial, tl.sum(gradient, axis=0)[None, None, :, :], mask=inside)
     tl.store(partial + (1 + k) * C, tl.sum(total, axis=0)[None, None, :, :] * r, mask=taken)
+    if finishes_last(counter_ptr + tl.program_id(0), tl.num_programs(1)):
+        _sum_slabs(
+            partial_ptr, sums_ptr, group, block * BLOCK_C, tl.num_programs(1), C,
+            K + J, MAPS, BLOCK_S, BLOCK_C,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum_slabs(
+    partial_ptr, sums_ptr, group, first_channel, slabs, C,
+    COUNT: tl.constexpr, MAPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The rows of a group of the COUNT maps in sums, with the first group S0."""
+    channel = first_channel + tl.arange(0, BLOCK_C)[None, None, :]
+    k = group * MAPS + tl.arange(0, MAPS)[None, :, None]
+    inside = (channel < C) & (group == 0)
+    taken = (channel < C) & (k < COUNT)
+    lane = tl.arange(0, BLOCK_S)[:, None, None]
+    gradient = tl.zeros((BLOCK_S, 1, BLOCK_C), dtype=partial_ptr.dtype.element_ty)
+    total = tl.zeros((BLOCK_S, MAPS, BLOCK_C), dtype=partial_ptr.dtype.element_ty)
+    for first in range(0, slabs, BLOCK_S):
+        number = first + lane
+        present = number < slabs
+        share = partial_ptr + number.to(tl.int64) * ((1 + COUNT) * C) + channel
+        gradient += tl.load(share, mask=present & inside, other=0.0, cache_modifier=".cg")
+        share += (1 + k) * C
+        total += tl.load(share, mask=present & taken, other=0.0, cache_modifier=".cg")
+    tl.store(sums_ptr + channel, tl.sum(gradient, axis=0)[None, :, :], mask=inside)
+    tl.store(sums_ptr + (1 + k) * C + channel, tl.sum(total, axis=0)[None, :, :], mask=taken)
 
 
 @triton.jit(do_not_specialize=["M", "count"])
@@ -173,12 +204,14 @@ def gradient_sum_rows(
     slab = config.slab(positions, channels, shares, block_m * loads, together)
     slabs = triton.cdiv(positions, slab)
     partial = g.new_empty(slabs, 1 + count, channels, dtype=accumulator_dtype(g.dtype))
+    rows = partial.new_empty(1 + count, channels)
     _gradient_sums_kernel[(shares, slabs)](
-        g, (*ys, *xs), statistics.mean, statistics.inverse_deviation, partial, positions, slab,
-        channels, K=len(ys), J=len(xs), MAPS=together, ACC=accumulator(g.dtype),
-        BLOCK_M=block_m, LOADS=loads, BLOCK_C=config.block_c, num_warps=config.warps,
+        g, (*ys, *xs), statistics.mean, statistics.inverse_deviation, partial, rows,
+        take_counters(shares, g.device), positions, slab, channels, K=len(ys), J=len(xs),
+        MAPS=together, ACC=accumulator(g.dtype), BLOCK_M=block_m, LOADS=loads,
+        BLOCK_C=config.block_c, BLOCK_S=config.shares(together), num_warps=config.warps,
     )  # fmt: skip
-    return sum_rows(partial, block_rows=MOST_SLABS)
+    return rows
 
 
 def mixed_sum_grad(
