@@ -11,7 +11,7 @@ from torch import Tensor
 from lgcnet_fast.kernels import last_program
 from lgcnet_fast.kernels.last_program import POOL, finishes_last, take_counters
 from lgcnet_fast.kernels.mixed_sum import batch_statistics
-from lgcnet_fast.kernels.mixed_sum_backward import gradient_sum_rows
+from lgcnet_fast.kernels.mixed_sum_backward import gradient_sum_rows, mixed_sum_gradient_sums
 from lgcnet_fast.kernels.slabs import SlabConfig
 
 
@@ -70,10 +70,14 @@ def random_maps(count: int, shape: tuple[int, ...], device: torch.device) -> lis
 
 
 def reductions(maps: list[Tensor], config: SlabConfig | None) -> Tensor:
-    """Both kinds, of all maps, the first of which is also the gradient."""
+    """All kinds, of all maps, the first of which is also the gradient, as one vector."""
     statistics = batch_statistics(maps, 1e-5, config)
     rows = gradient_sum_rows(maps[0], maps, statistics, (), config)
-    return torch.cat((statistics.mean, statistics.variance, statistics.inverse_deviation, rows))
+    sums = mixed_sum_gradient_sums(maps[0], maps, statistics, (), config, with_weights=True)
+    assert sums.weights is not None
+    found = (statistics.mean, statistics.variance, statistics.inverse_deviation)
+    found += (rows, sums.gradient, sums.normalised, sums.weights)
+    return torch.cat([each.flatten() for each in found])
 
 
 def assert_all_at_zero(device: torch.device) -> None:

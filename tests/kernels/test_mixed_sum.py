@@ -170,7 +170,9 @@ def test_forward(case: Case, dtype: torch.dtype, device: torch.device, guarded: 
 def test_gradients(case: Case, dtype: torch.dtype, device: torch.device, guarded: None) -> None:
     values = inputs(case, dtype, device)
     statistics = batch_statistics(values.ys, EPS, case.slabs)
-    sums = mixed_sum_gradient_sums(values.g, values.ys, statistics, values.xs, case.slabs)
+    sums = mixed_sum_gradient_sums(
+        values.g, values.ys, statistics, values.xs, case.slabs, with_weights=True
+    )
     dys, dxs = mixed_sum_grad(
         values.g, values.ys, values.z, statistics, sums, values.plain_z, config=case.config
     )
@@ -184,11 +186,13 @@ def test_gradients(case: Case, dtype: torch.dtype, device: torch.device, guarded
     rounding = TERM * terms.abs().sum((1, 3, 4)) + 1e-5
     assert_close(sums.normalised, terms.sum((1, 3, 4)), rounding)
     moved = moved_by_mean(values, statistics)
-    assert_close(sums.normalised.sum(1), truth_dz, rounding.sum(1) + moved)
+    assert sums.weights is not None
+    dz, plain_dz = sums.weights.split([case.branches, case.plain])
+    assert_close(dz, truth_dz, rounding.sum(1) + moved)
     if case.plain:
         terms = values.g.double() * torch.stack(values.xs).double()
         rounding = TERM * terms.abs().sum((1, 2, 3, 4)) + 1e-5
-        assert_close(sums.plain.sum(1), truth_plain_dz, rounding)
+        assert_close(plain_dz, truth_plain_dz, rounding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -338,6 +342,7 @@ def test_same_inputs_same_bits(device: torch.device) -> None:
     for _ in range(3):
         statistics = batch_statistics(values.ys, EPS, case.slabs)
         sums = mixed_sum_gradient_sums(values.g, values.ys, statistics, values.xs, case.slabs)
+        assert sums.weights is None
         dys, _ = mixed_sum_grad(values.g, values.ys, values.z, statistics, sums)
         runs.append([statistics.mean, statistics.variance, sums.normalised, sums.plain, *dys])
     for again in runs[1:]:
@@ -356,9 +361,9 @@ class _MixedSum(torch.autograd.Function):
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         z, plain_z, x, *ys = ctx.saved_tensors
         g = g.contiguous(memory_format=torch.channels_last)
-        sums = mixed_sum_gradient_sums(g, ys, ctx.statistics, (x,), SLABS)
+        sums = mixed_sum_gradient_sums(g, ys, ctx.statistics, (x,), SLABS, with_weights=True)
         dys, dxs = mixed_sum_grad(g, ys, z, ctx.statistics, sums, plain_z, config=TILE)
-        return sums.normalised.sum(1), sums.plain.sum(1), *dxs, *dys
+        return *sums.weights.split([len(ys), 1]), *dxs, *dys
 
 
 def test_gradcheck(device: torch.device) -> None:
