@@ -2,8 +2,8 @@
 
     python compile_kernels.py 90 bf16
 
-Prints a JSON line a kernel: registers, bytes of stack (spills) and of shared memory. Needs an
-interpreter in which Triton compiles, so not one with TRITON_INTERPRET set.
+Prints a JSON line a kernel: registers, bytes of stack (spills) and of shared memory, and atomic
+operations. Needs an interpreter in which Triton compiles, so not one with TRITON_INTERPRET set.
 """
 
 from __future__ import annotations
@@ -210,6 +210,17 @@ def resources(compiled: Any) -> dict[str, int]:
     return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}
 
 
+UNSTORED = r"(?:(?!st\.global).)*"
+HANDOVER = rf"bar\.sync{UNSTORED}atom\.global\.gpu\.acq_rel.*?bar\.sync.*?ld\.global\.cg"
+"""All threads have stored their shares; the count; all know of it; what others stored."""
+
+
+def handovers(ptx: str) -> dict[str, int]:
+    """The atomic operations of a kernel, and those of them with what must be around them."""
+    atomics = re.findall(r"\b(?:atom|red)\.", ptx)
+    return {"atomics": len(atomics), "handovers": len(re.findall(HANDOVER, ptx, re.DOTALL))}
+
+
 def main() -> None:
     arch, storage = int(sys.argv[1]), sys.argv[2]
     chosen = [(*each, 3) for each in kernels()]
@@ -218,7 +229,8 @@ def main() -> None:
     for kernel, constants, warps, stages in chosen:
         compiled = compile_for(kernel, constants, warps, arch, storage, stages)
         shown = {name: constants[name] for name in SHOWN if name in constants}
-        print(json.dumps({"kernel": kernel.fn.__name__} | shown | resources(compiled)), flush=True)
+        row = {"kernel": kernel.fn.__name__} | shown | resources(compiled)
+        print(json.dumps(row | handovers(compiled.asm["ptx"])), flush=True)
 
 
 if __name__ == "__main__":
