@@ -11,8 +11,8 @@ and the plain terms count as they are:
 
     out = sum_k gamma_k r_k (y_k - mean_k) + beta_k + sum_j x_j
 
-The statistics come in two stages, those of slabs of positions and their merger: see slabs.py and
-tile_statistics.py.
+The statistics come in two stages of one launch, those of slabs of positions and their merger: see
+slabs.py, tile_statistics.py and last_program.py.
 
 Least traffic of K branches and J plain terms, in maps: K for the statistics (none where the
 producers deliver them), K + J + 1 for the sum.
@@ -35,12 +35,14 @@ from lgcnet_fast.kernels.common import (
     check_map,
     empty_map,
 )
+from lgcnet_fast.kernels.last_program import finishes_last, take_counters
 from lgcnet_fast.kernels.slabs import SlabConfig, pointer_of, tile_positions
 from lgcnet_fast.kernels.tile_statistics import (
     Statistics,
     check_positions,
+    checked_statistics,
     empty_partial,
-    merge_statistics,
+    merge_tiles,
 )
 
 
@@ -78,14 +80,14 @@ def tile_of(M, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "slab"])
 def _slab_statistics_kernel(
-    y_ptrs, partial_ptr, M, slab, C,
-    K: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, LOADS: tl.constexpr, BLOCK_C: tl.constexpr,
+    y_ptrs, partial_ptr, statistics_ptr, counter_ptr, M, slab, C,
+    K: tl.constexpr, ACC: tl.constexpr, EPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, LOADS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """partial[s, k] = (mean, M2) of the positions of slab s, per channel.
 
-    Each row of a tile has a thread's n_t of the slab's n values, and its own pivot p, the mean of
-    the first ones. From the sums of d = y - p and of its square,
+    They merge into statistics[:, k]. Each row of a tile has a thread's n_t of the slab's n values,
+    and its own pivot p, the mean of the first ones. From the sums of d = y - p and of its square,
 
         mean_t = p + sum d / n_t,   M2_t = sum d^2 - (sum d)^2 / n_t
 
@@ -125,6 +127,12 @@ def _slab_statistics_kernel(
     tl.store(partial, mean, mask=inside)
     # Rounding may take it below zero; NaN stays.
     tl.store(partial + C, tl.where(m2 < 0, 0.0, m2), mask=inside)
+    slabs = tl.num_programs(0) // channel_blocks
+    if finishes_last(counter_ptr + k * channel_blocks + block, slabs):
+        merge_tiles(
+            partial_ptr, statistics_ptr, k, block * BLOCK_C, M, slabs, slab, K, C,
+            EPS, BLOCK_S, BLOCK_C,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -184,11 +192,13 @@ def batch_statistics(
     channel_blocks = triton.cdiv(channels, config.block_c)
     slab = config.slab(positions, channels, count * channel_blocks, block_m * loads)
     partial = empty_partial(count, channels, positions, slab, ys[0])
+    out = checked_statistics(out, partial)
     _slab_statistics_kernel[(len(partial) * channel_blocks, count)](
-        tuple(ys), partial, positions, slab, channels, K=count, ACC=accumulator(ys[0].dtype),
-        BLOCK_M=block_m, LOADS=loads, BLOCK_C=config.block_c, num_warps=config.warps,
+        tuple(ys), partial, out, take_counters(count * channel_blocks, out.device), positions, slab,
+        channels, K=count, ACC=accumulator(ys[0].dtype), EPS=eps, BLOCK_M=block_m, LOADS=loads,
+        BLOCK_C=config.block_c, BLOCK_S=config.shares(), num_warps=config.warps,
     )  # fmt: skip
-    return merge_statistics(partial, positions, slab, eps, out)
+    return Statistics(*out.unbind())
 
 
 def mixed_sum(

@@ -14,8 +14,9 @@ and with a batch norm's gamma_k in place of z_k, and its beta_k,
 
     dgamma_k = S1_k,   dbeta_k = S0,   dx_j = g
 
-One pass reduces g against every map in two stages, a second pass writes all dy_k: an affine in
-(g, y_k) per channel. Under synchronised batch norm the sums of the ranks are added in between.
+One pass reduces g against every map, in two stages of one launch; a second pass writes all dy_k:
+an affine in (g, y_k) per channel. Under synchronised batch norm the sums of the ranks are added in
+between.
 
 Least traffic of K branches and J plain terms, in maps: K + J + 1 for the sums, 2 K + J + 1 for
 the gradients.
@@ -35,8 +36,8 @@ from lgcnet_fast.kernels.common import (
     accumulator_dtype,
     check_dense,
     empty_map,
-    sum_rows,
 )
+from lgcnet_fast.kernels.last_program import finishes_last, take_counters
 from lgcnet_fast.kernels.mixed_sum import (
     Statistics,
     TileConfig,
@@ -47,7 +48,7 @@ from lgcnet_fast.kernels.mixed_sum import (
     tile_of,
     weight_of,
 )
-from lgcnet_fast.kernels.slabs import MOST_SLABS, SlabConfig, pointer_of, tile_positions
+from lgcnet_fast.kernels.slabs import SlabConfig, pointer_of, tile_positions
 
 
 @dataclass(frozen=True)
@@ -57,24 +58,29 @@ class GradientSums:
     gradient: Tensor
     """(C,): S0."""
     normalised: Tensor
-    """(K, C): S1; its sum over the channels is dz."""
+    """(K, C): S1."""
     plain: Tensor
-    """(J, C): P; its sum over the channels is the gradient of the plain weights."""
+    """(J, C): P."""
+    weights: Tensor | None = None
+    """(K + J,): of S1 and P over the channels, dz and dzp; where they were asked for."""
 
     @classmethod
-    def of(cls, rows: Tensor, branches: int) -> GradientSums:
+    def of(cls, rows: Tensor, branches: int, weights: Tensor | None = None) -> GradientSums:
         """rows: what `gradient_sum_rows` gives."""
-        return cls(rows[0], rows[1 : 1 + branches], rows[1 + branches :])
+        return cls(rows[0], rows[1 : 1 + branches], rows[1 + branches :], weights)
 
 
-@triton.jit(do_not_specialize=["M", "slab"])
+@triton.jit(do_not_specialize=["M", "slab", "blocks"])
 def _gradient_sums_kernel(
-    g_ptr, map_ptrs, mean_ptr, r_ptr, partial_ptr, M, slab, C,
+    g_ptr, map_ptrs, mean_ptr, r_ptr, partial_ptr, sums_ptr, dz_ptr, counter_ptr,
+    M, slab, blocks, C,
     K: tl.constexpr, J: tl.constexpr, MAPS: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, LOADS: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, LOADS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """partial[s] = S0, S1_1 to S1_K, P_1 to P_J of the positions of slab s, per channel.
 
+    sums is their sum over s. One program adds up the shares of `blocks` of BLOCK_C channels, which
+    are one or all there are; where all, also dz, the sums over the channels but for that of S0.
     The maps are y_1 to y_K, x_1 to x_J; a program takes MAPS of them, for one reading of g.
     """
     groups: tl.constexpr = (K + J + MAPS - 1) // MAPS
@@ -114,6 +120,44 @@ def _gradient_sums_kernel(
     if group == 0:
         tl.store(partial, tl.sum(gradient, axis=0)[None, None, :, :], mask=inside)
     tl.store(partial + (1 + k) * C, tl.sum(total, axis=0)[None, None, :, :] * r, mask=taken)
+    together = tl.program_id(0) % (tl.num_programs(0) // blocks)
+    if finishes_last(counter_ptr + together, tl.num_programs(1) * blocks):
+        _sum_slabs(
+            partial_ptr, sums_ptr, dz_ptr, group, together // groups, blocks, tl.num_programs(1), C,
+            K + J, MAPS, BLOCK_S, BLOCK_C,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum_slabs(
+    partial_ptr, sums_ptr, dz_ptr, group, first_block, blocks, slabs, C,
+    COUNT: tl.constexpr, MAPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """What a group of the COUNT maps has in sums and dz, the first group also S0."""
+    ACC = partial_ptr.dtype.element_ty
+    k = group * MAPS + tl.arange(0, MAPS)[None, :]
+    lane = tl.arange(0, BLOCK_S)[:, None, None]
+    dz = tl.zeros((1, MAPS), dtype=ACC)
+    for block in range(first_block, first_block + blocks):
+        channel = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, :]
+        row = (1 + k[:, :, None]) * C + channel
+        inside = (channel < C) & (group == 0)
+        taken = (channel < C) & (k[:, :, None] < COUNT)
+        gradient = tl.zeros((BLOCK_S, 1, BLOCK_C), dtype=ACC)
+        total = tl.zeros((BLOCK_S, MAPS, BLOCK_C), dtype=ACC)
+        for first in range(0, slabs, BLOCK_S):
+            number = first + lane
+            present = number < slabs
+            share = partial_ptr + number.to(tl.int64) * ((1 + COUNT) * C)
+            mask = present & inside
+            gradient += tl.load(share + channel, mask=mask, other=0.0, cache_modifier=".cg")
+            mask = present & taken
+            total += tl.load(share + row, mask=mask, other=0.0, cache_modifier=".cg")
+        tl.store(sums_ptr + channel, tl.sum(gradient, axis=0)[None, :, :], mask=inside)
+        rows = tl.sum(total, axis=0)[None, :, :]
+        tl.store(sums_ptr + row, rows, mask=taken)
+        dz += tl.sum(rows, axis=2)
+    tl.store(dz_ptr + k, dz, mask=(k < COUNT) & (blocks == tl.cdiv(C, BLOCK_C)))
 
 
 @triton.jit(do_not_specialize=["M", "count"])
@@ -147,9 +191,14 @@ def mixed_sum_gradient_sums(
     statistics: Statistics,
     xs: Sequence[Tensor] = (),
     config: SlabConfig | None = None,
+    with_weights: bool = False,
 ) -> GradientSums:
-    """The sums over g = dout that the gradients need; arguments as in `mixed_sum`."""
-    return GradientSums.of(gradient_sum_rows(g, ys, statistics, xs, config), len(ys))
+    """The sums over g = dout that the gradients need; other arguments as in `mixed_sum`.
+
+    with_weights: whether those of the weights need them as well.
+    """
+    rows, weights = _sums(g, ys, statistics, xs, config, with_weights)
+    return GradientSums.of(rows, len(ys), weights if with_weights else None)
 
 
 def gradient_sum_rows(
@@ -160,6 +209,18 @@ def gradient_sum_rows(
     config: SlabConfig | None = None,
 ) -> Tensor:
     """The rows S0, S1_1 to S1_K, P_1 to P_J: (1 + K + J, C); arguments as in `mixed_sum`."""
+    return _sums(g, ys, statistics, xs, config, with_weights=False)[0]
+
+
+def _sums(
+    g: Tensor,
+    ys: Sequence[Tensor],
+    statistics: Statistics,
+    xs: Sequence[Tensor],
+    config: SlabConfig | None,
+    with_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    """The rows, and `with_weights` their sums over the channels but for the first row's."""
     check_maps("ys", ys, ys[0] if ys else None)
     check_maps("g", (g,), ys[0])
     check_maps("xs", xs, ys[0])
@@ -169,16 +230,20 @@ def gradient_sum_rows(
     config = config or TileConfig.reducing(channels, count)
     together = min(config.maps, triton.next_power_of_2(count))
     block_m, loads = config.rows(g.dtype), config.tile_loads(together)
-    shares = triton.cdiv(count, together) * triton.cdiv(channels, config.block_c)
+    channel_blocks = triton.cdiv(channels, config.block_c)
+    shares = triton.cdiv(count, together) * channel_blocks
     slab = config.slab(positions, channels, shares, block_m * loads, together)
     slabs = triton.cdiv(positions, slab)
     partial = g.new_empty(slabs, 1 + count, channels, dtype=accumulator_dtype(g.dtype))
+    rows, weights = partial.new_empty(1 + count, channels), partial.new_empty(count)
     _gradient_sums_kernel[(shares, slabs)](
-        g, (*ys, *xs), statistics.mean, statistics.inverse_deviation, partial, positions, slab,
-        channels, K=len(ys), J=len(xs), MAPS=together, ACC=accumulator(g.dtype),
-        BLOCK_M=block_m, LOADS=loads, BLOCK_C=config.block_c, num_warps=config.warps,
+        g, (*ys, *xs), statistics.mean, statistics.inverse_deviation, partial, rows,
+        weights, take_counters(shares, g.device), positions, slab,
+        channel_blocks if with_weights else 1, channels, K=len(ys), J=len(xs), MAPS=together,
+        ACC=accumulator(g.dtype), BLOCK_M=block_m, LOADS=loads, BLOCK_C=config.block_c,
+        BLOCK_S=config.shares(together), num_warps=config.warps,
     )  # fmt: skip
-    return sum_rows(partial, block_rows=MOST_SLABS)
+    return rows, weights
 
 
 def mixed_sum_grad(

@@ -2,7 +2,8 @@
 
 Each thread of a program adds up its own channels and positions while the program walks down the
 slab, with several loads in flight; once, at the end, the threads add up theirs. There are no more
-programs than the GPU holds at once, so that a second stage has little to add.
+programs than the GPU holds at once, so that the one that adds up their shares has few; see
+last_program.py.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import triton
 import triton.language as tl
 
 MOST_SLABS = 512
-"""What a second stage adds up in one step."""
+"""More would take one program long to add up."""
+SHARES = 8
+"""Values that a thread loads at once of each of the sums that it adds up over the slabs."""
 FEW_MAPS = 2
-"""Whose sums take wider programs."""
+"""Whose sums take larger programs."""
 MOST_ELEMENTS = 2**30
 """Of a slab, so that offsets in it are 32-bit."""
 
@@ -40,13 +43,14 @@ class SlabConfig:
     def default(cls, channels: int, maps: int) -> SlabConfig:
         """For sums over so many maps, on 132 multiprocessors.
 
-        Of one map or two, one program of 512 threads on each: they share out a map that is short,
-        with as many bytes on their way, and leave the second stage few slabs. Otherwise four
-        programs of 128 threads.
+        Of one map or two, one program of 256 threads on each, with as many bytes on their way as
+        otherwise four of 128 threads. Few channels of a program leave the one that adds up the
+        shares of a group few slabs, and those fewer channels.
         """
-        block_c = min(128, triton.next_power_of_2(channels))
         if maps <= FEW_MAPS:
-            return cls(block_c, warps=16, loads=4, maps=2, programs=132)
+            block_c = min(32, triton.next_power_of_2(channels))
+            return cls(block_c, warps=8, loads=8, maps=2, programs=132)
+        block_c = min(64, triton.next_power_of_2(channels))
         return cls(block_c, warps=4, loads=8, maps=2, programs=528)
 
     def tile_loads(self, maps: int) -> int:
@@ -56,6 +60,10 @@ class SlabConfig:
     def rows(self, dtype: torch.dtype) -> int:
         """Positions of which a thread loads one vector."""
         return max(1, self.warps * 32 * (16 // dtype.itemsize) // self.block_c)
+
+    def shares(self, maps: int = 1) -> int:
+        """Slabs whose shares, of `maps` sums, a program adds up in one step."""
+        return max(1, self.warps * 32 * SHARES // (self.block_c * maps))
 
     def slab(self, positions: int, channels: int, shares: int, tile: int, maps: int = 1) -> int:
         """Positions of a slab, whole tiles; `shares`: programs that a slab has, each of `maps`."""

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator_dtype, check_dense
-from lgcnet_fast.kernels.slabs import MOST_SLABS
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,12 @@ class Statistics:
     """r = 1 / sqrt(variance + eps)."""
 
 
-@triton.jit(do_not_specialize=["M", "tiles", "K"])
-def _merge_statistics_kernel(
-    partial_ptr, mean_ptr, variance_ptr, r_ptr, M, tiles, tile_size, K, C,
+@triton.jit
+def merge_tiles(
+    partial_ptr, statistics_ptr, k, first_channel, M, tiles, tile_size, K, C,
     EPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """mean, variance and r (K, C) from the tiles' mean and M2; one program for BLOCK_C channels.
+    """statistics[:, k] = (mean, variance, r) of BLOCK_C channels of map k of K, from its tiles.
 
     The sums are about the first tile's mean p, so that one pass is enough:
 
@@ -47,22 +46,21 @@ def _merge_statistics_kernel(
     number of tiles. EPS is a constant because numbers among the arguments of a launch are rounded
     to float32.
     """
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    channel = first_channel + tl.arange(0, BLOCK_C)[None, :]
     inside = channel < C
-    k = tl.program_id(0) // channel_blocks
     lane = tl.arange(0, BLOCK_T)[:, None]
     ACC = partial_ptr.dtype.element_ty
     partial = partial_ptr + 2 * k * C + channel
 
-    pivot = tl.load(partial, mask=inside, other=0.0)
+    pivot = tl.load(partial, mask=inside, other=0.0, cache_modifier=".cg")
     total = tl.zeros((BLOCK_T, BLOCK_C), dtype=ACC)
     square = tl.zeros((BLOCK_T, BLOCK_C), dtype=ACC)
     for first in range(0, tiles, BLOCK_T):
         tile = (first + lane).to(tl.int64)
         mask = (tile < tiles) & inside
-        tile_mean = tl.load(partial + tile * (2 * K * C), mask=mask, other=0.0)
-        m2 = tl.load(partial + tile * (2 * K * C) + C, mask=mask, other=0.0)
+        tile_ptr = partial + tile * (2 * K * C)
+        tile_mean = tl.load(tile_ptr, mask=mask, other=0.0, cache_modifier=".cg")
+        m2 = tl.load(tile_ptr + C, mask=mask, other=0.0, cache_modifier=".cg")
         count = tl.minimum(M - tile * tile_size, tile_size).to(ACC)
         distance = tl.where(mask, tile_mean - pivot, 0.0)
         total += count * distance
@@ -71,9 +69,10 @@ def _merge_statistics_kernel(
     variance = tl.sum(square, axis=0)[None, :] / M.to(ACC) - shift * shift
     # Rounding may take it below zero; NaN stays.
     variance = tl.where(variance < 0, 0.0, variance)
-    tl.store(mean_ptr + k * C + channel, pivot + shift, mask=inside)
-    tl.store(variance_ptr + k * C + channel, variance, mask=inside)
-    tl.store(r_ptr + k * C + channel, 1.0 / tl.sqrt(variance + EPS), mask=inside)
+    target = statistics_ptr + k * C + channel
+    tl.store(target, pivot + shift, mask=inside)
+    tl.store(target + K * C, variance, mask=inside)
+    tl.store(target + 2 * K * C, 1.0 / tl.sqrt(variance + EPS), mask=inside)
 
 
 def check_positions(name: str, feature_map: Tensor, positions: int) -> None:
@@ -89,27 +88,12 @@ def empty_partial(maps: int, channels: int, positions: int, block_m: int, like: 
     return like.new_empty(tiles, maps, 2, channels, dtype=accumulator_dtype(like.dtype))
 
 
-def merge_statistics(
-    partial: Tensor, positions: int, block_m: int, eps: float, out: Tensor | None = None
-) -> Statistics:
-    """Statistics of K maps of `positions` values a channel from `partial`: (tiles, K, 2, C).
-
-    partial: mean and M2 of tiles of `block_m` positions, the last one of what is left; out:
-    (3, K, C), contiguous, of partial's dtype, to hold the mean, variance and inverse deviation.
-    Raises `ValueError`.
-    """
-    tiles, maps, _, channels = partial.shape
+def checked_statistics(out: Tensor | None, partial: Tensor) -> Tensor:
+    """`out` or a new one: (3, K, C), contiguous, of the dtype of partial; raises `ValueError`."""
+    _, maps, _, channels = partial.shape
     if out is None:
-        out = partial.new_empty(3, maps, channels)
+        return partial.new_empty(3, maps, channels)
     check_dense("out", out, (3, maps, channels), partial)
     if out.dtype != partial.dtype:
         raise ValueError(f"out: dtype {out.dtype}, need {partial.dtype}")
-    statistics = Statistics(*out.unbind())
-    # As in `sum_rows`: 8 columns of float32 fill one memory transaction.
-    block_t, block_c = min(MOST_SLABS, triton.next_power_of_2(tiles)), 8
-    _merge_statistics_kernel[(maps * triton.cdiv(channels, block_c),)](
-        partial, statistics.mean, statistics.variance, statistics.inverse_deviation,
-        positions, tiles, block_m, maps, channels, EPS=eps, BLOCK_T=block_t, BLOCK_C=block_c,
-        num_warps=8 if block_t > 128 else 4,
-    )  # fmt: skip
-    return statistics
+    return out

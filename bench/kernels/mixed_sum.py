@@ -43,18 +43,18 @@ SLABS: list[dict[str, int]] = [
     {"loads": 4},
     {"loads": 4, "programs": 792},
     {"loads": 16},
-    {"maps": 4},
+    {"maps": 1, "block_c": 32},
     {"maps": 1},
     {"warps": 8, "programs": 264},
 ]
 FEW_SLABS: list[dict[str, int]] = [
-    {"loads": 8},
-    {"programs": 66},
-    {"warps": 8},
-    {"warps": 8, "loads": 8},
-    {"warps": 8, "programs": 264},
-    {"warps": 4, "loads": 8, "programs": 264},
-    {"warps": 4, "loads": 8, "programs": 528},
+    {"block_c": 16},
+    {"block_c": 64},
+    {"warps": 16},
+    {"loads": 16},
+    {"programs": 264},
+    {"warps": 4, "programs": 264},
+    {"warps": 4, "loads": 16, "programs": 264},
 ]
 """What is tried in place of the defaults of kernels that add up many maps, and one or two."""
 FEW_DEFAULT = {"warps": 16, "loads": 4, "programs": 132}

@@ -1,9 +1,10 @@
 """`mixed_norm_sum` by kernels, registered with torch: `lgcnet_fast::mixed_norm_sum`.
 
 It takes the backend whose kernels run, so that shapes and gradients are stated once for both.
-Two launches take the statistics of all maps, one writes the sum. The backward pass takes three:
-the sums of the gradient against every map, in two stages, and the gradients of all maps. The
-running statistics of all batch norms are updated by three multi-tensor launches.
+One launch takes the statistics of all maps, one writes the sum. The backward pass takes two: the
+sums of the gradient against every map, and the gradients of all maps. Statistics and sums by CUDA
+C++ take one more each, for what Triton's kernels do at their end. The running statistics of all
+batch norms are updated by three multi-tensor launches.
 """
 
 from __future__ import annotations
@@ -229,8 +230,10 @@ def mixed_sum_backward(
     """Gradients of every entry of ys, of every one of xs and, `with_z`, of z."""
     forward, backward = launchers(backend)
     maps, packed = unstacked(ys), forward.Statistics(*statistics.unbind())
-    config = tile(backend, "gradient_sums", maps, len(xs))
-    sums = backward.mixed_sum_gradient_sums(g, maps, packed, xs, **config)
+    options = tile(backend, "gradient_sums", maps, len(xs))
+    if backend == "triton":
+        options["with_weights"] = with_z
+    sums = backward.mixed_sum_gradient_sums(g, maps, packed, xs, **options)
     through = sums if training else _no_sums(sums)
     dys = [empty_nhwc(g, y.shape) for y in ys]
     weights, plain = z[: len(maps)], z[len(maps) :]
@@ -240,8 +243,15 @@ def mixed_sum_backward(
     )
     if not with_z:
         return [*dys, *dxs]
-    totals = torch.cat((sums.normalised, sums.plain)) if xs else sums.normalised
-    return [*dys, *dxs, totals.sum(1).to(z.dtype)]
+    dz = sums.weights if backend == "triton" else _sums_over_channels(sums)
+    return [*dys, *dxs, dz.to(z.dtype)]
+
+
+def _sums_over_channels(sums: Any) -> Tensor:
+    """Of the products with every map: what Triton's kernel gives by itself."""
+    if len(sums.plain) == 0:
+        return sums.normalised.sum(1)
+    return torch.cat((sums.normalised, sums.plain)).sum(1)
 
 
 def _no_sums(sums: Any) -> Any:

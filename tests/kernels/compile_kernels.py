@@ -2,8 +2,8 @@
 
     python compile_kernels.py 90 bf16
 
-Prints a JSON line a kernel: registers, bytes of stack (spills) and of shared memory. Needs an
-interpreter in which Triton compiles, so not one with TRITON_INTERPRET set.
+Prints a JSON line a kernel: registers, bytes of stack (spills) and of shared memory, and atomic
+operations. Needs an interpreter in which Triton compiles, so not one with TRITON_INTERPRET set.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ from lgcnet_fast.kernels import (
     mixed_sum,
     mixed_sum_backward,
     pointwise_backward,
-    slabs,
-    tile_statistics,
     weight_stacks,
 )
 
@@ -64,6 +62,7 @@ OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALARS = {"packed_dilations": "i64"}
 POINTERS = {"winner_ptr": "u8", "pieces_ptr": "i32", "windows_ptr": "i32", "table_ptr": "i64"}
+POINTERS |= {"counter_ptr": "i32"}
 MULTIPLES_OF_16 = {"H", "W", "HO", "WO", "C", "CO", "c0", "c1", "c2", "c3"}
 MULTIPLES_OF_16 |= {"p0", "p1", "p2", "p3"}
 MULTIPLES_OF_16 |= {"columns", "tile_size", "size"}
@@ -87,19 +86,18 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
             yield depthwise_input_grad._input_grad_kernel, shared | tile, 2
     counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}
     streaming = {"BLOCK_M": 32, "BLOCK_C": 64}
-    statistics = {"K": BRANCHES, "ACC": tl.float32}
-    slab = {"BLOCK_M": 16, "LOADS": 4, "BLOCK_C": 64}
+    statistics = {"K": BRANCHES, "ACC": tl.float32, "EPS": 1e-5}
+    slab = {"BLOCK_M": 16, "LOADS": 4, "BLOCK_C": 64, "BLOCK_S": 16}
     yield mixed_sum._slab_statistics_kernel, statistics | slab, 4
-    merging = {"EPS": 1e-5, "BLOCK_T": slabs.MOST_SLABS, "BLOCK_C": 8}
-    yield tile_statistics._merge_statistics_kernel, merging, 8
     yield mixed_sum._mixed_sum_kernel, counts | streaming | {"AFFINE": False}, 4
     yield mixed_sum._mixed_sum_kernel, NODE | streaming | {"AFFINE": True}, 4
-    slab |= {"MAPS": 2, "LOADS": 2}
+    slab |= {"MAPS": 2, "LOADS": 2, "BLOCK_S": 8}
     yield mixed_sum_backward._gradient_sums_kernel, counts | slab, 4
-    slab = {"BLOCK_M": 64, "LOADS": 2, "BLOCK_C": 64}
-    yield mixed_sum._slab_statistics_kernel, statistics | slab, 16
-    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 1}, 16
-    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 2, "LOADS": 1}, 16
+    slab = {"BLOCK_M": 64, "LOADS": 4, "BLOCK_C": 32, "BLOCK_S": 64}
+    yield mixed_sum._slab_statistics_kernel, statistics | slab, 8
+    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 1}, 8
+    slab |= {"LOADS": 2, "BLOCK_S": 32}
+    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 2}, 8
     yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming | {"AFFINE": False}, 4
     yield mixed_sum_backward._mixed_sum_grad_kernel, NODE | streaming | {"AFFINE": True}, 4
     yield common._sum_rows_kernel, {"BLOCK_ROWS": 256, "BLOCK_COLUMNS": 8}, 4
@@ -170,10 +168,9 @@ def product_gradients(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, 
         if storage != "fp32":
             shape = (16, channels, 2048 // channels, 4096 // channels)
             walk = conv3_backward.WeightGradConfig.default(PLAIN, shape, channels)
-            tile |= {"BLOCK_P": walk.block_p, "BLOCK_C": walk.block_c, "BLOCK_O": walk.block_o}
-            del tile["BLOCK_M"]
-            tile["BRANCHES"] = PLAIN
-            yield conv3_backward._conv3_weight_grad_kernel, tile, walk.warps, 1
+            windows = {"BLOCK_P": walk.block_p, "BLOCK_C": walk.block_c, "BLOCK_O": walk.block_o}
+            windows |= {"BRANCHES": PLAIN, "ACC": tl.float32, "OPERAND": OPERANDS[storage]}
+            yield conv3_backward._conv3_weight_grad_kernel, windows, walk.warps, 1
 
 
 def compile_for(
@@ -223,6 +220,17 @@ def resources(compiled: Any) -> dict[str, int]:
     return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}
 
 
+UNSTORED = r"(?:(?!st\.global).)*"
+HANDOVER = rf"bar\.sync{UNSTORED}atom\.global\.gpu\.acq_rel.*?bar\.sync.*?ld\.global\.cg"
+"""All threads have stored their shares; the count; all know of it; what others stored."""
+
+
+def handovers(ptx: str) -> dict[str, int]:
+    """The atomic operations of a kernel, and those of them with what must be around them."""
+    atomics = re.findall(r"\b(?:atom|red)\.", ptx)
+    return {"atomics": len(atomics), "handovers": len(re.findall(HANDOVER, ptx, re.DOTALL))}
+
+
 def main() -> None:
     arch, storage = int(sys.argv[1]), sys.argv[2]
     chosen = [(*each, 3) for each in kernels()]
@@ -231,7 +239,8 @@ def main() -> None:
     for kernel, constants, warps, stages in chosen:
         compiled = compile_for(kernel, constants, warps, arch, storage, stages)
         shown = {name: constants[name] for name in SHOWN if name in constants}
-        print(json.dumps({"kernel": kernel.fn.__name__} | shown | resources(compiled)), flush=True)
+        row = {"kernel": kernel.fn.__name__} | shown | resources(compiled)
+        print(json.dumps(row | handovers(compiled.asm["ptx"])), flush=True)
 
 
 if __name__ == "__main__":

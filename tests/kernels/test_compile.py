@@ -15,6 +15,7 @@ from tests.kernels.carried_bounds import carried_bounds
 
 MOST_SHARED = {75: 48 * 1024, 80: 80 * 1024, 90: 112 * 1024}
 """Bytes a block: without an opt-in, and for two blocks a multiprocessor."""
+HANDING_OVER = {"_slab_statistics_kernel", "_gradient_sums_kernel"}
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 def test_kernels_compile_without_spills(arch: int, storage: str) -> None:
     rows = compiled(str(SCRIPT), str(arch), storage)
     assert [row for row in rows if row["stack"] > 0 or row["shared"] > MOST_SHARED[arch]] == []
+    assert [row for row in rows if row["atomics"] != row["handovers"]] == []
+    assert {row["kernel"] for row in rows if row["handovers"]} == HANDING_OVER
 
 
 @pytest.mark.slow

@@ -24,7 +24,6 @@ from lgcnet_fast.kernels.mixed_sum_backward import (
     mixed_sum_gradient_sums,
 )
 from lgcnet_fast.kernels.slabs import MOST_SLABS, SlabConfig
-from lgcnet_fast.kernels.tile_statistics import merge_statistics
 
 EPS = 1e-5
 TILE = TileConfig(block_m=16, block_c=16, warps=1)
@@ -171,7 +170,9 @@ def test_forward(case: Case, dtype: torch.dtype, device: torch.device, guarded: 
 def test_gradients(case: Case, dtype: torch.dtype, device: torch.device, guarded: None) -> None:
     values = inputs(case, dtype, device)
     statistics = batch_statistics(values.ys, EPS, case.slabs)
-    sums = mixed_sum_gradient_sums(values.g, values.ys, statistics, values.xs, case.slabs)
+    sums = mixed_sum_gradient_sums(
+        values.g, values.ys, statistics, values.xs, case.slabs, with_weights=True
+    )
     dys, dxs = mixed_sum_grad(
         values.g, values.ys, values.z, statistics, sums, values.plain_z, config=case.config
     )
@@ -185,11 +186,13 @@ def test_gradients(case: Case, dtype: torch.dtype, device: torch.device, guarded
     rounding = TERM * terms.abs().sum((1, 3, 4)) + 1e-5
     assert_close(sums.normalised, terms.sum((1, 3, 4)), rounding)
     moved = moved_by_mean(values, statistics)
-    assert_close(sums.normalised.sum(1), truth_dz, rounding.sum(1) + moved)
+    assert sums.weights is not None
+    dz, plain_dz = sums.weights.split([case.branches, case.plain])
+    assert_close(dz, truth_dz, rounding.sum(1) + moved)
     if case.plain:
         terms = values.g.double() * torch.stack(values.xs).double()
         rounding = TERM * terms.abs().sum((1, 2, 3, 4)) + 1e-5
-        assert_close(sums.plain.sum(1), truth_plain_dz, rounding)
+        assert_close(plain_dz, truth_plain_dz, rounding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -260,17 +263,20 @@ def test_an_outlier_among_the_first_values_does_not_cancel(
     assert ((statistics.variance[0] - truth).abs() < 512 * 2**-23 * truth).all()
 
 
-def test_more_tiles_than_one_step_merges(device: torch.device) -> None:
+def test_more_slabs_than_one_step_adds_up(device: torch.device) -> None:
     torch.manual_seed(0)
-    tiles, size, last = MOST_SLABS + 3, 4, 1
-    y = torch.randn(size * tiles - size + last, 3, dtype=torch.float64) + 100
-    partial = torch.stack(
-        [torch.stack((tile.mean(0), ((tile - tile.mean(0)) ** 2).sum(0))) for tile in y.split(size)]
-    )
-    partial = partial[:, None].to(device, torch.float32)
-    statistics = merge_statistics(partial, len(y), size, EPS)
-    assert_close(statistics.mean[0], y.mean(0).to(device), 1e-5)
-    assert_close(statistics.variance[0], y.var(0, correction=0).to(device), 1e-5)
+    case = Case((1, 3, 1, 19), 1, 1)
+    config = SlabConfig(block_c=256, warps=1, loads=1, maps=2, programs=MOST_SLABS)
+    assert config.shares() == 1 and config.slab(19, 3, shares=1, tile=1) == 1
+    values = inputs(case, torch.float32, device)
+    (y,), (x,), g = values.ys, values.xs, values.g.double()
+    statistics = batch_statistics([y], EPS, config)
+    assert_close(statistics.mean[0], y.double().mean((0, 2, 3)), 1e-5)
+    assert_close(statistics.variance[0], y.double().var((0, 2, 3), correction=0), 1e-5)
+    sums = mixed_sum_gradient_sums(values.g, [y], statistics, [x], config)
+    assert_close(sums.gradient, g.sum((0, 2, 3)), 1e-5)
+    assert_close(sums.normalised, terms_of_dz(values, statistics).sum((1, 3, 4)), 1e-4)
+    assert_close(sums.plain[0], (g * x.double()).sum((0, 2, 3)), 1e-4)
 
 
 @pytest.mark.parametrize("position", [0, -1])
@@ -296,8 +302,10 @@ def test_one_map_is_shared_out_to_all_multiprocessors() -> None:
     config = SlabConfig.default(64, maps=1)
     loads = config.tile_loads(1)
     tile = config.rows(torch.bfloat16) * loads
-    slab = config.slab(32768, 64, shares=1, tile=tile)
-    assert 32768 // slab == 128 and slab % tile == 0
+    slab = config.slab(32768, 64, shares=2, tile=tile)
+    assert 2 * 32768 // slab == 128 and slab % tile == 0
+    # The last program of each half of the channels adds up its slabs in one step.
+    assert 32768 // slab <= config.shares()
     assert SlabConfig.default(64, maps=3).tile_loads(2) == 2
 
 
@@ -334,6 +342,7 @@ def test_same_inputs_same_bits(device: torch.device) -> None:
     for _ in range(3):
         statistics = batch_statistics(values.ys, EPS, case.slabs)
         sums = mixed_sum_gradient_sums(values.g, values.ys, statistics, values.xs, case.slabs)
+        assert sums.weights is None
         dys, _ = mixed_sum_grad(values.g, values.ys, values.z, statistics, sums)
         runs.append([statistics.mean, statistics.variance, sums.normalised, sums.plain, *dys])
     for again in runs[1:]:
@@ -352,9 +361,9 @@ class _MixedSum(torch.autograd.Function):
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         z, plain_z, x, *ys = ctx.saved_tensors
         g = g.contiguous(memory_format=torch.channels_last)
-        sums = mixed_sum_gradient_sums(g, ys, ctx.statistics, (x,), SLABS)
+        sums = mixed_sum_gradient_sums(g, ys, ctx.statistics, (x,), SLABS, with_weights=True)
         dys, dxs = mixed_sum_grad(g, ys, z, ctx.statistics, sums, plain_z, config=TILE)
-        return sums.normalised.sum(1), sums.plain.sum(1), *dxs, *dys
+        return *sums.weights.split([len(ys), 1]), *dxs, *dys
 
 
 def test_gradcheck(device: torch.device) -> None:
