@@ -67,12 +67,13 @@ class InputGradConfig:
 @triton.jit
 def _widen(x, ACC: tl.constexpr):
     """x in the accumulator's dtype; two values of bfloat16 by two instructions."""
-    if x.dtype == tl.bfloat16 and not _INTERPRETED:
-        bits = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=&r,r", [x],
-            dtype=tl.int32, is_pure=True, pack=2,
-        )  # fmt: skip
-        x = bits.to(tl.float32, bitcast=True)
+    if not _INTERPRETED:
+        if x.dtype == tl.bfloat16:
+            bits = tl.inline_asm_elementwise(
+                "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=&r,r", [x],
+                dtype=tl.int32, is_pure=True, pack=2,
+            )  # fmt: skip
+            x = bits.to(tl.float32, bitcast=True)
     return x.to(ACC)
 
 

@@ -27,7 +27,8 @@ from lgcnet_fast.nn.primitives import (
     SeparablePair,
 )
 from lgcnet_fast.nn.stem import Stem
-from lgcnet_fast.space.networks import Backbone, DerivedNetwork
+from lgcnet_fast.space.base import Arch, SegmentationNetwork
+from lgcnet_fast.space.networks import Backbone, DerivedNetwork, Supernet
 
 Size = tuple[int, int]
 
@@ -162,6 +163,13 @@ class PlainDerivedNetwork(DerivedNetwork):
         return self._logits(self.backbone(x))
 
 
+class PlainSupernet(Supernet):
+    beside = SegmentationNetwork.beside
+
+    def forward(self, x: Tensor, z: Arch) -> Tensor:
+        return self._logits(self.backbone(x, z["cells"]), self._fusion_rows(z))
+
+
 class PlainFusionCell(FusionCell):
     def forward(self, features: Sequence[Tensor], z: Mapping[str, Tensor] | None = None) -> Tensor:
         sizes = [(feature.shape[-2], feature.shape[-1]) for feature in features]
@@ -205,6 +213,7 @@ _PLAIN = {
         PlainStem,
         PlainBackbone,
         PlainDerivedNetwork,
+        PlainSupernet,
         PlainFusionCell,
     )
     for parent in (plain_class.__bases__[-1],)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.lanes import LANES, side_by_side
 
 
 def cast_together(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -30,7 +31,7 @@ class _CastTogether(torch.autograd.Function):
         ctx.save_for_backward(*weights)
         ctx.set_materialize_grads(False)
         copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
-        torch._foreach_copy_(copies, list(weights))
+        _copy(copies, weights)
         return tuple(copies)
 
     @staticmethod
@@ -40,10 +41,17 @@ class _CastTogether(torch.autograd.Function):
             None if g is None else torch.empty_like(weight)
             for g, weight in zip(gradients, ctx.saved_tensors, strict=True)
         ]
-        torch._foreach_copy_(
-            [out for out in found if out is not None], [g for g in gradients if g is not None]
-        )
+        _copy([out for out in found if out is not None], [g for g in gradients if g is not None])
         return None, *found
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Few tensors keep a GPU busy, so every launch has some, beside the others."""
+    jobs = [
+        partial(torch._foreach_copy_, targets[lane::LANES], sources[lane::LANES])
+        for lane in range(min(LANES, len(targets)))
+    ]
+    side_by_side(targets[0].device, jobs)
 
 
 def _reference(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -23,10 +23,11 @@ memory until the capture ends. What a job returns may be used and dropped like a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -37,6 +38,14 @@ each (see train/memory.py)."""
 
 _own: ContextVar[tuple[torch.cuda.Stream, ...] | None] = ContextVar("lanes", default=None)
 """The streams of the job that is running, the one that it runs on first."""
+
+
+class _Background(NamedTuple):
+    stream: torch.cuda.Stream
+    held: list[Callable[[], object]]
+
+
+_background: ContextVar[_Background | None] = ContextVar("background", default=None)
 _kept: ContextVar[list[torch.Tensor] | None] = ContextVar("kept", default=None)
 """What jobs have dropped since the outermost `side_by_side` began."""
 
@@ -68,6 +77,33 @@ def side_by_side(device: torch.device, jobs: Sequence[Callable[[], T]]) -> list[
 def has_lanes(device: torch.device) -> bool:
     """Whether `side_by_side` would run two jobs on streams of their own."""
     return len(_own.get() or _streams(device)) > 1
+
+
+@contextmanager
+def background(device: torch.device) -> Iterator[None]:
+    """Within the `with` block, which a capture holds, `in_background` has a stream of its own."""
+    beside = _Background(torch.cuda.Stream(device), [])
+    token = _background.set(beside)
+    try:
+        yield
+    finally:
+        _background.reset(token)
+    torch.cuda.current_stream(device).wait_stream(beside.stream)
+
+
+def in_background(device: torch.device, job: Callable[[], object]) -> None:
+    """Runs a job beside all that follows in the `background` block, elsewhere at once.
+
+    Nobody needs what it writes, or changes what it reads, before the end of the block; until then
+    it is held.
+    """
+    beside = _background.get()
+    if beside is None or _own.get() is not None:
+        job()
+        return
+    beside.held.append(job)
+    beside.stream.wait_stream(torch.cuda.current_stream(device))
+    _run(job, (beside.stream,))
 
 
 def keep_until_joined(*tensors: torch.Tensor) -> None:

@@ -6,10 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lgcnet_fast.ops.lanes import in_background
 
 _Update = tuple[Sequence[nn.BatchNorm2d], Tensor, Tensor, int]
 _gathered: ContextVar[list[_Update] | None] = ContextVar("running_statistics", default=None)
@@ -28,7 +31,8 @@ def gathered_running_statistics() -> Iterator[None]:
         yield
     finally:
         _gathered.reset(token)
-    _apply(updates)
+    if updates:
+        in_background(updates[0][1].device, partial(_apply, updates))
 
 
 def update_running_statistics(

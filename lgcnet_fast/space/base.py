@@ -8,7 +8,7 @@ command line use nothing else, so a new space is one class (LGCNet section 7).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from lgcnet_fast.nn.together import Part
 from lgcnet_fast.space.genotype import Genotype as AnyGenotype
 
 Arch = dict[str, Tensor]
@@ -103,6 +104,18 @@ class SegmentationNetwork(nn.Module):
     output_stride: int
     backbone: nn.Module
     """What pretraining trains."""
+
+    def beside(
+        self, x: Tensor, choices: Part, z_of: Callable[[Sequence[Tensor]], Arch]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """A supernet's forward pass with a Z that is still to be computed: logits and results.
+
+        choices: computes it; z_of: takes it from the results. Where both can run side by side, a
+        supernet may begin before Z is there.
+        """
+        results = list(choices.compute(*choices.inputs))
+        logits: Tensor = self(x, z_of(results))
+        return logits, results
 
 
 class SearchSpace(ABC):

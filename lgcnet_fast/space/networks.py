@@ -21,7 +21,7 @@ from lgcnet_fast.nn.fusion_graphs import FusionGraph
 from lgcnet_fast.nn.heads import ASPP, ASPP_WIDTH, PPM, PPM_WIDTH, Classifier
 from lgcnet_fast.nn.primitives import Source
 from lgcnet_fast.nn.stem import Stem
-from lgcnet_fast.nn.together import worked
+from lgcnet_fast.nn.together import Part, together, worked
 from lgcnet_fast.ops import gathered_running_statistics, packed_weights
 from lgcnet_fast.space.base import Arch, SegmentationNetwork
 from lgcnet_fast.space.layout import CellLayout, MacroLayout
@@ -49,7 +49,12 @@ class Backbone(nn.Module):
 
         Returns sources where `taps_rectified`.
         """
-        stem0, stem1 = self.stem(x)
+        return self.behind_stem(*self.stem(x), z)
+
+    def behind_stem(
+        self, stem0: Tensor, stem1: Tensor, z: Tensor | None
+    ) -> Sequence[Tensor | Source]:
+        """`forward` from the maps of the stem on."""
         # The ReLU that ends the second stage of the stem keeps its output.
         s0, s1 = Source(stem0), Source(stem1, only_rectified=True)
         choices: Sequence[tuple[Sequence[Tensor], ...]] = [()] * len(self.cells)
@@ -116,6 +121,17 @@ class Supernet(Network):
         with few_launches(self):
             features = self.backbone(x, z["cells"])
             return self._logits(features, self._fusion_rows(z))
+
+    def beside(
+        self, x: Tensor, choices: Part, z_of: Callable[[Sequence[Tensor]], Arch]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As in `SegmentationNetwork`; Z is computed beside the stem."""
+        with few_launches(self):
+            stem = self.backbone.stem
+            maps, results = together([Part(stem, [x], [stem]), choices])
+            z = z_of(results)
+            features = self.backbone.behind_stem(*maps, z["cells"])
+            return self._logits(features, self._fusion_rows(z)), results
 
     def _fusion_rows(self, z: Arch) -> dict[str, Tensor]:
         """The row of each edge of the fusion cell, if there is one."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lgcnet_fast.errors import RunError
 from lgcnet_fast.ops.compile_ahead import compile_ahead
+from lgcnet_fast.ops.lanes import background
 from lgcnet_fast.recording import recording
 from lgcnet_fast.train.run import Run
 
@@ -144,7 +145,10 @@ class CudaRecorder:
         # What former stages have left would take memory beside that of the graph.
         gc.collect()
         graph = torch.cuda.CUDAGraph()
-        with recording(graph, self._stream, self._generators):
+        with (
+            recording(graph, self._stream, self._generators),
+            background(self._stream.device),
+        ):
             result = function()
 
         def replay() -> Result:

@@ -6,7 +6,8 @@ the weights and Adam the architecture parameters with those of the graph-guided 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from lgcnet_fast.config import SearchConfig
 from lgcnet_fast.data.loader import Batch
+from lgcnet_fast.nn.together import Part
 from lgcnet_fast.ops import upsample_cross_entropy
-from lgcnet_fast.space.base import LatencyModel, LatencyTerms, SearchSpace
+from lgcnet_fast.space.base import Arch, LatencyModel, LatencyTerms, SearchSpace
 from lgcnet_fast.space.sampling import gumbel_softmax, probabilities
 from lgcnet_fast.train.capture import Step, captured
 from lgcnet_fast.train.checkpoint import Stateful, load_checkpoint, save_checkpoint
@@ -68,11 +70,22 @@ class SearchNetwork(nn.Module):
 
     def forward(self, images: Tensor, temperature: Tensor) -> SearchOutput:
         """images: (N, 3, H, W); temperature: a scalar."""
-        # Small matrices, where half precision would cost accuracy and save nothing.
-        with torch.autocast(images.device.type, enabled=False):
-            z = gumbel_softmax(self.arch(), temperature, self.noise, self.groups)
-            latency = self.latency(z)
-        return SearchOutput(self.supernet(images, z), latency)
+        drawn: list[tuple[Arch, LatencyTerms]] = []
+
+        def choices(temperature: Tensor) -> list[Tensor]:
+            # Small matrices, where half precision would cost accuracy and save nothing.
+            with torch.autocast(images.device.type, enabled=False):
+                z = gumbel_softmax(self.arch(), temperature, self.noise, self.groups)
+                latency = self.latency(z)
+            drawn.append((z, latency))
+            return [*z.values(), latency.cells, latency.edges]
+
+        def z_of(results: Sequence[Tensor]) -> Arch:
+            return dict(zip(drawn[0][0], results, strict=False))
+
+        part = Part(choices, [temperature], [self.arch])
+        logits, (*_, cells, edges) = self.supernet.beside(images, part, z_of)
+        return SearchOutput(logits, replace(drawn[0][1], cells=cells, edges=edges))
 
 
 class Searcher:

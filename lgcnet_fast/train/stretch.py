@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from lgcnet_fast.ops.lanes import LANES, side_by_side
 
 ALIGNMENT = 64
 """Numbers from which a tensor may begin, 256 bytes of float32: kernels load 16 bytes at once."""
@@ -45,7 +48,17 @@ class Stretch:
             pieces.append(tensor.as_strided((tensor.numel(),), (1,)))
             if pad:
                 pieces.append(self._filling[:pad])
-        return torch.cat(pieces)
+        # A launch takes some hundred pieces, and few of them keep a GPU busy.
+        stretch = tensors[0].new_empty(sum(map(len, pieces)))
+        count = -(-len(pieces) // LANES)
+        groups = [pieces[first : first + count] for first in range(0, len(pieces), count)]
+        places = stretch.split([sum(map(len, group)) for group in groups])
+        jobs = [
+            partial(torch.cat, group, out=place)
+            for group, place in zip(groups, places, strict=True)
+        ]
+        side_by_side(stretch.device, jobs)
+        return stretch
 
 
 def _same_order(tensor: Tensor, strides: Sequence[int]) -> bool:
