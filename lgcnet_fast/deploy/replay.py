@@ -183,7 +183,6 @@ class Replay(Generic[Network]):
         elif with_labels and (on_slots := network.on_slots(self._labels)) is not None:
             self._slots, calls, last = on_slots.slots, on_slots.calls, [on_slots.last]
             self._run = _recorded([self._slots.take], calls, network.schedule, last, turns)
-            self._slots.start()
         else:
             self._run = _recorded([], network.calls, network.schedule, last, turns)
 

@@ -21,7 +21,8 @@ class Slots:
 
     image, labels: uint8, on the device of the kernels; what these read and write until the first
     frame. Launches follow each other on the GPU: a graph starts with `take`, and other kernels
-    find this frame's image and labels at `image` and `labels`. One thread at a time.
+    find this frame's image and labels at `image` and `labels`. One thread at a time. Before the
+    first frame, graphs may be launched without frames, to compile and load their kernels.
     """
 
     def __init__(self, image: Tensor, labels: Tensor) -> None:
@@ -37,6 +38,7 @@ class Slots:
         # Stores into it take a tenth of the time of those into a tensor or an array.
         self._memory: memoryview[int] = self._slots.view(-1).numpy().data
         self._next = 0
+        self._in_step = False
         self._read = (torch.cuda.Event(), torch.cuda.Event())
         """Of each half of the slots, behind the last launch that reads one."""
 
@@ -46,16 +48,16 @@ class Slots:
 
         take_slot(self._slots, self._turn, self._taken)
 
-    def start(self) -> None:
-        """Before the first frame, after launches that were to compile and load kernels."""
-        self._next = int(self._turn.item())
-
     def run(self, launch: Callable[[], object], image: int, labels: int) -> None:
         """image, labels: addresses; launch: of the graph, on the current stream.
 
         Both must stay what they are until the GPU is done with this frame: memory of PyTorch that
         the current stream uses does, even if it is freed.
         """
+        if not self._in_step:
+            self._next = int(self._turn.item())
+        # Whether an interrupt in here comes before or behind the launch, only the GPU can tell.
+        self._in_step = False
         self.write(image, labels)
         launch()
         self._next += 1
@@ -63,6 +65,7 @@ class Slots:
         if within == 0:
             self._read[half - 1].record()
             self._next %= SLOTS
+        self._in_step = True
 
     def write(self, image: int, labels: int) -> None:
         """Into the slot of the next launch, once the GPU has read it for the last time."""

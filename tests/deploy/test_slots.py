@@ -102,7 +102,25 @@ def test_rehearsals_take_slots_too(gpu: LazyGpu, rehearsals: int) -> None:
     for _ in range(rehearsals):
         ring.take()
         assert addresses(ring) == (image.data_ptr(), labels.data_ptr())
-    ring.start()
+    assert frames_of(ring, gpu) == ADDRESSES
+
+
+@pytest.mark.parametrize("is_launched", [False, True])
+@pytest.mark.parametrize("frames", range(COUNT + 1))
+def test_an_interrupt_beside_a_launch(gpu: LazyGpu, frames: int, is_launched: bool) -> None:
+    ring = some_slots()
+
+    def launch() -> None:
+        if is_launched:
+            gpu.give(ring.take)
+        raise KeyboardInterrupt
+
+    for pair in ADDRESSES[:frames]:
+        ring.run(lambda: gpu.give(ring.take), *pair)
+    with pytest.raises(KeyboardInterrupt):
+        ring.run(launch, 1, 2)
+    # As reading the turn from a GPU does.
+    gpu.work_until(gpu.given)
     assert frames_of(ring, gpu) == ADDRESSES
 
 
