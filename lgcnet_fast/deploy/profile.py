@@ -5,9 +5,10 @@
 
 Each launch is timed alone, replayed from a CUDA graph with its maps in the cache. Their sum is
 then compared with the whole network: one graph in which launches follow each other, and the engine
-with its copies of image and labels. `host_us` is the time until the call for a frame returns;
-`graph_host_us` that of launching the graph without copies, `image_host_us` and `labels_host_us`
-those of PyTorch's copies, which a frame has where they cannot be part of its graph.
+as applications call it. `host_us` is the time until the call for a frame returns; `graph_host_us`
+that of launching the graph alone, `image_host_us` that of copying the image or of writing its
+address into a slot, `labels_host_us` that of copying the labels or of finding memory for them.
+A launch that needs a slot writes it too.
 """
 
 from __future__ import annotations
@@ -62,11 +63,7 @@ def profile(
         for cost, call in zip(costs_of(fused.plan), fused.calls, strict=True)
     ]
     host_us, frame_us = _frames(lambda: engine.labels(images, None))
-    parts = {
-        "graph_host_us": engine.start(batch, size),
-        "image_host_us": lambda: fused.image.copy_(images),
-        "labels_host_us": labels.clone,
-    }
+    parts = engine.parts(images)
     return {
         "backend": backend,
         "gpu": torch.cuda.get_device_name(),
@@ -78,7 +75,7 @@ def profile(
         "one_after_another_us": microseconds(lambda: _whole(fused, labels)),
         "engine_us": frame_us,
         "host_us": host_us,
-        **{name: _frames(part)[0] for name, part in parts.items()},
+        **{f"{name}_host_us": _frames(part)[0] for name, part in parts.items()},
     }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -16,22 +17,13 @@ from torch.nn import functional as F
 
 from lgcnet_fast.deploy.arena import STREAMS, Schedule
 from lgcnet_fast.deploy.fused import Call, FusedNetwork
-from lgcnet_fast.deploy.graph_copies import (
-    IS_SUPPORTED,
-    CopyNode,
-    are_plain,
-    copy_nodes,
-    cuda_driver,
-)
 from lgcnet_fast.deploy.lower import lower
 from lgcnet_fast.deploy.operations import Size
 from lgcnet_fast.deploy.packing import Packing
 from lgcnet_fast.deploy.program import FoldedNetwork
-from lgcnet_fast.errors import DeviceError
+from lgcnet_fast.deploy.slots import SlotCalls, Slots
 from lgcnet_fast.ops.compile_ahead import compile_ahead
 from lgcnet_fast.recording import recording
-
-log = logging.getLogger(__name__)
 
 MOST_REPLAYS = 8
 """Sizes kept at once, each with maps and graph of its own; that unused for longest goes first."""
@@ -50,6 +42,9 @@ class NetworkInMemory(Protocol):
     def size(self) -> Size: ...
 
     def write_labels(self, labels: Tensor) -> None: ...
+
+    def on_slots(self, labels: Tensor) -> SlotCalls | None:
+        """As `calls` and `write_labels`, but on the frames of slots; None if they cannot."""
 
 
 Network = TypeVar("Network", bound=NetworkInMemory)
@@ -73,6 +68,9 @@ class GraphEngine(ABC, Generic[Network]):
         )
         with self._on_device:
             self._turns = Turns() if device.type == "cuda" else None
+        if self._turns is not None:
+            # Kernels on their way read pinned memory, which others may write once it is freed.
+            weakref.finalize(self, self._turns.finish).atexit = False
 
     @abstractmethod
     def _in_memory(self, size: Size, batch: int, pixels: torch.dtype) -> Network:
@@ -91,12 +89,11 @@ class GraphEngine(ABC, Generic[Network]):
         with self._lock, self._on_device:
             return self._replay((batch, *size, False)).network
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def start(self, batch: int, size: Size) -> Call:
-        """What starts the launches for images of this size and no copies, to be timed."""
+    def parts(self, pixels: Tensor) -> dict[str, Call]:
+        """What the host does for these images, of the network's size, to be timed call by call."""
+        batch, height, width, _ = pixels.shape
         with self._lock, self._on_device:
-            return self._replay((batch, *size, False)).launches()
+            return self._replay((batch, height, width, False)).parts(pixels)
 
     def _replay(self, key: Key) -> Replay[Network]:
         replay = self._replays.get(key)
@@ -135,97 +132,111 @@ class Turns:
     """What the graphs of an engine share, as only one of them runs at a time.
 
     Memory for what calls allocate, which so does not grow with the sizes that come and go; the
-    streams to record on, as memory is kept by stream; the end of the work before.
+    streams to record on, as memory is kept by stream; the stream that has the work before.
     """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
         self.main, *self.sides = (torch.cuda.Stream() for _ in range(STREAMS))
-        self._done = torch.cuda.Event()
+        self._passed_on = torch.cuda.Event()
         self._device = torch.cuda.current_device()
         self._stream: torch.cuda.Stream | None = None
         self._handle: int | None = None
 
     def begin(self) -> None:
-        """On the current stream, which waits for earlier work if that is on another one."""
+        """On the current stream, which waits for earlier work if that is on another one.
+
+        It then waits for what else that stream was given until now, which must still exist. To
+        note the end of each turn instead would cost every frame a call of the driver.
+        """
         handle = _current_handle(self._device)
         if handle != self._handle:
-            self._stream, self._handle = torch.cuda.current_stream(), handle
-            self._done.wait(self._stream)
-
-    def end(self) -> None:
-        """Of the work since `begin`."""
-        self._done.record(self._stream)
+            stream = torch.cuda.current_stream()
+            if self._stream is not None:
+                self._passed_on.record(self._stream)
+                self._passed_on.wait(stream)
+            self._stream, self._handle = stream, handle
 
     def finish(self) -> None:
-        """Waits until the GPU needs no maps and no graph any more."""
-        self._done.synchronize()
+        """Waits until the GPU needs no maps, no slots and no graph any more."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 class Replay(Generic[Network]):
     """A network that runs as one CUDA graph, to the labels or only to the logits.
 
-    turns: of the engine, on a GPU. Where PyTorch and the driver can, the copies of image and labels
-    are part of the graph.
+    turns: of the engine, on a GPU. Where the kernels of the network can take their frame from
+    slots, they read images and write labels where these lie; otherwise both are copied.
     """
 
     def __init__(self, network: Network, with_labels: bool, turns: Turns | None) -> None:
         self.network = network
         self._image = network.image
         self._labels = network.image.new_empty(network.image.shape[:3], dtype=torch.uint8)
-        self._last = [lambda: network.write_labels(self._labels)] if with_labels else []
-        self._turns = turns
-        self._begin: Call = _nothing
-        self._end: Call = _nothing
-        self._frame: FrameGraph | None = None
-        self._run: Call | None = None
-        if turns is not None:
-            self._begin, self._end = turns.begin, turns.end
-            if with_labels:
-                self._frame = _frame_graph(network, self._labels, turns)
-        if self._frame is None:
-            self.launches()
-
-    def launches(self) -> Call:
-        """What starts the launches and no copies."""
-        if self._run is None:
-            self._run = self._launches()
-        return self._run
-
-    def _launches(self) -> Call:
-        if self._turns is None:
-            return _one_after_another([*self.network.calls, *self._last])
-        graph = torch.cuda.CUDAGraph()
-        _record(graph, self.network, (), self._last, self._turns)
-        return graph.replay
+        self._begin: Call = _nothing if turns is None else turns.begin
+        self._slots: Slots | None = None
+        # Nothing kept here may hold this replay: its memory has to go as soon as it is dropped.
+        last: list[Call] = [partial(network.write_labels, self._labels)] if with_labels else []
+        if turns is None:
+            self._run = _one_after_another([*network.calls, *last])
+        elif with_labels and (on_slots := network.on_slots(self._labels)) is not None:
+            self._slots, calls, last = on_slots.slots, on_slots.calls, [on_slots.last]
+            self._run = _recorded([self._slots.take], calls, network.schedule, last, turns)
+        else:
+            self._run = _recorded([], network.calls, network.schedule, last, turns)
 
     def labels_of(self, pixels: Tensor) -> Tensor:
-        """uint8 (N, H, W, 3) of the network's size to uint8 (N, H, W). Raises `DeviceError`."""
+        """uint8 (N, H, W, 3) of the network's size to uint8 (N, H, W).
+
+        `pixels` may be dropped at once, like after any operation on the current stream.
+        """
         self._begin()
-        try:
-            if self._frame is None:
-                self._image.copy_(pixels)
-                self.launches()()
-                return self._labels.clone()
-            labels = torch.empty_like(self._labels)
-            self._frame.run(pixels, labels)
-            return labels
-        finally:
-            self._end()
+        if self._slots is None:
+            self._image.copy_(pixels)
+            self._run()
+            return self._labels.clone()
+        if not self._is_readable(pixels):
+            pixels = self._image.copy_(pixels)
+        labels = torch.empty_like(self._labels)
+        self._slots.run(self._run, pixels.data_ptr(), labels.data_ptr())
+        return labels
+
+    def _is_readable(self, pixels: Tensor) -> bool:
+        """Whether kernels find the bytes of the image there as they expect them."""
+        image = self._image
+        return (
+            pixels.dtype is image.dtype
+            and pixels.is_contiguous()
+            and pixels.shape == image.shape
+            and pixels.device == image.device
+        )
+
+    def parts(self, pixels: Tensor) -> dict[str, Call]:
+        """The calls of a frame, each alone: for its image, its labels, and the graph's launch.
+
+        With slots, `image` writes one, and so does `graph`, as every launch reads one.
+        """
+        run, slots, labels = self._run, self._slots, self._labels
+        if slots is None:
+            copy = partial(self._image.copy_, pixels)
+            return {"graph": run, "image": copy, "labels": labels.clone}
+        return {
+            "graph": lambda: slots.run(run, pixels.data_ptr(), labels.data_ptr()),
+            "image": lambda: slots.write(pixels.data_ptr(), labels.data_ptr()),
+            "labels": lambda: torch.empty_like(labels),
+        }
 
     def labels_of_resized(self, pixels: Tensor) -> Tensor:
         """uint8 (N, H, W, 3) of any size to uint8 (N, H, W); resized as `network_input` does."""
         floats = pixels.permute(0, 3, 1, 2).float()
         resized = F.interpolate(floats, self.network.size, mode="bilinear")
         self._begin()
-        try:
-            self._image.copy_(resized.permute(0, 2, 3, 1))
-            self.launches()()
-            labels = pixels.new_empty(pixels.shape[:3])
-            self.network.write_labels(labels)
-            return labels
-        finally:
-            self._end()
+        self._image.copy_(resized.permute(0, 2, 3, 1))
+        self._run()
+        labels = pixels.new_empty(pixels.shape[:3])
+        self.network.write_labels(labels)
+        return labels
 
 
 def _handle_of_current_stream(device: int) -> int:
@@ -250,63 +261,16 @@ def _nothing() -> None:
     """On the CPU work is over when a call returns."""
 
 
-class FrameGraph:
-    """The graph of a network with the copies of its image and labels.
-
-    image: of the network. source, target: where the image comes from and where the labels go.
-    """
-
-    def __init__(
-        self, graph: torch.cuda.CUDAGraph, image: Tensor, source: CopyNode, target: CopyNode
-    ) -> None:
-        self._replay, self._image = graph.replay, image
-        self._source, self._target = source, target
-
-    def run(self, pixels: Tensor, labels: Tensor) -> None:
-        """labels: uint8 (N, H, W), contiguous. Raises `DeviceError`."""
-        if not are_plain(self._image, pixels):
-            pixels = self._copy_of(pixels)
-        try:
-            self._source.move(pixels.data_ptr())
-        except DeviceError:
-            # Memory of another kind than PyTorch's own, such as managed memory, cannot be part.
-            pixels = self._copy_of(pixels)
-            self._source.move(pixels.data_ptr())
-        self._target.move(labels.data_ptr())
-        self._replay()
-
-    def _copy_of(self, pixels: Tensor) -> Tensor:
-        return torch.empty_like(self._image).copy_(pixels)
-
-
-def _frame_graph(network: NetworkInMemory, labels: Tensor, turns: Turns) -> FrameGraph | None:
-    """None where PyTorch or the driver cannot move the ends of a copy."""
-    driver = cuda_driver()
-    if driver is None or not IS_SUPPORTED:
-        return None
-    pixels, result = torch.zeros_like(network.image), torch.empty_like(labels)
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
-    first = [lambda: network.image.copy_(pixels)]
-    last = [lambda: network.write_labels(labels), lambda: result.copy_(labels)]
-    _record(graph, network, first, last, turns)
-    graph.instantiate()
-    try:
-        nodes = copy_nodes(driver, graph, pixels.data_ptr(), result.data_ptr())
-    except DeviceError as error:
-        log.warning("images and labels are copied outside of their CUDA graph: %s", error)
-        return None
-    return FrameGraph(graph, network.image, *nodes)
-
-
-def _record(
-    graph: torch.cuda.CUDAGraph,
-    network: NetworkInMemory,
+def _recorded(
     first: Sequence[Call],
+    calls: Sequence[Call],
+    order: Schedule,
     last: Sequence[Call],
     turns: Turns,
-) -> None:
-    """`first`, the launches of a network, of which independent ones overlap, then `last`."""
-    run = _one_after_another([*first, *network.calls, *last])
+) -> Call:
+    """Starts a graph: `first`, the launches of a network, some of which overlap, then `last`."""
+    graph = torch.cuda.CUDAGraph()
+    run = _one_after_another([*first, *calls, *last])
     turns.main.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(turns.main):
         compile_ahead(run)
@@ -315,9 +279,10 @@ def _record(
     with recording(graph, turns.main, pool=turns.pool):
         for call in first:
             call()
-        _overlapping(network.calls, network.schedule, turns.sides)
+        _overlapping(calls, order, turns.sides)
         for call in last:
             call()
+    return graph.replay
 
 
 def _overlapping(
