@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lgcnet_fast.kernels.addresses import AtAddress, as_argument, bytes_at
 from lgcnet_fast.kernels.infer_terms import channels_below, rectified
 from lgcnet_fast.kernels.infer_tile import MapView
 
@@ -30,7 +29,7 @@ class StemConfig:
 
 
 def run_stem(
-    image: Tensor | AtAddress,
+    image: Tensor,
     weight: Tensor,
     bias: Tensor,
     mean: tuple[float, float, float],
@@ -42,12 +41,11 @@ def run_stem(
     """image: (N, H, W, 3) contiguous; weight: (27, c_out) float32; writes (N, H / s, W / s)."""
     batch, height, width, _ = image.shape
     config = config or StemConfig()
-    pixels, at_address = as_argument(image)
     grid = (triton.cdiv(out.width, config.block), out.height, batch)
     _stem_kernel[grid](
-        pixels, weight, bias, out.data, *mean, height, width, out.height, out.width,
+        image, weight, bias, out.data, *mean, height, width, out.height, out.width,
         N=out.channels, BLOCK_N=triton.next_power_of_2(out.channels), PITCH=out.pitch,
-        STRIDE=stride, RELU=relu, BLOCK=config.block, AT_ADDRESS=at_address, num_warps=config.warps,
+        STRIDE=stride, RELU=relu, BLOCK=config.block, num_warps=config.warps,
     )  # fmt: skip
 
 
@@ -55,11 +53,9 @@ def run_stem(
 def _stem_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, red, green, blue, height, width, out_height, out_width,
     N: tl.constexpr, BLOCK_N: tl.constexpr, PITCH: tl.constexpr, STRIDE: tl.constexpr,
-    RELU: tl.constexpr, BLOCK: tl.constexpr, AT_ADDRESS: tl.constexpr,
+    RELU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of an output row, output rows, N)."""
-    if AT_ADDRESS:
-        x_ptr = bytes_at(x_ptr)
     image = tl.program_id(2)
     row = tl.program_id(1)
     column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lgcnet_fast.kernels.addresses import AtAddress, as_argument, bytes_at
 from lgcnet_fast.kernels.bilinear import Size, beyond, first_output
 from lgcnet_fast.kernels.common import accumulator, check_like
 from lgcnet_fast.kernels.upsample_cells import (
@@ -44,18 +43,15 @@ def upsample_argmax_forward(
     return out
 
 
-def argmax_of_rows(
-    rows: Tensor, width: int, out: Tensor | AtAddress, config: CellConfig = ARGMAX
-) -> None:
+def argmax_of_rows(rows: Tensor, width: int, out: Tensor, config: CellConfig = ARGMAX) -> None:
     """rows: logits (N, h, classes, pitch) float32 or float64, `width` columns of which count, at
     most 32 classes; writes uint8 labels (N, height, width), contiguous. Arguments are trusted."""
     batch, h, classes, pitch = rows.shape
     grid = (triton.cdiv(width, config.lanes), triton.cdiv(h, config.rows), batch)
-    labels, at_address = as_argument(out)
     _argmax_kernel[grid](
-        rows, labels, h, width, *out.shape[1:],
+        rows, out, h, width, *out.shape[1:],
         CLASSES=classes, PITCH=pitch, LANES=config.lanes, ROWS=config.rows,
-        ACC=accumulator(rows.dtype), AT_ADDRESS=at_address, num_warps=config.warps,
+        ACC=accumulator(rows.dtype), num_warps=config.warps,
     )  # fmt: skip
 
 
@@ -63,11 +59,9 @@ def argmax_of_rows(
 def _argmax_kernel(
     rows_ptr, out_ptr, h, w, height, width,
     CLASSES: tl.constexpr, PITCH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
-    ACC: tl.constexpr, AT_ADDRESS: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of cell columns, bands of ROWS cell rows, N)."""
-    if AT_ADDRESS:
-        out_ptr = bytes_at(out_ptr)
     cell = tl.program_id(0) * LANES + tl.arange(0, LANES)
     i = tl.program_id(1) * ROWS
     batch = tl.program_id(2)

@@ -14,12 +14,10 @@ from lgcnet_fast.deploy.argmax import argmax_labels
 from lgcnet_fast.deploy.operations import Size
 from lgcnet_fast.deploy.packing import has_matrix_units
 from lgcnet_fast.deploy.plan import Buffer, Launch, Plan, Pool, Stem, Tile
-from lgcnet_fast.deploy.slots import SlotCalls, Slots
 from lgcnet_fast.errors import BackendError
 from lgcnet_fast.ops import tuning
 
 if TYPE_CHECKING:
-    from lgcnet_fast.kernels.addresses import AtAddress
     from lgcnet_fast.kernels.infer_tile import MapView, TileConfig
 
 Call = Callable[[], object]
@@ -71,25 +69,15 @@ class FusedNetwork:
 
     def write_labels(self, labels: Tensor) -> None:
         """The argmax at the size of `labels`, uint8 (N, H, W), contiguous."""
-        if self.plan.output.class_rows:
-            self._argmax(labels)
-        else:
+        plan, output = self.plan, self.plan.output
+        if not output.class_rows:
             size: Size = (labels.shape[1], labels.shape[2])
             labels.copy_(argmax_labels(self.logits().float(), size))
+            return
+        from lgcnet_fast.kernels.upsample_argmax import argmax_of_rows
 
-    def on_slots(self, labels: Tensor) -> SlotCalls | None:
-        """The launches on uint8 images wherever they lie, to labels like these wherever those lie.
-
-        None where it takes more than one launch from logits to labels.
-        """
-        if not self.plan.output.class_rows:
-            return None
-        slots = Slots(self.image, labels)
-        calls = tuple(
-            self._stem(launch, slots.image) if isinstance(launch, Stem) else call
-            for launch, call in zip(self.plan.launches, self.calls, strict=True)
-        )
-        return SlotCalls(slots, calls, partial(self._argmax, slots.labels))
+        rows = self._data(output).view(plan.batch, output.height, output.channels, output.pitch)
+        argmax_of_rows(rows, output.width, labels)
 
     @property
     def matrix_units(self) -> bool:
@@ -119,17 +107,17 @@ class FusedNetwork:
 
     def _call(self, launch: Launch) -> Call:
         if isinstance(launch, Stem):
-            return self._stem(launch, self.image)
+            return self._stem(launch)
         if isinstance(launch, Tile):
             return self.tile_call(launch, self.tile_config(launch))
         return self._pool(launch)
 
-    def _stem(self, stem: Stem, image: Tensor | AtAddress) -> Call:
+    def _stem(self, stem: Stem) -> Call:
         from lgcnet_fast.kernels.infer_stem import run_stem
 
         out = self._view(stem.out)
         return partial(
-            run_stem, image, stem.weight, stem.bias, stem.mean, out, stem.stride, stem.relu
+            run_stem, self.image, stem.weight, stem.bias, stem.mean, out, stem.stride, stem.relu
         )
 
     def tile_call(self, tile: Tile, config: TileConfig) -> Call:
@@ -191,13 +179,6 @@ class FusedNetwork:
             run_pool_product(partial_sums, pool.sources[0].size, pool.weight, pool.bias, out)
 
         return call
-
-    def _argmax(self, labels: Tensor | AtAddress) -> None:
-        from lgcnet_fast.kernels.upsample_argmax import argmax_of_rows
-
-        plan, output = self.plan, self.plan.output
-        rows = self._data(output).view(plan.batch, output.height, output.channels, output.pitch)
-        argmax_of_rows(rows, output.width, labels)
 
     def _view(self, buffer: Buffer) -> MapView:
         from lgcnet_fast.kernels.infer_tile import MapView

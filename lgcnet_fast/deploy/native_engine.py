@@ -69,9 +69,6 @@ class NativeNetwork:
         else:
             labels.copy_(argmax_labels(logits.float(), size))
 
-    def on_slots(self, labels: Tensor) -> None:
-        """Kernels and cuDNN are given addresses."""
-
     def _call(self, node: Node) -> Call:
         """The addends of a node, the first of which writes its map."""
         out = self._map(node.out)

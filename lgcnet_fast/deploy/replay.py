@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -21,7 +19,6 @@ from lgcnet_fast.deploy.lower import lower
 from lgcnet_fast.deploy.operations import Size
 from lgcnet_fast.deploy.packing import Packing
 from lgcnet_fast.deploy.program import FoldedNetwork
-from lgcnet_fast.deploy.slots import SlotCalls, Slots
 from lgcnet_fast.ops.compile_ahead import compile_ahead
 from lgcnet_fast.recording import recording
 
@@ -42,9 +39,6 @@ class NetworkInMemory(Protocol):
     def size(self) -> Size: ...
 
     def write_labels(self, labels: Tensor) -> None: ...
-
-    def on_slots(self, labels: Tensor) -> SlotCalls | None:
-        """As `calls` and `write_labels`, but on the frames of slots; None if they cannot."""
 
 
 Network = TypeVar("Network", bound=NetworkInMemory)
@@ -68,9 +62,6 @@ class GraphEngine(ABC, Generic[Network]):
         )
         with self._on_device:
             self._turns = Turns() if device.type == "cuda" else None
-        if self._turns is not None:
-            # Kernels on their way read pinned memory, which others may write once it is freed.
-            weakref.finalize(self, self._turns.finish).atexit = False
 
     @abstractmethod
     def _in_memory(self, size: Size, batch: int, pixels: torch.dtype) -> Network:
@@ -89,17 +80,15 @@ class GraphEngine(ABC, Generic[Network]):
         with self._lock, self._on_device:
             return self._replay((batch, *size, False)).network
 
-    def parts(self, pixels: Tensor) -> dict[str, Call]:
-        """What the host does for these images, of the network's size, to be timed call by call."""
-        batch, height, width, _ = pixels.shape
+    def start(self, batch: int, size: Size) -> Call:
+        """What starts the launches for images of this size and no copies, to be timed."""
         with self._lock, self._on_device:
-            return self._replay((batch, height, width, False)).parts(pixels)
+            return self._replay((batch, *size, False)).run
 
     def _replay(self, key: Key) -> Replay[Network]:
-        replay = self._replays.get(key)
-        if replay is not None:
+        if key in self._replays:
             self._replays.move_to_end(key)
-            return replay
+            return self._replays[key]
         if len(self._replays) == MOST_REPLAYS:
             if self._turns is not None:
                 self._turns.finish()
@@ -132,121 +121,75 @@ class Turns:
     """What the graphs of an engine share, as only one of them runs at a time.
 
     Memory for what calls allocate, which so does not grow with the sizes that come and go; the
-    streams to record on, as memory is kept by stream; the stream that has the work before.
+    streams to record on, as memory is kept by stream; the end of the work before.
     """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
         self.main, *self.sides = (torch.cuda.Stream() for _ in range(STREAMS))
-        self._passed_on = torch.cuda.Event()
+        self._done = torch.cuda.Event()
         self._device = torch.cuda.current_device()
         self._stream: torch.cuda.Stream | None = None
         self._handle: int | None = None
 
     def begin(self) -> None:
-        """On the current stream, which waits for earlier work if that is on another one.
-
-        It then waits for what else that stream was given until now, which must still exist. To
-        note the end of each turn instead would cost every frame a call of the driver.
-        """
-        handle = _current_handle(self._device)
+        """On the current stream, which waits for earlier work if that is on another one."""
+        # Every frame asks: the handle alone takes a tenth of the time of `current_stream`.
+        handle = torch._C._cuda_getCurrentRawStream(self._device)
         if handle != self._handle:
-            stream = torch.cuda.current_stream()
-            if self._stream is not None:
-                self._passed_on.record(self._stream)
-                self._passed_on.wait(stream)
-            self._stream, self._handle = stream, handle
+            self._stream, self._handle = torch.cuda.current_stream(), handle
+            self._done.wait(self._stream)
+
+    def end(self) -> None:
+        """Of the work since `begin`."""
+        self._done.record(self._stream)
 
     def finish(self) -> None:
-        """Waits until the GPU needs no maps, no slots and no graph any more."""
-        if self._stream is not None:
-            self._stream.synchronize()
+        """Waits until the GPU needs no maps and no graph any more."""
+        self._done.synchronize()
 
 
 class Replay(Generic[Network]):
     """A network that runs as one CUDA graph, to the labels or only to the logits.
 
-    turns: of the engine, on a GPU. Where the kernels of the network can take their frame from
-    slots, they read images and write labels where these lie; otherwise both are copied.
+    turns: of the engine, on a GPU.
     """
 
     def __init__(self, network: Network, with_labels: bool, turns: Turns | None) -> None:
         self.network = network
         self._image = network.image
         self._labels = network.image.new_empty(network.image.shape[:3], dtype=torch.uint8)
-        self._begin: Call = _nothing if turns is None else turns.begin
-        self._slots: Slots | None = None
-        # Nothing kept here may hold this replay: its memory has to go as soon as it is dropped.
-        last: list[Call] = [partial(network.write_labels, self._labels)] if with_labels else []
-        if turns is None:
-            self._run = _one_after_another([*network.calls, *last])
-        elif with_labels and (on_slots := network.on_slots(self._labels)) is not None:
-            self._slots, calls, last = on_slots.slots, on_slots.calls, [on_slots.last]
-            self._run = _recorded([self._slots.take], calls, network.schedule, last, turns)
-        else:
-            self._run = _recorded([], network.calls, network.schedule, last, turns)
+        last = [lambda: network.write_labels(self._labels)] if with_labels else []
+        self.run: Call = _one_after_another([*network.calls, *last])
+        self._begin: Call = _nothing
+        self._end: Call = _nothing
+        if turns is not None:
+            self._begin, self._end = turns.begin, turns.end
+            self.run = _recorded(self.run, network, last, turns).replay
 
     def labels_of(self, pixels: Tensor) -> Tensor:
-        """uint8 (N, H, W, 3) of the network's size to uint8 (N, H, W).
-
-        `pixels` may be dropped at once, like after any operation on the current stream.
-        """
+        """uint8 (N, H, W, 3) of the network's size to uint8 (N, H, W)."""
         self._begin()
-        if self._slots is None:
+        try:
             self._image.copy_(pixels)
-            self._run()
+            self.run()
             return self._labels.clone()
-        if not self._is_readable(pixels):
-            pixels = self._image.copy_(pixels)
-        labels = torch.empty_like(self._labels)
-        self._slots.run(self._run, pixels.data_ptr(), labels.data_ptr())
-        return labels
-
-    def _is_readable(self, pixels: Tensor) -> bool:
-        """Whether kernels find the bytes of the image there as they expect them."""
-        image = self._image
-        return (
-            pixels.dtype is image.dtype
-            and pixels.is_contiguous()
-            and pixels.shape == image.shape
-            and pixels.device == image.device
-        )
-
-    def parts(self, pixels: Tensor) -> dict[str, Call]:
-        """The calls of a frame, each alone: for its image, its labels, and the graph's launch.
-
-        With slots, `image` writes one, and so does `graph`, as every launch reads one.
-        """
-        run, slots, labels = self._run, self._slots, self._labels
-        if slots is None:
-            copy = partial(self._image.copy_, pixels)
-            return {"graph": run, "image": copy, "labels": labels.clone}
-        return {
-            "graph": lambda: slots.run(run, pixels.data_ptr(), labels.data_ptr()),
-            "image": lambda: slots.write(pixels.data_ptr(), labels.data_ptr()),
-            "labels": lambda: torch.empty_like(labels),
-        }
+        finally:
+            self._end()
 
     def labels_of_resized(self, pixels: Tensor) -> Tensor:
         """uint8 (N, H, W, 3) of any size to uint8 (N, H, W); resized as `network_input` does."""
         floats = pixels.permute(0, 3, 1, 2).float()
         resized = F.interpolate(floats, self.network.size, mode="bilinear")
         self._begin()
-        self._image.copy_(resized.permute(0, 2, 3, 1))
-        self._run()
-        labels = pixels.new_empty(pixels.shape[:3])
-        self.network.write_labels(labels)
-        return labels
-
-
-def _handle_of_current_stream(device: int) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-# Every frame asks: PyTorch's own call takes a tenth of the time, where a version has it.
-_current_handle: Callable[[int], int] = getattr(
-    torch._C, "_cuda_getCurrentRawStream", _handle_of_current_stream
-)
+        try:
+            self._image.copy_(resized.permute(0, 2, 3, 1))
+            self.run()
+            labels = pixels.new_empty(pixels.shape[:3])
+            self.network.write_labels(labels)
+            return labels
+        finally:
+            self._end()
 
 
 def _one_after_another(calls: Sequence[Call]) -> Call:
@@ -262,27 +205,23 @@ def _nothing() -> None:
 
 
 def _recorded(
-    first: Sequence[Call],
-    calls: Sequence[Call],
-    order: Schedule,
-    last: Sequence[Call],
-    turns: Turns,
-) -> Call:
-    """Starts a graph: `first`, the launches of a network, some of which overlap, then `last`."""
+    run: Call, network: NetworkInMemory, last: Sequence[Call], turns: Turns
+) -> torch.cuda.CUDAGraph:
+    """The launches of a network as a graph in which independent ones overlap, then `last`.
+
+    `run` does the same, one after another.
+    """
     graph = torch.cuda.CUDAGraph()
-    run = _one_after_another([*first, *calls, *last])
     turns.main.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(turns.main):
         compile_ahead(run)
         # Loads the kernels, which a recording must not.
         run()
     with recording(graph, turns.main, pool=turns.pool):
-        for call in first:
-            call()
-        _overlapping(calls, order, turns.sides)
+        _overlapping(network.calls, network.schedule, turns.sides)
         for call in last:
             call()
-    return graph.replay
+    return graph
 
 
 def _overlapping(

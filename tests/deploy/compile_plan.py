@@ -25,7 +25,7 @@ from triton.runtime import driver
 from lgcnet_fast.deploy import fused, packing
 from lgcnet_fast.deploy.fold import fold
 from lgcnet_fast.deploy.lower import lower
-from lgcnet_fast.kernels import addresses, infer_pool, infer_stem, infer_tile, upsample_argmax
+from lgcnet_fast.kernels import infer_pool, infer_stem, infer_tile
 from lgcnet_fast.space.genotype import load_genotype
 from lgcnet_fast.space.registry import make_space
 from tests.kernels.stand_in import StandIn
@@ -37,8 +37,6 @@ KERNELS = (
     (infer_tile, "_tile_kernel"),
     (infer_pool, "_sums_kernel"),
     (infer_pool, "_product_kernel"),
-    (addresses, "_take_slot_kernel"),
-    (upsample_argmax, "_argmax_kernel"),
 )
 
 
@@ -70,10 +68,7 @@ def resources(compiled: Any) -> dict[str, int]:
 
 
 def launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, int]]]:
-    """The name and the resources of every kernel of the plan that differs from those before.
-
-    With memory of its own and then on slots.
-    """
+    """The name and the resources of every kernel of the plan that differs from those before."""
     driver.set_active(StandIn(arch))
     matrix_units = arch >= 80 and dtype != torch.float32
     for module in (fused, packing):
@@ -82,28 +77,15 @@ def launches(arch: int, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, int
     for module, name in KERNELS:
         setattr(module, name, Recorder(getattr(module, name), compiled))
     space = make_space({"name": "lgcnet"})
-    folded = fold(space.build(load_genotype("reference"), 19).eval())
+    network = fold(space.build(load_genotype("reference"), 19).eval())
     cpu = torch.device("cpu")
-    plan = lower(folded, (769, 1537), 1, packing.Packing(cpu, dtype))
-    network = fused.FusedNetwork(plan, cpu)
-    labels = torch.empty(network.image.shape[:3], dtype=torch.uint8)
-    # Its events are those of a GPU.
-    torch.cuda.Event = object  # type: ignore[assignment,misc]
-    on_slots = network.on_slots(labels)
-    assert on_slots is not None
-    names = [launch.name for launch in plan.launches]
-    calls = [
-        *zip(names, network.calls, strict=True),
-        ("labels", lambda: network.write_labels(labels)),
-        ("slot", on_slots.slots.take),
-        *zip(names, on_slots.calls, strict=True),
-        ("labels", on_slots.last),
-    ]
-    for name, call in calls:
+    plan = lower(network, (769, 1537), 1, packing.Packing(cpu, dtype))
+    calls = fused.FusedNetwork(plan, cpu).calls
+    for launch, call in zip(plan.launches, calls, strict=True):
         known = len(compiled)
         call()
         for kernel in list(compiled.values())[known:]:
-            yield name, resources(kernel)
+            yield launch.name, resources(kernel)
 
 
 def main() -> None:

@@ -27,6 +27,4 @@ def test_every_launch_compiles(arch: int, dtype: str, most_stack: int, most_shar
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) >= 40
-    ends = {"slot": 1, "stem/conv1": 2, "labels": 2}
-    assert {name: sum(row["launch"] == name for row in rows) for name in ends} == ends
     assert [r for r in rows if r["stack"] > most_stack or r["shared"] > most_shared * 1024] == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from lgcnet_fast.deploy import Segmenter, replay
 from lgcnet_fast.deploy.blueprint import Blueprint, run_blueprint
 from lgcnet_fast.deploy.engine import Engine, ReferenceEngine
 from lgcnet_fast.deploy.replay import FusedEngine, GraphEngine
-from lgcnet_fast.deploy.slots import SLOTS
 from lgcnet_fast.errors import BackendError, DataError
 from lgcnet_fast.ops import use_backend
 from tests.deploy.run_folders import SIZE, make_run_folder
@@ -202,85 +200,6 @@ def test_threads_on_streams_of_their_own(own_size: Blueprint, backend: str) -> N
 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(serve, range(3))) == [0, 0, 0]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", GRAPHS)
-def test_layouts_and_places_of_images_give_the_same_labels(
-    own_size: Blueprint, backend: str
-) -> None:
-    engine = Engine(own_size, torch.device("cuda"), "fp16", backend)
-    wide = torch.from_numpy(picture((65, 194), 3)).cuda()
-    image = wide[:, ::2].contiguous()
-    planar = image.permute(2, 0, 1).contiguous()
-    stacked = torch.stack([torch.zeros_like(image), image])
-    expected = engine.labels(image.cpu()).cpu()
-    views = [image, wide[:, ::2], planar.permute(1, 2, 0), stacked[1], image.clone(), image]
-    found = [engine.labels(view) for view in views]
-    assert all(torch.equal(one.cpu(), expected) for one in found)
-    with ThreadPoolExecutor(1) as pool:
-        assert torch.equal(pool.submit(engine.labels, stacked[1]).result().cpu(), expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", GRAPHS)
-def test_a_host_far_ahead_of_the_gpu(own_size: Blueprint, backend: str) -> None:
-    """From two streams, images of every layout, more of them on their way than there are slots."""
-    engine = Engine(own_size, torch.device("cuda"), "fp16", backend)
-    images = [pixels((65, 97), seed).cuda() for seed in range(4)]
-    expected = [engine.labels(image) for image in images]
-    assert not torch.equal(expected[0], expected[1])
-    torch.cuda.synchronize()
-
-    def serve(thread: int) -> int:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            torch.cuda._sleep(10**8)
-            order = [(frame + thread) % len(images) for frame in range(3 * SLOTS + 5)]
-            found = [
-                engine.labels(LAYOUTS[frame % len(LAYOUTS)](images[at]))
-                for frame, at in enumerate(order)
-            ]
-            return sum(
-                not torch.equal(one, expected[at]) for one, at in zip(found, order, strict=True)
-            )
-
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(serve, range(2))) == [0, 0]
-
-
-LAYOUTS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
-    lambda image: image,
-    torch.clone,
-    lambda image: torch.cat([image.new_zeros(1), image.flatten()])[1:].view(image.shape),
-    lambda image: image.repeat_interleave(2, 1)[:, ::2],
-    lambda image: image.permute(2, 0, 1).contiguous().permute(1, 2, 0),
-)
-"""As it is, elsewhere, at an odd address, every other column and by colour."""
-
-
-@pytest.mark.gpu
-def test_an_engine_that_is_dropped_before_the_gpu_has_read_its_slots(own_size: Blueprint) -> None:
-    engine = Engine(own_size, torch.device("cuda"), "fp16", "triton")
-    image = pixels((65, 97)).cuda()
-    expected = engine.labels(image).cpu()
-    torch.cuda._sleep(10**8)
-    labels = engine.labels(image)
-    del engine
-    other = [torch.ones(SLOTS, 2, dtype=torch.int64, pin_memory=True) for _ in range(8)]
-    assert torch.equal(labels.cpu(), expected) and len(other) == 8
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", GRAPHS)
-def test_calls_of_a_frame_can_be_timed_one_by_one(own_size: Blueprint, backend: str) -> None:
-    engine = Engine(own_size, torch.device("cuda"), "fp16", backend)
-    assert isinstance(engine.runner, GraphEngine)
-    image = pixels((65, 97)).cuda()
-    expected = engine.labels(image)
-    for part in engine.runner.parts(image[None]).values():
-        for _ in range(SLOTS + 1):
-            part()
-    assert torch.equal(engine.labels(image), expected)
 
 
 @pytest.mark.gpu
