@@ -88,7 +88,8 @@ def background(device: torch.device) -> Iterator[None]:
         yield
     finally:
         _background.reset(token)
-    torch.cuda.current_stream(device).wait_stream(beside.stream)
+    if beside.held:  # Else the stream has no part in the capture, which must not wait for it.
+        torch.cuda.current_stream(device).wait_stream(beside.stream)
 
 
 def in_background(device: torch.device, job: Callable[[], object]) -> None:

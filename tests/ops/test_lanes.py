@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,7 +12,13 @@ import pytest
 import torch
 
 from lgcnet_fast.ops import lanes
-from lgcnet_fast.ops.lanes import LANES, side_by_side
+from lgcnet_fast.ops.lanes import (
+    LANES,
+    background,
+    in_background,
+    keep_until_joined,
+    side_by_side,
+)
 
 ANYWHERE = torch.device("cpu")
 
@@ -110,11 +118,111 @@ def test_memory_is_taken_again_after_its_last_use(outer: int, inner: int, device
             readers[device.stream_of[part]].add(reader)
 
 
+@pytest.fixture
+def background_device(device: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
+    device.made: list[Stream] = []
+
+    def make(_: torch.device) -> Stream:
+        device.made.append(Stream())
+        return device.made[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", make)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device.current)
+    return device
+
+
+def test_background_jobs_run_beside_what_follows(background_device: Device) -> None:
+    device = background_device
+    device.launch("before")
+    with background(ANYWHERE):
+        in_background(ANYWHERE, partial(device.launch, "first"))
+        device.launch("between")
+        in_background(ANYWHERE, partial(device.launch, "second"))
+        device.launch("beside")
+    device.launch("after")
+    (stream,) = device.made
+    assert device.stream_of["first"] is device.stream_of["second"] is stream
+    assert device.before["first"] == {"before"}
+    assert device.before["second"] == {"before", "first", "between"}
+    assert device.before["beside"] == {"before", "between"}
+    assert device.before["after"] >= {"first", "second", "beside"}
+
+
+def test_a_background_without_jobs_is_not_waited_for(background_device: Device) -> None:
+    """Its stream is no part of the capture, which may not wait for others."""
+    with background(ANYWHERE):
+        background_device.launch("beside")
+    (stream,) = background_device.made
+    stream.done.add("elsewhere")
+    background_device.launch("after")
+    assert background_device.before["after"] == {"beside"}
+
+
+def test_what_a_background_job_reads_is_held_until_the_end(background_device: Device) -> None:
+    value = torch.ones(1)
+    gone = weakref.ref(value)
+    with background(ANYWHERE):
+        in_background(ANYWHERE, partial(background_device.launch, str(float(value))))
+        in_background(ANYWHERE, partial(lambda held: None, value))
+        del value
+        gc.collect()
+        assert gone() is not None
+    gc.collect()
+    assert gone() is None
+
+
+def test_outside_a_background_and_in_jobs_the_work_is_done_at_once(
+    background_device: Device,
+) -> None:
+    device = background_device
+    in_background(ANYWHERE, partial(device.launch, "alone"))
+    assert device.stream_of["alone"] is device.current
+    with background(ANYWHERE):
+        inside = partial(in_background, ANYWHERE, partial(device.launch, "inside"))
+        side_by_side(ANYWHERE, [inside, partial(device.launch, "other")])
+    assert device.stream_of["inside"] not in device.made
+
+
+def test_what_jobs_drop_lives_until_the_outermost_join(device: Device) -> None:
+    gone: list[weakref.ref[torch.Tensor]] = []
+
+    def dropping() -> None:
+        value = torch.ones(1)
+        gone.append(weakref.ref(value))
+        keep_until_joined(value)
+
+    def nested() -> None:
+        side_by_side(ANYWHERE, [dropping, dropping])
+        gc.collect()
+        assert all(one() is not None for one in gone)
+
+    side_by_side(ANYWHERE, [nested, partial(device.launch, "other")])
+    gc.collect()
+    assert len(gone) == 2 and all(one() is None for one in gone)
+    dropping()
+    gc.collect()
+    assert gone[-1]() is None
+
+
 def test_without_streams_jobs_run_in_order() -> None:
     seen: list[int] = []
     assert side_by_side(ANYWHERE, [partial(seen.append, index) for index in range(3)]) == [None] * 3
     assert seen == [0, 1, 2]
     assert side_by_side(ANYWHERE, []) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("jobs", [0, 2])
+def test_a_capture_may_have_background_jobs_or_none(jobs: int) -> None:
+    x, counts = torch.zeros(3, device="cuda"), torch.zeros(2, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), background(x.device):
+        for _ in range(jobs):
+            in_background(x.device, partial(counts.add_, 1))
+        x += 1
+    graph.replay()
+    assert x.tolist() == [1, 1, 1] and counts.tolist() == [jobs, jobs]
 
 
 @pytest.mark.gpu
