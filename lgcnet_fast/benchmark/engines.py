@@ -21,6 +21,7 @@ from lgcnet_fast.latency.networks import FrameTimer, Progress
 from lgcnet_fast.latency.providers import measured_on
 from lgcnet_fast.latency.timing import Frame
 from lgcnet_fast.ops import use_backend
+from lgcnet_fast.ops.compile_ahead import one_after_another
 from lgcnet_fast.parallel import in_processes
 from lgcnet_fast.space.base import SegmentationNetwork
 from lgcnet_fast.space.genotype import Genotype, parse_genotype
@@ -77,7 +78,8 @@ class EngineRecipe:
 
     def run_once(self, genotype: str) -> None:
         """Of a genotype's JSON: compiles its kernels into the cache that all processes share."""
-        self.frame(parse_genotype(genotype.encode(), "genotype"))()
+        with one_after_another():
+            self.frame(parse_genotype(genotype.encode(), "genotype"))()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()

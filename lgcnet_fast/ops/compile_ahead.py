@@ -14,7 +14,9 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from lgcnet_fast.ops.availability import is_interpreted
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 
 KERNELS_A_PROCESS = 4
 """A process takes as long to start as it takes to compile so many."""
+_in_turn: ContextVar[bool] = ContextVar("one_after_another", default=False)
 
 
 def compile_ahead(rehearsal: Callable[[], object]) -> None:
@@ -31,10 +34,10 @@ def compile_ahead(rehearsal: Callable[[], object]) -> None:
 
     The rehearsal runs on the GPU, but what it computes is garbage as soon as a kernel was left out:
     it must work on copies, or on what is written again. Where everything is on disk already,
-    nothing is left out. Does nothing without Triton, in its interpreter, and before Triton 3.4,
-    which cannot tell what it compiles.
+    nothing is left out. Does nothing without Triton, in its interpreter, before Triton 3.4,
+    which cannot tell what it compiles, and `one_after_another`.
     """
-    if is_interpreted() or importlib.util.find_spec("triton") is None:
+    if _in_turn.get() or is_interpreted() or importlib.util.find_spec("triton") is None:
         return
     try:
         from triton import knobs
@@ -47,6 +50,18 @@ def compile_ahead(rehearsal: Callable[[], object]) -> None:
         rehearsal()
     if notes.kernels:
         compile_together(list(notes.kernels))
+
+
+@contextmanager
+def one_after_another() -> Iterator[None]:
+    """Nothing is compiled ahead within the `with` block: for a process beside which others compile
+    already, as many as there are cores.
+    """
+    token = _in_turn.set(True)
+    try:
+        yield
+    finally:
+        _in_turn.reset(token)
 
 
 class _Notes:

@@ -15,7 +15,7 @@ import logging, sys
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from lgcnet_fast.ops.compile_ahead import compile_ahead
+from lgcnet_fast.ops.compile_ahead import compile_ahead, one_after_another
 from lgcnet_fast.ops.compile_worker import CompilingDriver
 from tests.ops.kernels_to_compile import copy, unfit
 
@@ -33,11 +33,12 @@ compile_ahead(rehearsal)
 """
 
 
-def rehearse(cache, kernels="copy"):
+def rehearse(cache, kernels="copy", last="compile_ahead(rehearsal)"):
     """What is printed where these kernels are compiled ahead."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0"}
+    script = SCRIPT.replace("KERNELS", f"({kernels},)").replace("compile_ahead(rehearsal)", last)
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT.replace("KERNELS", f"({kernels},)")],
+        [sys.executable, "-c", script],
         env=environment,
         capture_output=True,
         text=True,
@@ -61,3 +62,8 @@ def test_a_kernel_that_cannot_be_compiled_is_named_and_left_to_the_step(tmp_path
     assert "2 of 2 processes that compile kernels ahead failed" in done.stdout
     assert "tests.ops.kernels_to_compile.unfit: " in done.stderr
     assert [path.name for path in tmp_path.rglob("*.cubin")] == 4 * ["copy.cubin"]
+
+
+def test_a_process_among_others_that_compile_leaves_it_to_its_launches(tmp_path):
+    done = rehearse(tmp_path, last="with one_after_another():\n    compile_ahead(rehearsal)")
+    assert done.stdout == "" and not list(tmp_path.rglob("*.cubin"))
