@@ -219,7 +219,7 @@ class DerivedCell(Cell[dict[nn.Module, Term]]):
             i2 = self.preprocess1.of_rectified(x)
             arriving = terms(maps) | self._leave(i2, operations["i2"])
             x1 = Source(self._node("x1", arriving, i2))
-            arriving |= chosen_terms(dict.fromkeys(operations["x1"], x1))
+            arriving |= chosen_terms(x1, operations["x1"])
             x2 = self._node("x2", arriving, i2)
             return [x1.plain(), x2]
 
@@ -232,7 +232,7 @@ class DerivedCell(Cell[dict[nn.Module, Term]]):
 
     def _leave(self, x: Tensor, operations: Sequence[nn.Module]) -> dict[nn.Module, Term]:
         """What the operations that leave an input node bring to their ends; x: its map."""
-        return chosen_terms(dict.fromkeys(operations, leaving_source(x, operations)))
+        return chosen_terms(leaving_source(x, operations), operations)
 
     def _node(self, node: str, terms: Mapping[nn.Module, Term], like: Tensor) -> Tensor:
         own = [terms[operation] for operation in self._chosen(_EDGES_INTO[node])]

@@ -6,7 +6,7 @@ and the batch norms that end in a node are part of its sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -34,27 +34,24 @@ def leaving_source(x: Tensor, operations: Sequence[nn.Module]) -> Source:
     return Source(x, only_rectified=all(isinstance(one, rectifying) for one in operations))
 
 
-def chosen_terms(leaving: Mapping[nn.Module, Source]) -> dict[nn.Module, Term]:
-    """What each operation brings to its node; leaving: the map that it reads."""
+def chosen_terms(source: Source, operations: Sequence[nn.Module]) -> dict[nn.Module, Term]:
+    """What each of the operations that leave a node brings to its end; source: the node's map."""
     ways: list[Recomputable] = []
     works = [
-        *_rectifying(leaving, ways),
-        *_separable(leaving),
-        *_pooled(leaving),
+        *_rectifying(source, operations, ways),
+        *_separable(source, operations),
+        *_pooled(source, operations),
     ]
     with recomputed(*ways):
         found = together([part for _, part in works])
     raw = {
         operation: y
-        for (operations, _), maps in zip(works, found, strict=True)
-        for operation, y in zip(operations, maps, strict=True)
+        for (own, _), maps in zip(works, found, strict=True)
+        for operation, y in zip(own, maps, strict=True)
     }
     return {
-        operation: (
-            raw[operation] if operation in raw else source.plain(),
-            getattr(operation, "norm", None),
-        )
-        for operation, source in leaving.items()
+        one: (raw[one] if one in raw else source.plain(), getattr(one, "norm", None))
+        for one in operations
     }
 
 
@@ -64,66 +61,59 @@ def term_sum(terms: Sequence[Term]) -> Tensor:
     return norm_sum(maps, norms)
 
 
-def _rectifying(leaving: Mapping[nn.Module, Source], ways: list[Recomputable]) -> Iterator[Work]:
+def _rectifying(
+    source: Source, operations: Sequence[nn.Module], ways: list[Recomputable]
+) -> Iterator[Work]:
     """Plain convolutions, and reductions; ways: gets how to compute again what they read."""
-    convolutions = [one for one in leaving if isinstance(one, ReLUConvBN)]
-    reductions = [one for one in leaving if isinstance(one, FactorizedReduce)]
+
+    def rectified() -> Tensor:
+        value, own = source.rectify()
+        ways.extend(own)
+        return value
+
+    convolutions = [one for one in operations if isinstance(one, ReLUConvBN)]
     if convolutions:
-        maps = [_rectified(leaving[one], ways) for one in convolutions]
+        maps = [rectified() for _ in convolutions]
         yield convolutions, Part(lambda *xs: raw_convolutions(convolutions, xs), maps, convolutions)
-    for one in reductions:
-        x = _rectified(leaving[one], ways)
-        yield [one], Part(lambda x, one=one: [one.convolved(x)], [x], [one])
+    for one in operations:
+        if isinstance(one, FactorizedReduce):
+            yield [one], Part(lambda x, one=one: [one.convolved(x)], [rectified()], [one])
 
 
-def _rectified(source: Source, ways: list[Recomputable]) -> Tensor:
-    value, own = source.rectify()
-    ways += own
-    return value
-
-
-def _separable(leaving: Mapping[nn.Module, Source]) -> Iterator[Work]:
+def _separable(source: Source, operations: Sequence[nn.Module]) -> Iterator[Work]:
     """Depthwise-separable operations, whose maps are of one shape."""
-    found = [one for one in leaving if isinstance(one, (DepthwiseSeparable, SeparablePair))]
+    found = [one for one in operations if isinstance(one, (DepthwiseSeparable, SeparablePair))]
     if not found:
         return
-    # Map after map, whatever the order of the edges.
-    sources = list(dict.fromkeys(leaving[one] for one in found))
-    found.sort(key=lambda one: sources.index(leaving[one]))
     firsts = [one.stages()[0] if isinstance(one, SeparablePair) else one for one in found]
     layers = [first.depthwise for first in firsts]
-    shares = [sum(leaving[one] is source for one in found) for source in sources]
 
-    def compute(*xs: Tensor) -> list[Tensor]:
+    def compute(x: Tensor) -> list[Tensor]:
         stacks = separable_branches(
-            xs,
+            x,
             [layer.weight for layer in layers],
             [first.pointwise.weight for first in firsts],
             [layer.dilation[0] for layer in layers],
             layers[0].stride[0],
             [1] * len(found),
-            shares,
         )
         return [
             one.second(y) if isinstance(one, SeparablePair) else y
             for one, (y,) in zip(found, stacks, strict=True)
         ]
 
-    yield found, Part(compute, [source.plain() for source in sources], found)
+    yield found, Part(compute, [source.plain()], found)
 
 
-def _pooled(leaving: Mapping[nn.Module, Source]) -> Iterator[Work]:
-    """Max pooling, once for all operations that pool a map alike."""
-    alike: dict[tuple[Source, int], list[nn.Module]] = {}
-    for one, source in leaving.items():
-        if isinstance(one, nn.MaxPool2d):
-            alike.setdefault((source, cast(int, one.stride)), []).append(one)
-    for (source, stride), operations in alike.items():
+def _pooled(source: Source, operations: Sequence[nn.Module]) -> Iterator[Work]:
+    """Max pooling, once for all operations, which have the stride of the edges that leave."""
+    found = [one for one in operations if isinstance(one, nn.MaxPool2d)]
+    if not found:
+        return
+    first = found[0]
 
-        def compute(
-            x: Tensor, stride: int = stride, operations: Sequence[nn.Module] = operations
-        ) -> list[Tensor]:
-            pooled = max_pool(x, stride) if operations[0].training else operations[0](x)
-            return [pooled] * len(operations)
+    def compute(x: Tensor) -> list[Tensor]:
+        pooled = max_pool(x, cast(int, first.stride)) if first.training else first(x)
+        return [pooled] * len(found)
 
-        yield operations, Part(compute, [source.plain()])
+    yield found, Part(compute, [source.plain()])

@@ -37,7 +37,7 @@ def refuse(
     pointwise: Sequence[Tensor],
 ) -> str | None:
     """Why the kernels of `backend` cannot serve these arguments of `second_stages`."""
-    branches = (ys, depthwise, pointwise, (1,), 1, (1,) * len(ys))
+    branches = (ys[0], depthwise, pointwise, (1,), 1, (1,) * len(ys))
     of_norms = refuse_norms(backend, ys, ys[0], norms, range(len(ys)))
     return of_norms or fused_separable_branches.refuse(backend, *branches)
 

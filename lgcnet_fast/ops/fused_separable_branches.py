@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,6 @@ from lgcnet_fast.ops.maps import accumulator, computed_dtype, dtype_refusal, emp
 from lgcnet_fast.ops.packed_weights import packed
 from lgcnet_fast.ops.pointwise_kernels import matrices, pointwise_gradients
 
-T = TypeVar("T")
-
 
 class Settings(NamedTuple):
     """Of the branches of a map."""
@@ -42,91 +40,60 @@ class Settings(NamedTuple):
 
 def refuse(
     backend: str,
-    xs: Sequence[Tensor],
+    x: Tensor,
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
     dilations: Sequence[int],
     stride: int,
     stacks: Sequence[int],
-    counts: Sequence[int] = (),
 ) -> str | None:
     """Why the kernels of `backend` cannot serve these arguments of `separable_branches`."""
-    if backend == "cuda" and xs[0].dtype == torch.float64:
+    if backend == "cuda" and x.dtype == torch.float64:
         return "its kernels have no float64"
-    return dtype_refusal("x", xs[0])
+    return dtype_refusal("x", x)
 
 
 def run(
     backend: str,
-    xs: Sequence[Tensor],
+    x: Tensor,
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
     dilations: Sequence[int],
     stride: int,
     stacks: Sequence[int],
-    counts: Sequence[int],
 ) -> list[list[Tensor]]:
-    """`separable_branches`, see there: one stack of maps in each list. counts: branches a map."""
-    xs = [nhwc(x.to(computed_dtype(x))) for x in xs]
-    edges = len(depthwise) // len(dilations)
-    every = list(dilations) * edges
-    settings = [
-        Settings(own if edges == 1 else list(dilations), stride, backend)
-        for own in _shared_out(every, counts)
-    ]
-    maps = _SeparableBranches.apply(settings, stacks, counts, *xs, *depthwise, *pointwise)
+    """`separable_branches`, see there: one stack of maps in each list."""
+    x = nhwc(x.to(computed_dtype(x)))
+    settings = Settings(list(dilations), stride, backend)
+    maps = _SeparableBranches.apply(settings, stacks, x, *depthwise, *pointwise)
     return [[stack] for stack in maps]
 
 
 class _SeparableBranches(torch.autograd.Function):
-    """The maps side by side; their stacks are parts of one product an edge."""
+    """The stacks of an edge are parts of one product."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        settings: Sequence[Settings],
-        stacks: Sequence[int],
-        counts: Sequence[int],
-        *tensors: Tensor,
+        ctx: Any, settings: Settings, stacks: Sequence[int], x: Tensor, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        """settings, counts: of each map and its branches."""
-        xs, weights = tensors[: len(counts)], tensors[len(counts) :]
         half = len(weights) // 2
-        windows, matrices = stacked_windows(weights[:half]), stacked_matrices(weights[half:], xs[0])
-        ctx.counts = list(counts)
-        shares = zip(xs, windows.split(ctx.counts), matrices.split(ctx.counts), strict=True)
-        jobs = [
-            partial(separable_branches_forward, *share, *own)
-            for share, own in zip(shares, settings, strict=True)
-        ]
-        edges = [edge for found in side_by_side(xs[0].device, jobs) for edge in found]
-        ctx.save_for_backward(*xs, windows, matrices)
+        windows, matrices = stacked_windows(weights[:half]), stacked_matrices(weights[half:], x)
+        edges = separable_branches_forward(x, windows, matrices, *settings)
+        ctx.save_for_backward(x, windows, matrices)
         ctx.settings = settings
         ctx.like = [(weight.dtype, weight.shape) for weight in (weights[0], weights[half])]
         return tuple(_stacks(edges, stacks))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        *xs, windows, matrices = ctx.saved_tensors
-        shares = zip(
-            _of_each_map([nhwc(g) for g in gradients], ctx.counts),
-            xs,
-            windows.split(ctx.counts),
-            matrices.split(ctx.counts),
-            strict=True,
-        )
-        jobs = [
-            partial(separable_branches_backward, *share, *own)
-            for share, own in zip(shares, ctx.settings, strict=True)
-        ]
-        dxs, *found = zip(*side_by_side(xs[0].device, jobs), strict=True)
+        kept = ctx.saved_tensors
+        dx, *found = separable_branches_backward(list(map(nhwc, gradients)), *kept, *ctx.settings)
         weights = [
             gradient
-            for of_maps, like in zip(found, ctx.like, strict=True)
-            for of_map in of_maps
-            for gradient in weight_gradients(of_map, *like)
+            for of_kind, like in zip(found, ctx.like, strict=True)
+            for gradient in weight_gradients(of_kind, *like)
         ]
-        return None, None, None, *dxs, *weights
+        return None, None, dx, *weights
 
 
 def stacked_windows(depthwise: Sequence[Tensor]) -> Tensor:
@@ -162,23 +129,6 @@ def _stacks(edges: Sequence[Tensor], stacks: Sequence[int]) -> Iterator[Tensor]:
             count = next(counts)
             yield edge[first : first + count]
             first += count
-
-
-def _shared_out(values: Sequence[T], counts: Sequence[int]) -> Iterator[list[T]]:
-    """So many values each."""
-    following = iter(values)
-    for count in counts:
-        yield [next(following) for _ in range(count)]
-
-
-def _of_each_map(gradients: Sequence[Tensor], counts: Sequence[int]) -> Iterator[list[Tensor]]:
-    """The gradients of the stacks of map after map, which have so many branches each."""
-    following = iter(gradients)
-    for branches in counts:
-        own: list[Tensor] = []
-        while sum(map(len, own)) < branches:
-            own.append(next(following))
-        yield own
 
 
 def _by_edge(windows: Tensor, dilations: Sequence[int]) -> Tensor:

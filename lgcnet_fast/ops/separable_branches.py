@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -18,22 +18,19 @@ MAX_DILATIONS = 7
 
 
 def separable_branches(
-    x: Tensor | Sequence[Tensor],
+    x: Tensor,
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
     dilations: Sequence[int],
     stride: int = 1,
     stacks: Sequence[int] | None = None,
-    shares: Sequence[int] | None = None,
 ) -> list[list[Tensor]]:
     """`pointwise[b] * (depthwise[b] * relu(x))` of every branch, without batch norms.
 
-    x: (N, C, H, W), or several maps of one shape, which have these shares of the branches, map
-    after map, equal ones by default. depthwise: weights (C, 1, 3, 3), pointwise: weights
-    (C_out, C, 1, 1), one a branch; padding is the dilation. dilations: 1 to 7 of them, each 1 to
-    255; where there are more branches they repeat, so that edge after edge can list its branches,
-    but with shares every branch has its own. stacks: numbers of neighbouring branches of an edge,
-    or of a share, that go on together, all of the edge's by default.
+    x: (N, C, H, W). depthwise: weights (C, 1, 3, 3), pointwise: weights (C_out, C, 1, 1), one a
+    branch; padding is the dilation. dilations: 1 to 7 of them, each 1 to 255; where there are more
+    branches they repeat, so that edge after edge can list its branches. stacks: numbers of
+    neighbouring branches of an edge that go on together, all of the edge's by default.
 
     Returns the maps of each stack in a list: one map (N, C_out, ceil(H / stride), ceil(W / stride))
     a branch, or a single stack (B, N, C_out, ...) of them, as suits the backend. `mixed_norm_sum`
@@ -41,41 +38,33 @@ def separable_branches(
     come out in it.
 
     Differentiable in x and the weights. The fused form reads x once for all branches; for the
-    backward pass it keeps x and copies of the weights, and computes the depthwise maps anew. Where
-    a CUDA graph is captured, it serves several maps side by side. The reference keeps three maps a
-    branch: the ReLU of x, the depthwise map and its result.
+    backward pass it keeps x and copies of the weights, and computes the depthwise maps anew. The
+    reference keeps three maps a branch: the ReLU of x, the depthwise map and its result.
 
     Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
     cannot serve.
     """
-    xs = (x,) if isinstance(x, Tensor) else tuple(x)
     if stacks is None:
-        stacks = shares or [len(dilations)] * (len(depthwise) // max(1, len(dilations)))
-    arguments = (xs, tuple(depthwise), tuple(pointwise), tuple(dilations), stride, tuple(stacks))
-    check_branches(*arguments, shares)
-    counts = tuple(shares or [len(depthwise) // len(xs)] * len(xs))
-    result: list[list[Tensor]] = _operation(*arguments, counts)
+        stacks = [len(dilations)] * (len(depthwise) // max(1, len(dilations)))
+    check_branches([x], depthwise, pointwise, dilations, stride, stacks)
+    arguments = (x, tuple(depthwise), tuple(pointwise), tuple(dilations), stride, tuple(stacks))
+    result: list[list[Tensor]] = _operation(*arguments)
     return result
 
 
 def _reference(
-    xs: Sequence[Tensor],
+    x: Tensor,
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
     dilations: Sequence[int],
     stride: int,
     stacks: Sequence[int],
-    counts: Sequence[int],
 ) -> list[list[Tensor]]:
-    """counts: branches of each map."""
     branches = iter(enumerate(zip(depthwise, pointwise, strict=True)))
-    read = [x for x, count in zip(xs, counts, strict=True) for _ in range(count)]
     return [
         [
-            relu_depthwise_separable(
-                read[branch], *weights, stride, dilations[branch % len(dilations)]
-            )
-            for branch, weights in (next(branches) for _ in range(count))
+            relu_depthwise_separable(x, *weights, stride, dilations[branch % len(dilations)])
+            for branch, weights in islice(branches, count)
         ]
         for count in stacks
     ]
@@ -88,9 +77,8 @@ def check_branches(
     dilations: Sequence[int],
     stride: int,
     stacks: Sequence[int],
-    shares: Sequence[int] | None = None,
 ) -> None:
-    """Raises `OperandError`."""
+    """xs: maps that share out the branches. Raises `OperandError`."""
     if not xs:
         raise OperandError("x: no maps")
     for index, x in enumerate(xs):
@@ -107,18 +95,13 @@ def check_branches(
     if any(not 1 <= dilation <= 255 for dilation in dilations):
         raise OperandError(f"dilations: {tuple(dilations)}, each must be 1 to 255")
     branches = len(depthwise)
-    if shares is not None:
-        if len(shares) != len(xs) or min(shares) < 1 or sum(shares) != branches:
-            raise OperandError(f"shares: {shares} of {branches} branches for {len(xs)} maps")
-        if len(dilations) != branches:
-            raise OperandError(f"dilations: {len(dilations)} for {branches} branches")
-    elif branches == 0 or branches % (len(xs) * len(dilations)):
+    if branches == 0 or branches % (len(xs) * len(dilations)):
         raise OperandError(
             f"depthwise: {branches} weights for {len(xs)} maps and {len(dilations)} dilations"
         )
     if len(pointwise) != branches:
         raise OperandError(f"pointwise: {len(pointwise)} weights for {branches} branches")
-    edges = shares or [len(dilations)] * (branches // len(dilations))
+    edges = [len(dilations)] * (branches // len(dilations))
     if min(stacks) < 1 or not set(accumulate(stacks)) >= set(accumulate(edges)):
         raise OperandError(f"stacks: {stacks} do not divide edges of {len(dilations)} branches")
     if sum(stacks) != branches:

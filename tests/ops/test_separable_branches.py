@@ -29,9 +29,6 @@ class Case:
     stride: int = 1
     stacks: tuple[int, ...] | None = None
     edges: int = 1
-    """Of all maps together."""
-    maps: int = 1
-    shares: tuple[int, ...] | None = None
 
     @property
     def branches(self) -> int:
@@ -39,8 +36,8 @@ class Case:
 
     def build(
         self, device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Maps in NHWC memory, depthwise and pointwise weights."""
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """x in NHWC memory, depthwise and pointwise weights."""
         torch.manual_seed(0)
         images, channels, height, width = self.shape
 
@@ -49,17 +46,14 @@ class Case:
 
         depthwise = [leaf(channels, 1, 3, 3) for _ in range(self.branches)]
         pointwise = [leaf(self.c_out, channels, 1, 1) for _ in range(self.branches)]
-        xs = [leaf(images, height, width, channels).movedim(-1, 1) for _ in range(self.maps)]
-        for tensor in (*xs, *depthwise, *pointwise):
+        x = leaf(images, height, width, channels).movedim(-1, 1)
+        for tensor in (x, *depthwise, *pointwise):
             tensor.requires_grad_()
-        return xs, depthwise, pointwise
+        return x, depthwise, pointwise
 
-    def __call__(self, *inputs: Tensor) -> list[list[Tensor]]:
-        xs, weights = inputs[: self.maps], inputs[self.maps :]
+    def __call__(self, x: Tensor, *weights: Tensor) -> list[list[Tensor]]:
         depthwise, pointwise = weights[: self.branches], weights[self.branches :]
-        x = xs if self.maps > 1 else xs[0]
-        settings = self.dilations, self.stride, self.stacks, self.shares
-        return separable_branches(x, depthwise, pointwise, *settings)
+        return separable_branches(x, depthwise, pointwise, self.dilations, self.stride, self.stacks)
 
 
 CASES = [
@@ -70,10 +64,10 @@ CASES = [
     Case((2, 4, 6, 6), 3, (1,), stride=2),
     Case((1, 2, 5, 5), 3, (2,), stride=2),
     Case((1, 3, 1, 1), 1, (1, 2, 3, 4, 5, 6, 7), stride=2, stacks=(3, 4)),
-    Case((2, 3, 4, 3), 2, (1, 2), stacks=(1, 1, 2, 1, 1, 1, 1), edges=4, maps=2),
-    Case((1, 2, 3, 5), 3, (2, 1), stride=2, edges=3, maps=3),
-    Case((2, 3, 5, 7), 3, (4, 1, 2), stacks=(1, 1, 1), maps=2, shares=(1, 2)),
-    Case((1, 4, 5, 4), 2, (2, 2, 8), stride=2, stacks=(1, 1, 1), maps=2, shares=(2, 1)),
+    Case((2, 3, 4, 3), 2, (1, 2), stacks=(1, 1, 2, 1, 1, 1, 1), edges=4),
+    Case((1, 2, 3, 5), 3, (2, 1), stride=2, edges=3),
+    Case((2, 3, 5, 7), 3, (4, 1, 2), stacks=(1, 1, 1)),
+    Case((1, 4, 5, 4), 2, (2, 2, 8), stride=2, stacks=(1, 1, 1)),
 ]
 
 
@@ -101,22 +95,19 @@ def assert_as_good(found: list[Tensor], other: list[Tensor], truth: list[Tensor]
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference_is_one_branch_after_the_other(case: Case) -> None:
-    xs, depthwise, pointwise = case.build(torch.device("cpu"))
-    maps = flat(case(*xs, *depthwise, *pointwise))
+    x, depthwise, pointwise = case.build(torch.device("cpu"))
+    maps = flat(case(x, *depthwise, *pointwise))
     assert len(maps) == case.branches
-    shares = case.shares or [case.branches // case.maps] * case.maps
-    owners = [x for x, share in zip(xs, shares, strict=True) for _ in range(share)]
     for branch, y in enumerate(maps):
         dilation = case.dilations[branch % len(case.dilations)]
-        x = owners[branch]
         weights = depthwise[branch], pointwise[branch]
         assert torch.equal(y, relu_depthwise_separable(x, *weights, case.stride, dilation))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fused_equals_reference(case: Case, device: torch.device) -> None:
-    xs, depthwise, pointwise = case.build(device)
-    inputs = [*xs, *depthwise, *pointwise]
+    x, depthwise, pointwise = case.build(device)
+    inputs = [x, *depthwise, *pointwise]
     reference, fused = (results(case, inputs, backend) for backend in ("reference", "triton"))
     for found, wanted in zip(fused, reference, strict=True):
         assert found.dtype == wanted.dtype
@@ -127,9 +118,9 @@ def test_fused_equals_reference(case: Case, device: torch.device) -> None:
 def test_stacks_are_dense_nhwc_and_gradients_fit_their_parameters(
     case: Case, device: torch.device
 ) -> None:
-    xs, depthwise, pointwise = case.build(device)
+    x, depthwise, pointwise = case.build(device)
     with use_backend("triton"):
-        stacks = case(*xs, *depthwise, *pointwise)
+        stacks = case(x, *depthwise, *pointwise)
     counts = case.stacks or [len(case.dilations)] * case.edges
     assert [y.shape[0] for (y,) in stacks] == list(counts)
     assert all(y.movedim(-3, -1).is_contiguous() for (y,) in stacks)
@@ -141,8 +132,8 @@ def test_stacks_are_dense_nhwc_and_gradients_fit_their_parameters(
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=str)
 def test_autocast(case: Case, device: torch.device) -> None:
-    xs, depthwise, pointwise = case.build(device)
-    inputs = [*xs, *depthwise, *pointwise]
+    x, depthwise, pointwise = case.build(device)
+    inputs = [x, *depthwise, *pointwise]
     precise = [tensor.detach().double().requires_grad_() for tensor in inputs]
     truth = results(case, precise, "reference")
     reference = results(case, inputs, "reference", autocast=True)
@@ -154,8 +145,8 @@ def test_autocast(case: Case, device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
     case = CASES[2]
-    xs, depthwise, pointwise = case.build(device, dtype)
-    inputs = [*xs, *depthwise, *pointwise]
+    x, depthwise, pointwise = case.build(device, dtype)
+    inputs = [x, *depthwise, *pointwise]
     precise = [tensor.detach().double().requires_grad_() for tensor in inputs]
     truth = results(case, precise, "reference")
     reference, fused = (results(case, inputs, backend) for backend in ("reference", "triton"))
@@ -165,21 +156,21 @@ def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradients_by_finite_differences(stride: int, backend: str, device: torch.device) -> None:
-    case = Case((1, 2, 2, 3), 1, (1, 2), stride, stacks=(1, 1, 2), edges=2, maps=2)
-    xs, depthwise, pointwise = case.build(device, torch.float64)
+    case = Case((1, 2, 2, 3), 1, (1, 2), stride, stacks=(1, 1, 2), edges=2)
+    x, depthwise, pointwise = case.build(device, torch.float64)
 
     def joined(*inputs: Tensor) -> Tensor:
         return torch.cat(flat(case(*inputs)))
 
     with use_backend(backend):
-        inputs = (*xs, *depthwise, *pointwise)
+        inputs = (x, *depthwise, *pointwise)
         assert torch.autograd.gradcheck(joined, inputs, fast_mode=True)
 
 
 def test_a_stack_that_nothing_reads(device: torch.device) -> None:
     case = CASES[0]
-    xs, depthwise, pointwise = case.build(device)
-    inputs = [*xs, *depthwise, *pointwise]
+    x, depthwise, pointwise = case.build(device)
+    inputs = [x, *depthwise, *pointwise]
     gradients = []
     for backend in ("reference", "triton"):
         with use_backend(backend):
@@ -191,14 +182,15 @@ def test_a_stack_that_nothing_reads(device: torch.device) -> None:
 
 
 def test_same_inputs_same_bits(device: torch.device) -> None:
-    xs, depthwise, pointwise = CASES[0].build(device)
-    once, twice = (results(CASES[0], [*xs, *depthwise, *pointwise], "triton") for _ in range(2))
+    x, depthwise, pointwise = CASES[0].build(device)
+    once, twice = (results(CASES[0], [x, *depthwise, *pointwise], "triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
 def test_registration(device: torch.device) -> None:
     case = Case((1, 2, 3, 4), 3, (1, 2), edges=2)
-    (x,), depthwise, pointwise = ([w.detach() for w in group] for group in case.build(device))
+    x, *weights = case.build(device)
+    x, (depthwise, pointwise) = x.detach(), ([w.detach() for w in group] for group in weights)
     weights = stacked_windows(depthwise), stacked_matrices(pointwise, x)
     for stride in (1, 2):
         settings = (x, *weights, [1, 2], stride, "triton")
@@ -211,8 +203,8 @@ def test_registration(device: torch.device) -> None:
 def test_products_of_a_library_do_as_well(
     case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    xs, depthwise, pointwise = case.build(device, torch.float64 if CPU else torch.float32)
-    inputs = [*xs, *depthwise, *pointwise]
+    x, depthwise, pointwise = case.build(device, torch.float64 if CPU else torch.float32)
+    inputs = [x, *depthwise, *pointwise]
     found = []
     for served in (False, True):
         monkeypatch.setattr(
@@ -239,9 +231,6 @@ def test_parts_of_a_weight_gradient_are_long_and_equal(height: int, width: int) 
         ({"stride": 3}, "stride: 3, need 1 or 2"),
         ({"dilations": ()}, "dilations: 0 of them"),
         ({"dilations": (1, 0)}, r"dilations: \(1, 0\), each must be 1 to 255"),
-        ({"x": []}, "x: no maps"),
-        ({"x": [torch.rand(2, 3, 5, 7), torch.rand(2, 3, 5, 6)]}, r"x\[1\]: shape"),
-        ({"x": [torch.rand(2, 3, 5, 7)] * 2}, "depthwise: 2 weights for 2 maps and 2 dilations"),
         ({"dilations": (1, 2, 3)}, "depthwise: 2 weights for 1 maps and 3 dilations"),
         ({"depthwise": []}, "depthwise: 0 weights"),
         ({"pointwise": [torch.rand(4, 3, 1, 1)]}, "pointwise: 1 weights for 2 branches"),
@@ -252,13 +241,10 @@ def test_parts_of_a_weight_gradient_are_long_and_equal(height: int, width: int) 
         ({"stacks": (2, 1)}, r"stacks: \(2, 1\) do not divide 2 branches"),
         ({"dilations": (1,), "stacks": (2,)}, "do not divide edges of 1 branches"),
         ({"stacks": (2, 0)}, "stacks"),
-        ({"shares": (1,)}, r"shares: \(1,\) of 2 branches for 1 maps"),
-        ({"shares": (2,), "dilations": (1,)}, "dilations: 1 for 2 branches"),
-        ({"shares": (2,), "stacks": (1, 2)}, "stacks"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, object], message: str, backend: str) -> None:
-    (x,), depthwise, pointwise = Case((2, 3, 5, 7), 4, (1, 2)).build(torch.device("cpu"))
+    x, depthwise, pointwise = Case((2, 3, 5, 7), 4, (1, 2)).build(torch.device("cpu"))
     arguments = {"x": x, "depthwise": depthwise, "pointwise": pointwise, "dilations": (1, 2)}
     with use_backend(backend), pytest.raises(OperandError, match=message):
         separable_branches(**(arguments | change))
