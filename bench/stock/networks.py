@@ -40,13 +40,17 @@ def plain(network: nn.Module) -> nn.Module:
     return network
 
 
-def compile_cells(network: nn.Module) -> None:
-    """torch.compile, cell by cell: the whole supernet takes longer than most have patience for."""
+def compile_cells(network: nn.Module, part: int = 0, parts: int = 1) -> None:
+    """torch.compile, cell by cell: the whole supernet takes longer than most have patience for.
+
+    Only every `parts`-th of the modules, from the one that is number `part`.
+    """
     torch._dynamo.config.cache_size_limit = 256  # cells share their code, not their shapes
     backend = "inductor" if torch.cuda.is_available() else "aot_eager"
-    for module in network.modules():
-        if isinstance(module, (SearchCell, DerivedCell, FusionCell, Stem, Classifier)):
-            module.compile(dynamic=False, backend=backend)
+    kinds = (SearchCell, DerivedCell, FusionCell, Stem, Classifier)
+    found = [module for module in network.modules() if isinstance(module, kinds)]
+    for module in found[part::parts]:
+        module.compile(dynamic=False, backend=backend)
 
 
 def resize(x: Tensor, size: Size) -> Tensor:

@@ -31,6 +31,12 @@ def training_parser(description: str, batch: int, size: str) -> argparse.Argumen
         "--build-seconds", type=float, default=320, help="a subject that takes longer is given up"
     )
     options.add_argument(
+        "--compile-jobs",
+        type=int,
+        default=1,
+        help="processes that fill torch.compile's cache for compiled subjects beforehand",
+    )
+    options.add_argument(
         "--first",
         action="store_true",
         help="time to the first step at full speed, and nothing else",
@@ -49,7 +55,13 @@ def run(stage: str, options: argparse.Namespace, cases: Sequence[TrainingCase]) 
     deadline = Deadline(options.seconds)
     rows = Rows(options.out, provenance(options.commit), identity)
     plan = Plan(
-        stage, options.ours, options.stock, options.rounds, options.steps, options.build_seconds
+        stage,
+        options.ours,
+        options.stock,
+        options.rounds,
+        options.steps,
+        options.build_seconds,
+        options.compile_jobs,
     )
     comparison = Comparison(plan, rows, deadline)
     if options.first:

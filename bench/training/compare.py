@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,6 +37,8 @@ class Plan:
     """A round."""
     build_seconds: float
     """After which a subject is given up."""
+    compile_jobs: int = 1
+    """Processes among which the modules of a compiled subject are shared out beforehand."""
 
 
 def identity(row: dict[str, Any]) -> tuple[str, ...]:
@@ -77,6 +80,8 @@ class Comparison:
             except WorkerFailed as error:
                 raise SystemExit(f"{self._plan.ours}: {error}") from None
             for subject in self._plan.stock:
+                if subject.startswith("compiled") and self._plan.compile_jobs > 1:
+                    self._fill_cache(subject, cases)
                 with Workers(TARGET) as other:
                     for case in cases:
                         if self._deadline.over:
@@ -87,6 +92,22 @@ class Comparison:
                         except WorkerFailed as error:
                             self._add(case, subject, failed=str(error))
                             print(f"{case}: {subject} failed: {error}", flush=True)
+
+    def _fill_cache(self, subject: str, cases: Sequence[TrainingCase]) -> None:
+        """torch.compile works on one module after the other; processes can do so beside others."""
+        jobs, within = self._plan.compile_jobs, min(self._plan.build_seconds, self._deadline.left)
+
+        def compile_part(part: int) -> None:
+            with Workers(TARGET) as worker:
+                for case in cases:
+                    about = {"stage": self._plan.stage, "subject": subject, "case": asdict(case)}
+                    try:
+                        worker.ask("compile_part", within, **about, part=part, parts=jobs)
+                    except WorkerFailed as error:
+                        print(f"{case}: part {part} of {subject} not compiled: {error}", flush=True)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(compile_part, range(jobs)))
 
     def _require_right(self, ours: Workers, case: TrainingCase) -> None:
         subject, within = self._plan.ours, self._plan.build_seconds

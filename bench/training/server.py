@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from bench.device import CUDA, DEVICE, release_memory, use_fastest_convolutions
 from bench.rounds import median
+from bench.stock.networks import compile_cells
 from bench.training import finetune, search
-from bench.training.case import Step, TrainingCase
+from bench.training.case import Batch, Step, TrainingCase
 from bench.training.gradients import judge
 from lgcnet_fast.ops.compile_ahead import compile_ahead
 from lgcnet_fast.train.run import ALGORITHMS
@@ -41,6 +45,19 @@ class TrainingServer:
         if self._built is None or self._built[0] != wanted:
             self._built = (wanted, self._build(stage, subject, case, started or time.time()))
         return self._built[1]
+
+    def compile_part(
+        self, stage: str, subject: str, case: dict[str, Any], part: int, parts: int
+    ) -> None:
+        """Every `parts`-th module of a compiled subject, into torch's cache on disk."""
+        module = STAGES[stage]
+        some = partial(compile_cells, part=part, parts=parts)
+        with (
+            patch.object(module, "compile_cells", some),
+            patch.object(module, "as_graph", _not_recorded),
+        ):
+            module.make_step(subject, TrainingCase(**case))()
+        _wait()
 
     def _build(
         self, stage: str, subject: str, case: dict[str, Any], started: float
@@ -103,6 +120,12 @@ class TrainingServer:
             if len(seconds) > SETTLED_STEPS and max(last) <= FULL_SPEED * min(last):
                 break
         return ends, seconds
+
+
+def _not_recorded(
+    name: str, step: Callable[[Any], Any], batch: Batch, generators: tuple[torch.Generator, ...]
+) -> Callable[[], Any]:
+    return lambda: step([batch])
 
 
 def timed(step: Step) -> float:

@@ -62,6 +62,16 @@ def test_compiling_cells_reaches_all_of_them(build) -> None:
     assert len(compiled) == 5 + 3  # cells, fusion cell, stem, classifier
 
 
+def test_parts_of_a_network_are_compiled_once_each() -> None:
+    found = []
+    for part in range(3):
+        network, _ = derived()
+        compile_cells(plain(network), part, 3)
+        modules = enumerate(network.modules())
+        found += [index for index, m in modules if m._compiled_call_impl is not None]
+    assert len(found) == len(set(found)) == 5 + 3
+
+
 def test_losses_are_those_of_the_package() -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, 5, 9, 13, dtype=torch.float64)

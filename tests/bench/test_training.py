@@ -44,6 +44,17 @@ def test_dry_run(module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert stock["speed_up"] == pytest.approx(stock["ms"] / stock["ours_ms"])
 
 
+@pytest.mark.slow
+def test_compiled_subjects_may_be_compiled_in_several_processes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.json"
+    options = ("--ours", "ours-reference", "--stock", "compiled-nchw", "--compile-jobs", "2")
+    *_, stock = dry_run(finetune_step, out, monkeypatch, *options)
+    assert stock["subject"] == "compiled-nchw" and stock["ms"] > 0
+    assert "not compiled" not in capsys.readouterr().out
+
+
 def test_a_worker_that_takes_too_long_is_ended() -> None:
     with Workers("tests.bench.echo:Echo") as process:
         first = process.started
