@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from lgcnet_fast.ops.lanes import has_lanes, side_by_side
+from lgcnet_fast.ops.lanes import lanes_of, side_by_side
 from lgcnet_fast.ops.recompute import Recomputable, recomputed
 
 Places = list[tuple[dict[str, Any], str]]
@@ -68,7 +68,7 @@ def together(parts: Sequence[Part]) -> list[list[Tensor]]:
 def _beside(parts: Sequence[Part]) -> bool:
     if len(parts) < 2 or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
-    return has_lanes(parts[0].inputs[0].device)
+    return lanes_of(parts[0].inputs[0].device) > 1
 
 
 class _Together(torch.autograd.Function):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.ops.backend import Implementation, Operation
-from lgcnet_fast.ops.lanes import LANES, side_by_side
+from lgcnet_fast.ops.lanes import lanes_of, side_by_side
 
 
 def cast_together(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -46,12 +46,14 @@ class _CastTogether(torch.autograd.Function):
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Few tensors keep a GPU busy, so every launch has some, beside the others."""
+    """Of many tensors in launches beside each other, each of which leaves most of a GPU idle."""
+    device = targets[0].device
+    lanes = min(lanes_of(device), len(targets))
     jobs = [
-        partial(torch._foreach_copy_, targets[lane::LANES], sources[lane::LANES])
-        for lane in range(min(LANES, len(targets)))
+        partial(torch._foreach_copy_, targets[lane::lanes], sources[lane::lanes])
+        for lane in range(lanes)
     ]
-    side_by_side(targets[0].device, jobs)
+    side_by_side(device, jobs)
 
 
 def _reference(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -74,9 +74,9 @@ def side_by_side(device: torch.device, jobs: Sequence[Callable[[], T]]) -> list[
             _kept.reset(outermost)
 
 
-def has_lanes(device: torch.device) -> bool:
-    """Whether `side_by_side` would run two jobs on streams of their own."""
-    return len(_own.get() or _streams(device)) > 1
+def lanes_of(device: torch.device) -> int:
+    """How many jobs `side_by_side` would run on streams of their own, at most; at least 1."""
+    return len(_own.get() or _streams(device)) or 1
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lgcnet_fast.ops.lanes import LANES, side_by_side
+from lgcnet_fast.ops.lanes import lanes_of, side_by_side
 
 ALIGNMENT = 64
 """Numbers from which a tensor may begin, 256 bytes of float32: kernels load 16 bytes at once."""
@@ -48,9 +48,9 @@ class Stretch:
             pieces.append(tensor.as_strided((tensor.numel(),), (1,)))
             if pad:
                 pieces.append(self._filling[:pad])
-        # A launch takes some hundred pieces, and few of them keep a GPU busy.
+        # A launch takes some hundred pieces and leaves most of a GPU idle.
         stretch = tensors[0].new_empty(sum(map(len, pieces)))
-        count = -(-len(pieces) // LANES)
+        count = -(-len(pieces) // lanes_of(stretch.device))
         groups = [pieces[first : first + count] for first in range(0, len(pieces), count)]
         places = stretch.split([sum(map(len, group)) for group in groups])
         jobs = [

@@ -22,7 +22,7 @@ from lgcnet_fast.ops import recomputed, use_backend
 @pytest.fixture
 def beside(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As in a capture, but for the streams."""
-    monkeypatch.setattr(lgcnet_fast.nn.together, "has_lanes", lambda device: True)
+    monkeypatch.setattr(lgcnet_fast.nn.together, "lanes_of", lambda device: 2)
     return monkeypatch
 
 
@@ -41,7 +41,7 @@ def assert_nothing_changes(
 ) -> None:
     found = outcome(network, call, *inputs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lgcnet_fast.nn.together, "has_lanes", lambda device: False)
+        patch.setattr(lgcnet_fast.nn.together, "lanes_of", lambda device: 1)
         wanted = outcome(network, call, *inputs)
     assert len(found) == len(wanted)
     for ours, theirs in zip(found, wanted, strict=True):
@@ -55,16 +55,31 @@ def a_map(*shape: int) -> Tensor:
     return torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("reduction", [False, True])
+@pytest.mark.parametrize(
+    "reduction, backend",
+    [
+        (False, "reference"),
+        (True, "reference"),
+        pytest.param(False, "triton", marks=pytest.mark.slow),
+        pytest.param(True, "triton", marks=pytest.mark.slow),
+    ],
+)
 def test_a_search_cell(beside: pytest.MonkeyPatch, reduction: bool, backend: str) -> None:
     torch.manual_seed(0)
-    cell = SearchCell(3, 4, 4, reduction, reduce_first=reduction)
-    s0 = a_map(2, 3, 10, 12) if reduction else a_map(2, 3, 5, 6)
+    cell = SearchCell(3, 2, 2, reduction, reduce_first=reduction)
+    s0 = a_map(2, 3, 4, 6) if reduction else a_map(2, 3, 2, 3)
     z = torch.rand(5, 8).softmax(1).requires_grad_()
-    s1 = a_map(2, 4, 5, 6)
+    s1 = a_map(2, 2, 2, 3)
     with use_backend(backend):
         assert_nothing_changes(cell, lambda cell: cell(s0, s1, z), s0, s1, z)
+
+
+def test_a_mixed_edge_of_kernels(beside: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    edge = SearchCell(2, 2, 2, reduction=False, reduce_first=False).edges[0]
+    x, row = a_map(2, 2, 2, 3), torch.rand(8).softmax(0).requires_grad_()
+    with use_backend("triton"):
+        assert_nothing_changes(edge, lambda edge: edge(row, x), x, row)
 
 
 def test_a_derived_cell(beside: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,9 @@ def derived(kind: str) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]
 SUPERNET = pytest.param("supernet", marks=() if CUDA else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("kind", [SUPERNET, "derived", "classifier"])
+@pytest.mark.parametrize(
+    "kind", [SUPERNET, "derived", pytest.param("classifier", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("half", [False, True])
 def test_the_second_pass_finds_all_stacks(half: bool, kind: str) -> None:
     torch.manual_seed(0)
