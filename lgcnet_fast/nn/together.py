@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lgcnet_fast.ops.lanes import lanes_of, side_by_side
 from lgcnet_fast.ops.recompute import Recomputable, recomputed
@@ -89,56 +88,74 @@ class _Together(torch.autograd.Function):
             jobs.append(partial(_computed, part, own, leaves[-1]))
         with torch.enable_grad():
             results = side_by_side(tensors[0].device, jobs)
-        counts += map(len, results)
-        # The results themselves need not live until they are differentiated.
-        ctx.edges = [[_edge(y) for y in own] for own in results]
-        ctx.leaves = leaves
+        counts += (len(own) for own, _ in results)
+        ctx.ends = [end for _, end in results]
+        ctx.counts, ctx.leaves = counts, leaves
         ctx.set_materialize_grads(False)
-        return tuple(y.detach() for own in results for y in own)
+        return tuple(y for own, _ in results for y in own)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         rest = iter(gradients)
         jobs = [
-            partial(_gradients, edges, list(islice(rest, len(edges))), leaves)
-            for edges, leaves in zip(ctx.edges, ctx.leaves, strict=True)
+            partial(_gradients, end, list(islice(rest, count)), leaves)
+            for end, count, leaves in zip(ctx.ends, ctx.counts, ctx.leaves, strict=True)
         ]
         device = next(g.device for g in gradients if g is not None)
         found = side_by_side(device, jobs)
         # What the parts have kept must not be freed before the jobs have been joined.
-        ctx.edges = ctx.leaves = None
+        ctx.ends = ctx.leaves = None
         return None, None, None, *(gradient for own in found for gradient in own)
 
 
-def _computed(part: Part, places: Places, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """The results of a part with these in place of its inputs and parameters."""
+class _End(torch.autograd.Function):
+    """Holds the graph of a part, not its results, which may die before they are differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor | None], *results: Tensor) -> Tensor:
+        """gradients: filled with those of the results before the backward pass."""
+        ctx.gradients = gradients
+        return results[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, nothing: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.gradients
+
+
+End = tuple[Tensor, list[Tensor | None], list[int]]
+"""Of a part: what `_End` gave, the list that it takes gradients from, and the places of the results
+that have any."""
+
+
+def _computed(
+    part: Part, places: Places, leaves: Sequence[Tensor]
+) -> tuple[list[Tensor], End | None]:
+    """The results of a part with these in place of its inputs and parameters, and its end."""
     count = len(part.inputs)
     with _replaced(places, leaves[count:]):
-        return list(part.compute(*leaves[:count]))
+        results = list(part.compute(*leaves[:count]))
+    differentiable = [at for at, y in enumerate(results) if y.requires_grad]
+    if not differentiable:
+        return results, None
+    gradients: list[Tensor | None] = []
+    nothing = _End.apply(gradients, *(results[at] for at in differentiable))
+    return [y.detach() for y in results], (nothing, gradients, differentiable)
 
 
 def _gradients(
-    edges: Sequence[GradientEdge | None],
-    gradients: Sequence[Tensor | None],
-    leaves: Sequence[Tensor],
+    end: End | None, arrived: Sequence[Tensor | None], leaves: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Of all leaves, from those of a part's results."""
-    arrived = [
-        (edge, g)
-        for edge, g in zip(edges, gradients, strict=True)
-        if edge is not None and g is not None
-    ]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    if not arrived or not wanted:
+    if end is None or not wanted or all(g is None for g in arrived):
         return [None] * len(leaves)
-    outputs, own = zip(*arrived, strict=True)
+    nothing, gradients, differentiable = end
+    gradients += (arrived[at] for at in differentiable)
     # Retained: other streams may still read what would be freed here (see ops/lanes.py).
-    found = iter(torch.autograd.grad(outputs, wanted, own, retain_graph=True, allow_unused=True))
+    found = iter(
+        torch.autograd.grad(nothing, wanted, nothing, retain_graph=True, allow_unused=True)
+    )
     return [next(found) if leaf.requires_grad else None for leaf in leaves]
-
-
-def _edge(y: Tensor) -> GradientEdge | None:
-    return get_gradient_edge(y) if y.requires_grad else None
 
 
 def _places(modules: Sequence[nn.Module]) -> Places:
