@@ -58,6 +58,7 @@ def test_what_takes_longest_is_swept_first() -> None:
 
 
 def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton.knobs", reason="Triton 3.3 cannot leave kernels out")
     if torch.cuda.is_available():
         pytest.skip("a dry run is for the CPU")
 
