@@ -25,7 +25,6 @@ from lgcnet_fast.ops import (
     interleaved_convolution,
     norm_sum,
     normalised,
-    norms_apart,
     pair_readers,
     readers,
     recomputable,
@@ -328,13 +327,6 @@ class Deconvolution(nn.Module):
 def source_of(x: Tensor | Source) -> Source:
     """That of a map which several modules read, or one for a single reader."""
     return x if isinstance(x, Source) else Source(x)
-
-
-def _norms_of(norms: Sequence[nn.Module], ys: Sequence[Tensor]) -> list[Tensor]:
-    """norm(y) of each map; all of the norms are affine, or none."""
-    if norms[0].affine:
-        return norms_apart(ys, norms)
-    return [_norm_of(norm, y) for norm, y in zip(norms, ys, strict=True)]
 
 
 def _norm_of(norm: nn.Module, y: Tensor) -> Tensor:

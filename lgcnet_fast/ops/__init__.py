@@ -10,7 +10,7 @@ from lgcnet_fast.ops.convolutions import Geometry, convolutions
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.interleaved_convolution import interleaved_convolution
 from lgcnet_fast.ops.max_pool import max_pool, recomputable_max_pool
-from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, norm_sum, normalised, norms_apart
+from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, norm_sum, normalised
 from lgcnet_fast.ops.mixed_sum import mixed_sum
 from lgcnet_fast.ops.packed_weights import packed_weights
 from lgcnet_fast.ops.pair_readers import pair_readers
@@ -40,7 +40,6 @@ __all__ = [
     "mixed_sum",
     "norm_sum",
     "normalised",
-    "norms_apart",
     "pair_readers",
     "packed_weights",
     "readers",

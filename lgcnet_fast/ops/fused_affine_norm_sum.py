@@ -9,10 +9,8 @@ gradients of the maps need anyway, and the gradient of every x_j is that of out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.library import custom_op
 
@@ -23,7 +21,6 @@ from lgcnet_fast.ops.fused_mixed_norm_sum import (
     tile,
     with_norms,
 )
-from lgcnet_fast.ops.lanes import side_by_side
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc, unstacked
 
 
@@ -121,41 +118,3 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
 
 affine_sum.register_autograd(_backward, setup_context=_keep)
-
-
-def run_apart(ys: Sequence[Tensor], norms: Sequence[Any]) -> list[Tensor]:
-    """`norms_apart`, see there."""
-    weights = [norm.weight for norm in norms], [norm.bias for norm in norms]
-    return list(_NormsApart.apply(norms, *(nhwc(y) for y in ys), *weights[0], *weights[1]))
-
-
-class _NormsApart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, norms: Sequence[Any], *tensors: Tensor) -> tuple[Tensor, ...]:
-        """tensors: maps, gammas and betas, as many as norms."""
-        count = len(norms)
-        ys, gammas, betas = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        every = zip(ys, norms, gammas, betas, strict=True)
-        done = side_by_side(ys[0].device, [partial(_normed, *each) for each in every])
-        maps, statistics = zip(*done, strict=True)
-        ctx.save_for_backward(*ys, *gammas, *statistics)
-        return maps
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        count, kept = len(gradients), ctx.saved_tensors
-        every = zip(
-            gradients, kept[:count], kept[count : 2 * count], kept[2 * count :], strict=True
-        )
-        jobs = [
-            partial(affine_sum_backward, nhwc(g), [y], [gamma], statistics)
-            for g, y, gamma, statistics in every
-        ]
-        dys, rows = zip(*side_by_side(gradients[0].device, jobs), strict=True)
-        return None, *dys, *(row[1] for row in rows), *(row[0] for row in rows)
-
-
-def _normed(y: Tensor, norm: Any, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """The map, and the statistics of y."""
-    statistics, _ = norm_statistics("triton", [y], [norm], plain=0)
-    return affine_sum([y], [], [gamma], [beta], statistics), statistics

@@ -76,20 +76,6 @@ def norm_sum(ys: Sequence[Tensor], norms: Sequence[nn.Module | None]) -> Tensor:
     return result
 
 
-def norms_apart(ys: Sequence[Tensor], norms: Sequence[nn.Module]) -> list[Tensor]:
-    """`norms[k](y_k)` of each map (N, C, H, W), of shapes that may differ.
-
-    Where a CUDA graph is captured, the fused form runs them side by side, going backward too.
-    Raises as `norm_sum`.
-    """
-    for index, y in enumerate(ys):
-        check_map(f"ys, map {index}", y)
-        check_beside(f"ys, map {index}", y, "the first", ys[0])
-    _check_norms(ys, norms)
-    result: list[Tensor] = _norms_apart(tuple(ys), tuple(norms))
-    return result
-
-
 def normalised(ys: Sequence[Tensor], norm: nn.Module, function: Callable[[Tensor], T]) -> T:
     """`function(norm(y))` for the single map y of ys, one as `mixed_norm_sum` takes it.
 
@@ -131,22 +117,8 @@ def _norm_sum_fused(
     return _norm_sum_reference(ys, norms)
 
 
-def _norms_apart_reference(ys: Sequence[Tensor], norms: Sequence[nn.Module]) -> list[Tensor]:
-    return [norm(y) for y, norm in zip(ys, norms, strict=True)]
-
-
 def _serves(ys: Sequence[Tensor], norms: Sequence[nn.Module | None]) -> None:
     """Nothing is refused: what the kernels do not take, PyTorch's batch norms do."""
-
-
-def _norms_apart_fused(
-    backend: str, ys: Sequence[Tensor], norms: Sequence[nn.Module]
-) -> list[Tensor]:
-    if all(
-        fused_affine_norm_sum.fits(backend, [y], [norm]) for y, norm in zip(ys, norms, strict=True)
-    ):
-        return fused_affine_norm_sum.run_apart(ys, norms)
-    return _norms_apart_reference(ys, norms)
 
 
 def _normalised_reference(
@@ -202,16 +174,10 @@ _operation = Operation("mixed_norm_sum", _reference, **MIXED_NORM_SUM)
 _normalised = Operation(
     "normalised", _normalised_reference, **NORMALISED, tuned_as="mixed_norm_sum"
 )
-_norm_sum, _norms_apart = (
-    Operation(
-        name,
-        reference,
-        triton=Implementation(partial(fused, "triton"), _serves),
-        cuda=Implementation(partial(fused, "cuda"), _serves),
-        tuned_as="mixed_norm_sum",
-    )
-    for name, reference, fused in (
-        ("norm_sum", _norm_sum_reference, _norm_sum_fused),
-        ("norms_apart", _norms_apart_reference, _norms_apart_fused),
-    )
+_norm_sum = Operation(
+    "norm_sum",
+    _norm_sum_reference,
+    triton=Implementation(partial(_norm_sum_fused, "triton"), _serves),
+    cuda=Implementation(partial(_norm_sum_fused, "cuda"), _serves),
+    tuned_as="mixed_norm_sum",
 )

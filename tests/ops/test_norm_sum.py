@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lgcnet_fast.errors import OperandError
-from lgcnet_fast.ops import gathered_running_statistics, norm_sum, norms_apart, use_backend
+from lgcnet_fast.ops import gathered_running_statistics, norm_sum, use_backend
 from lgcnet_fast.ops.fused_affine_norm_sum import affine_sum, fits
 from lgcnet_fast.ops.fused_mixed_norm_sum import _batch_statistics
 
@@ -129,29 +129,6 @@ def test_parameters_of_a_node_share_no_gradient(device: torch.device) -> None:
     before = [gradient.clone() for gradient in gradients]
     torch._foreach_mul_(gradients, 2)
     assert all(torch.equal(g, 2 * b) for g, b in zip(gradients, before, strict=True))
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_norms_apart(training: bool, device: torch.device) -> None:
-    """Maps of several shapes."""
-    built = [
-        Case((1,), shape).build(device) for shape in ((2, 3, 5, 7), (1, 17, 3, 1), (2, 1, 4, 4))
-    ]
-    ys = [y for (y,), _ in built]
-    norms = [norm.train(training) for _, (norm,) in built]
-    found = {}
-    for backend in ("reference", "triton"):
-        own = [copy.deepcopy(norm) for norm in norms]
-        with use_backend(backend), gathered_running_statistics():
-            maps = norms_apart(ys, own)
-        parameters = [parameter for norm in own for parameter in norm.parameters()]
-        torch.manual_seed(1)
-        loss = sum((y * torch.randn(y.shape).to(y)).sum() for y in maps)
-        gradients = torch.autograd.grad(loss, [*ys, *parameters])
-        states = [value for norm in own for value in norm.state_dict().values()]
-        found[backend] = [*maps, *gradients, *states]
-    for fused, wanted in zip(found["triton"], found["reference"], strict=True):
-        torch.testing.assert_close(fused, wanted, rtol=1e-9, atol=1e-10)
 
 
 def test_registration(device: torch.device) -> None:
