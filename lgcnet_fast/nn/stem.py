@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lgcnet_fast.ops import norm_sum
-
-CHANNELS = 8
-"""16 bytes of half precision, which the fast convolutions load at once."""
 
 
 class Stem(nn.Module):
@@ -44,26 +39,5 @@ def _conv_bn(c_in: int, c_out: int, stride: int, relu: bool) -> nn.Sequential:
 
 def _applied(stage: nn.Sequential, x: Tensor) -> Tensor:
     convolution, norm, *relu = stage
-    assert isinstance(convolution, nn.Conv2d)
-    raw = _of_image(convolution, x) if _is_slow(x) else convolution(x)
-    y = norm_sum([raw], [norm])
+    y = norm_sum([convolution(x)], [norm])
     return relu[0](y) if relu else y
-
-
-def _is_slow(x: Tensor) -> bool:
-    """Whether tensor cores would compute on x if only it had more channels."""
-    if not x.is_cuda or x.shape[1] >= CHANNELS or torch.compiler.is_compiling():
-        return False
-    return torch.is_autocast_enabled("cuda")
-
-
-def _of_image(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """The convolution of an image, x and weight filled up with channels of zeros."""
-    missing = CHANNELS - x.shape[1]
-    dtype = torch.get_autocast_dtype(x.device.type)
-    images, channels, height, width = x.shape
-    filled = x.new_zeros((images, height, width, CHANNELS), dtype=dtype)
-    filled[..., :channels] = x.movedim(1, -1)
-    weight = F.pad(convolution.weight.to(dtype), (0, 0, 0, 0, 0, missing))
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(filled.movedim(-1, 1), weight, None, convolution.stride, convolution.padding)
