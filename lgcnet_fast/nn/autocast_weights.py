@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lgcnet_fast.nn.primitives import DepthwiseSeparable
+from lgcnet_fast.nn.together import replaced
 from lgcnet_fast.ops import cast_together
 
 
@@ -27,13 +28,8 @@ def cast_weights(network: nn.Module) -> Iterator[None]:
         return
     weights = [parameters[name] for parameters, name in places]
     copies = cast_together(weights, torch.get_autocast_dtype(device))
-    try:
-        for (parameters, name), copy in zip(places, copies, strict=True):
-            parameters[name] = copy
+    with replaced(places, copies):
         yield
-    finally:
-        for (parameters, name), weight in zip(places, weights, strict=True):
-            parameters[name] = weight
 
 
 def _convolution_parameters(network: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:

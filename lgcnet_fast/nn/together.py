@@ -132,7 +132,7 @@ def _computed(
 ) -> tuple[list[Tensor], End | None]:
     """The results of a part with these in place of its inputs and parameters, and its end."""
     count = len(part.inputs)
-    with _replaced(places, leaves[count:]):
+    with replaced(places, leaves[count:]):
         results = list(part.compute(*leaves[:count]))
     differentiable = [at for at, y in enumerate(results) if y.requires_grad]
     if not differentiable:
@@ -169,7 +169,7 @@ def _places(modules: Sequence[nn.Module]) -> Places:
 
 
 @contextmanager
-def _replaced(places: Places, tensors: Sequence[Tensor]) -> Iterator[None]:
+def replaced(places: Places, tensors: Sequence[Tensor]) -> Iterator[None]:
     """Other tensors in place of parameters, within the `with` block."""
     before: list[Any] = [parameters[name] for parameters, name in places]
     try:
