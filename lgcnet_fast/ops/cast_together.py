@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.ops.backend import Implementation, Operation
-from lgcnet_fast.ops.lanes import lanes_of, side_by_side
+from lgcnet_fast.ops.lanes import lanes_of, side_by_side, wait_for_later
 
 
 def cast_together(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -25,28 +25,11 @@ def cast_together(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]
     return result
 
 
-class _CastTogether(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*weights)
-        ctx.set_materialize_grads(False)
-        copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
-        _copy(copies, weights)
-        return tuple(copies)
+def copy_together(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies many tensors in launches beside each other, each of which leaves most of a GPU idle.
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Like the weights in memory, as the optimiser wants them.
-        found = [
-            None if g is None else torch.empty_like(weight)
-            for g, weight in zip(gradients, ctx.saved_tensors, strict=True)
-        ]
-        _copy([out for out in found if out is not None], [g for g in gradients if g is not None])
-        return None, *found
-
-
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Of many tensors in launches beside each other, each of which leaves most of a GPU idle."""
+    Tensors of a pair have the same strides; otherwise every pair would be a launch.
+    """
     device = targets[0].device
     lanes = min(lanes_of(device), len(targets))
     jobs = [
@@ -54,6 +37,38 @@ def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         for lane in range(lanes)
     ]
     side_by_side(device, jobs)
+
+
+class _CastTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*weights)
+        ctx.set_materialize_grads(False)
+        copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        copy_together(copies, weights)
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        wait_for_later(ctx.saved_tensors[0].device)
+        # Like the weights in memory, as the optimiser wants them.
+        found = [
+            None if g is None else torch.empty_like(weight)
+            for g, weight in zip(gradients, ctx.saved_tensors, strict=True)
+        ]
+        copy_together(
+            [out for out in found if out is not None], [g for g in gradients if g is not None]
+        )
+        return None, *found
+
+
+def gradients_may_wait(weights: Sequence[Tensor]) -> bool:
+    """Whether nothing computes with their gradients without `wait_for_later`.
+
+    So it is for leaves that a backward pass meets once, and for copies that `cast_together` made.
+    """
+    own = (type(None), _CastTogether._backward_cls)  # type: ignore[attr-defined]
+    return all(isinstance(weight.grad_fn, own) for weight in weights)
 
 
 def _reference(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.cast_together import gradients_may_wait
 from lgcnet_fast.ops.conv3_kernels import conv3_weight_gradients, suits
 from lgcnet_fast.ops.fused_separable_branches import computed_dtype
-from lgcnet_fast.ops.lanes import side_by_side
+from lgcnet_fast.ops.lanes import side_by_side, wait_for_later
 from lgcnet_fast.ops.maps import dtype_refusal, nhwc
 from lgcnet_fast.ops.operands import check_beside, check_map
 from lgcnet_fast.ops.pointwise_kernels import convolution_gradient, pointwise_convolution_backward
@@ -88,6 +89,7 @@ class _Convolutions(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
         ctx.backend, ctx.geometries = backend, geometries
+        ctx.may_wait = gradients_may_wait(tensors[len(geometries) :])
         jobs = [
             partial(torch.ops.aten.convolution, *operands, None, *arguments)
             for *operands, arguments in _each(tensors, geometries)
@@ -99,17 +101,20 @@ class _Convolutions(torch.autograd.Function):
         tensors = ctx.saved_tensors
         maps = [nhwc(g) for g in gradients]
         every = _each(tensors, ctx.geometries)
-        jobs = _gradient_jobs(ctx.backend, ctx.geometries, maps, every)
-        parts = side_by_side(tensors[0].device, [job for _, job in jobs])
+        jobs, later = _gradient_jobs(ctx.backend, ctx.geometries, maps, every)
+        parts = side_by_side(
+            tensors[0].device,
+            [partial(_like, tensors, *one) for one in jobs],
+            [partial(_like, tensors, *one) for one in later],
+        )
+        if not ctx.may_wait:
+            wait_for_later(tensors[0].device)
         found = {
             place: gradient
-            for (places, _), part in zip(jobs, parts, strict=True)
+            for (places, _), part in zip([*jobs, *later], parts, strict=True)
             for place, gradient in zip(places, part, strict=True)
         }
-        count = len(gradients)
-        of_weights = [found[count + place] for place in range(count)]
-        of_weights = _of_the_dtypes(of_weights, tensors[count:])
-        return None, None, *(found[place] for place in range(count)), *of_weights
+        return None, None, *(found[place] for place in range(len(tensors)))
 
 
 Convolution = tuple[Tensor, Tensor, tuple[Any, ...]]
@@ -126,23 +131,25 @@ def _each(tensors: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[Con
     ]
 
 
+Job = tuple[Sequence[int], Callable[[], Iterable[Tensor]]]
+"""Places of gradients, those of maps before those of weights, and what computes them."""
+
+
 def _gradient_jobs(
     backend: str,
     geometries: Sequence[Geometry],
     gradients: Sequence[Tensor],
     every: Sequence[Convolution],
-) -> list[tuple[Sequence[int], Callable[[], Iterable[Tensor]]]]:
-    """Together they give the gradients of all maps and weights.
-
-    With every job the places of its gradients: maps come first, then weights.
-    """
+) -> tuple[list[Job], list[Job]]:
+    """Together they give all gradients; the second ones those of weights alone."""
     count = len(every)
-    jobs: list[tuple[Sequence[int], Callable[[], Iterable[Tensor]]]] = []
+    jobs: list[Job] = []
+    later: list[Job] = []
     together = _weights_together(geometries, every) if backend == "triton" else []
     for group in together:
         operands = [(gradients[index], *every[index][:2]) for index in group]
         job = partial(conv3_weight_gradients, *map(list, zip(*operands, strict=True)))
-        jobs.append(([count + index for index in group], job))
+        later.append(([count + index for index in group], job))
     served = {index for group in together for index in group}
     for index, (g, geometry, one) in enumerate(zip(gradients, geometries, every, strict=True)):
         x, weight, _ = one
@@ -152,8 +159,8 @@ def _gradient_jobs(
             continue
         jobs.append(((index,), partial(_alone, 0, g, *one)))
         if index not in served:
-            jobs.append(((count + index,), partial(_alone, 1, g, *one)))
-    return jobs
+            later.append(((count + index,), partial(_alone, 1, g, *one)))
+    return jobs, later
 
 
 def _weights_together(
@@ -173,12 +180,18 @@ def _alone(
     return (convolution_gradient(which, g, x, weight, arguments),)
 
 
-def _of_the_dtypes(found: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of weights in the weights' dtypes, all that differ in one launch."""
-    result = [
-        g if g.dtype == weight.dtype else torch.empty_like(weight)
-        for g, weight in zip(found, weights, strict=True)
-    ]
+def _like(
+    tensors: Sequence[Tensor], places: Sequence[int], job: Callable[[], Iterable[Tensor]]
+) -> list[Tensor]:
+    """The gradients of a job; those of weights as these lie in memory, in their dtypes.
+
+    Autograd then takes them as they are: a copy would read them, which may be too early.
+    """
+    found, result = list(job()), []
+    for g, place in zip(found, places, strict=True):
+        tensor, is_map = tensors[place], place < len(tensors) // 2
+        alike = (g.dtype, g.stride()) == (tensor.dtype, tensor.stride())
+        result.append(g if is_map or alike else torch.empty_like(tensor))
     pairs = [(out, g) for out, g in zip(result, found, strict=True) if out is not g]
     if pairs:
         outs, sources = zip(*pairs, strict=True)

@@ -56,7 +56,7 @@ def depthwise_gradients(
     launch = (x, windows, dilations, stride)
     if backend == "cuda":
         (dx, dw), (d_products,) = side_by_side(
-            x.device, [lambda: _cuda_gradients(dy, *launch), lambda: (of_products(),)]
+            x.device, [lambda: _cuda_gradients(dy, *launch)], [lambda: (of_products(),)]
         )
         return dx, dw.flatten(0, 1).movedim(-1, 1).contiguous(), d_products
     from lgcnet_fast.kernels.common import unsummed
@@ -73,10 +73,8 @@ def depthwise_gradients(
     config = _tuned(default, "input_grad", *launch)
     (dx,), (dw, d_products) = side_by_side(
         x.device,
-        [
-            lambda: (depthwise_multi_input_grad(dy, *launch, relu=True, config=config),),
-            lambda: _summed(*unsummed(lambda: _weight_gradient(dy, *launch)), of_products),
-        ],
+        [lambda: (depthwise_multi_input_grad(dy, *launch, relu=True, config=config),)],
+        [lambda: _summed(*unsummed(lambda: _weight_gradient(dy, *launch)), of_products)],
     )
     return dx, dw, d_products
 

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from lgcnet_fast.ops.backend import Implementation
+from lgcnet_fast.ops.cast_together import gradients_may_wait
 from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, filtered_maps
-from lgcnet_fast.ops.lanes import side_by_side
+from lgcnet_fast.ops.lanes import side_by_side, wait_for_later
 from lgcnet_fast.ops.maps import accumulator, computed_dtype, dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.packed_weights import packed
 from lgcnet_fast.ops.pointwise_kernels import matrices, pointwise_gradients
@@ -80,7 +81,7 @@ class _SeparableBranches(torch.autograd.Function):
         windows, matrices = stacked_windows(weights[:half]), stacked_matrices(weights[half:], x)
         edges = separable_branches_forward(x, windows, matrices, *settings)
         ctx.save_for_backward(x, windows, matrices)
-        ctx.settings = settings
+        ctx.settings, ctx.may_wait = settings, gradients_may_wait(weights)
         ctx.like = [(weight.dtype, weight.shape) for weight in (weights[0], weights[half])]
         return tuple(_stacks(edges, stacks))
 
@@ -88,6 +89,8 @@ class _SeparableBranches(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors
         dx, *found = separable_branches_backward(list(map(nhwc, gradients)), *kept, *ctx.settings)
+        if not ctx.may_wait:
+            wait_for_later(dx.device)
         weights = [
             gradient
             for of_kind, like in zip(found, ctx.like, strict=True)
@@ -117,6 +120,8 @@ def stacked_matrices(pointwise: Sequence[Tensor], x: Tensor) -> Tensor:
 
 def weight_gradients(found: Tensor, dtype: torch.dtype, shape: torch.Size) -> Sequence[Tensor]:
     """Those of stacked weights, each as its parameter (dtype, shape) wants it."""
+    if found.dtype != dtype:
+        wait_for_later(found.device)
     return found.to(dtype).view(-1, *shape).unbind()
 
 

@@ -15,6 +15,7 @@ allocated on as soon as Python drops it, whatever other streams still do with it
    streams only. All of them have joined the job's first stream when it ends.
 
 4. What a job drops that was there before it, it hands to `keep_until_joined`.
+5. What a job for `later` reads is held until the current stream has waited for it.
 
 So memory that a stream takes again was last used by that stream itself, or by one that has joined
 the point from which the stream was forked since. `record_stream` is not needed, which would keep
@@ -23,11 +24,12 @@ memory until the capture ends. What a job returns may be used and dropped like a
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -35,6 +37,12 @@ T = TypeVar("T")
 LANES = 9
 """Streams among which jobs are shared out, the current one included: cuBLAS takes a workspace on
 each (see train/memory.py)."""
+
+FIRST = -1
+"""Priority of streams before those of jobs in the background and for later."""
+TURNS = 2
+"""So many `side_by_side` begin after one in which jobs were put off until these are waited for:
+the fewer, the less memory is held."""
 
 _own: ContextVar[tuple[torch.cuda.Stream, ...] | None] = ContextVar("lanes", default=None)
 """The streams of the job that is running, the one that it runs on first."""
@@ -46,16 +54,69 @@ class _Background(NamedTuple):
 
 
 _background: ContextVar[_Background | None] = ContextVar("background", default=None)
-_kept: ContextVar[list[torch.Tensor] | None] = ContextVar("kept", default=None)
+_kept: ContextVar[list[Any] | None] = ContextVar("kept", default=None)
 """What jobs have dropped since the outermost `side_by_side` began."""
 
 
-def side_by_side(device: torch.device, jobs: Sequence[Callable[[], T]]) -> list[T]:
-    """What the jobs return, in order. They work on `device`, as the module's rules say.
+class _Later:
+    """Jobs on a stream of their own, beside all that follows."""
 
-    Where there are more jobs than streams, some jobs follow each other on a stream.
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._held: list[object] = []
+        """For the jobs since the last turn: themselves and what they have dropped."""
+        self._turns: deque[tuple[torch.cuda.Event, list[object]]] = deque()
+
+    def run(self, job: Callable[[], T], current: torch.cuda.Stream) -> T:
+        self._stream.wait_stream(current)
+        self._held.append(job)
+        kept = _kept.set(self._held)
+        try:
+            return _run(job, (self._stream,))
+        finally:
+            _kept.reset(kept)
+
+    def turn(self, current: torch.cuda.Stream) -> None:
+        """Where nothing but `current` and the jobs run: lets go of what early ones have read."""
+        if self._held:
+            self._turns.append((self._stream.record_event(), self._held))
+            self._held = []
+        if len(self._turns) > TURNS:
+            done, _ = self._turns.popleft()
+            current.wait_event(done)
+
+    def join(self, current: torch.cuda.Stream) -> None:
+        if self._held or self._turns:  # Else the stream may have no part in a capture.
+            current.wait_stream(self._stream)
+
+
+_later: dict[torch.device, _Later] = {}
+"""Of the `gradients_later` blocks; backward passes run in other threads, which share it."""
+
+
+def side_by_side(
+    device: torch.device,
+    jobs: Sequence[Callable[[], T]],
+    later: Sequence[Callable[[], T]] = (),
+) -> list[T]:
+    """What the jobs return, in order, and those for `later` after them.
+
+    They work on `device`, as the module's rules say. Where there are more jobs than streams, some
+    jobs follow each other on a stream. Those for later give gradients of weights, which nobody
+    reads in a `gradients_later` block without `wait_for_later`: there they run beside all that
+    follows.
     """
     streams = _own.get() or _streams(device)
+    beside = _later.get(device) if streams else None
+    if beside is None:
+        return _forked(streams, [*jobs, *later])
+    if _own.get() is None:
+        beside.turn(streams[0])
+    put_off = [beside.run(job, streams[0]) for job in later]
+    return _forked(streams, jobs) + put_off
+
+
+def _forked(streams: Sequence[torch.cuda.Stream], jobs: Sequence[Callable[[], T]]) -> list[T]:
     lanes = min(len(streams), len(jobs))
     if lanes < 2:
         return [job() for job in jobs]
@@ -77,6 +138,29 @@ def side_by_side(device: torch.device, jobs: Sequence[Callable[[], T]]) -> list[
 def lanes_of(device: torch.device) -> int:
     """How many jobs `side_by_side` would run on streams of their own, at most; at least 1."""
     return len(_own.get() or _streams(device)) or 1
+
+
+@contextmanager
+def gradients_later(device: torch.device) -> Iterator[None]:
+    """Around a backward pass whose gradients of weights are read only after the `with` block.
+
+    That is: what it adds no gradient to had none before.
+    """
+    if not _streams(device):
+        yield
+        return
+    beside = _later[device] = _Later(device)
+    try:
+        yield
+    finally:
+        del _later[device]
+    beside.join(torch.cuda.current_stream(device))
+
+
+def wait_for_later(device: torch.device) -> None:
+    """For whoever reads gradients of weights within a `gradients_later` block."""
+    if device in _later:
+        _later[device].join(torch.cuda.current_stream(device))
 
 
 @contextmanager
@@ -138,4 +222,4 @@ def _streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
 @cache
 def _side_streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
     """Made by the first call, which comes before any capture."""
-    return tuple(torch.cuda.Stream(device) for _ in range(LANES - 1))
+    return tuple(torch.cuda.Stream(device, priority=FIRST) for _ in range(LANES - 1))

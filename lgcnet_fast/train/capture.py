@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lgcnet_fast.errors import RunError
 from lgcnet_fast.ops.compile_ahead import compile_ahead
-from lgcnet_fast.ops.lanes import background
+from lgcnet_fast.ops.lanes import FIRST, background
 from lgcnet_fast.recording import recording
 from lgcnet_fast.train.run import Run
 
@@ -124,7 +124,7 @@ class CudaRecorder:
     """Records on a stream of its own, with `generators` besides the default one."""
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device, priority=FIRST)
         self._generators = generators
 
     def prepare(self, step: Step[Any], batches: Sequence[Any]) -> None:

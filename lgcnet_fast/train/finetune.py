@@ -90,11 +90,11 @@ class Finetuner:
         """One optimiser step on `config.accumulate` micro-batches; mean loss, on the device."""
         self.optimiser.zero_grad()
         total = torch.zeros((), device=self.precision.device)
-        for images, labels in batches:
+        for number, (images, labels) in enumerate(batches):
             with self.precision.autocast():
                 logits = self.wrapped(images)
             loss = self._loss(logits, labels) / self.config.accumulate
-            self.precision.scaler.scale(loss).backward()
+            self.precision.backward(loss, first=number == 0)
             total += loss.detach()
         self.precision.step((self.optimiser, None))
         if self.average is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lgcnet_fast.ops.lanes import gradients_later
 from lgcnet_fast.train.optimisers import SGD, Adam
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -39,6 +41,11 @@ class Precision:
     def autocast(self) -> torch.autocast:
         dtype = self.dtype or torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.dtype is not None)
+
+    def backward(self, loss: Tensor, first: bool) -> None:
+        """first: of the micro-batches of a step, so that no parameter has a gradient yet."""
+        with gradients_later(loss.device) if first else nullcontext():
+            self.scaler.scale(loss).backward()
 
     def step(self, *optimisers: tuple[SGD | Adam, float | None]) -> None:
         """After `backward`: unscales, clips the norm of each optimiser's gradients, steps."""

@@ -66,7 +66,7 @@ class Pretrainer:
         with self.precision.autocast():
             logits = self.wrapped(images)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
-        self.precision.scaler.scale(loss).backward()
+        self.precision.backward(loss, first=True)
         self.precision.step((self.optimiser, self.config.clip))
         return loss.detach()
 

@@ -143,13 +143,13 @@ class Searcher:
         self.arch_optimiser.zero_grad()
         beta = self._beta()
         sums = torch.zeros(4, device=self.precision.device)
-        for images, labels in batches:
+        for number, (images, labels) in enumerate(batches):
             with self.precision.autocast():
                 output = self.wrapped(images, self.temperature.tensor)
             cross_entropy = upsample_cross_entropy(output.logits, labels)
             latency = beta * latency_loss(output.latency, self.config.latency_loss, self.scale)
             loss = cross_entropy + latency
-            self.precision.scaler.scale(loss / self.config.accumulate).backward()
+            self.precision.backward(loss / self.config.accumulate, first=number == 0)
             terms = [loss, cross_entropy, latency, output.latency.total]
             sums += torch.stack([term.detach().float() for term in terms])
         self.precision.step(

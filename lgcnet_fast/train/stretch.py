@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
-from lgcnet_fast.ops.lanes import lanes_of, side_by_side
+from lgcnet_fast.ops.cast_together import copy_together
 
 ALIGNMENT = 64
 """Numbers from which a tensor may begin, 256 bytes of float32: kernels load 16 bytes at once."""
@@ -21,10 +19,8 @@ class Stretch:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         """tensors: dense, of one dtype and device."""
         self._shapes = [(tensor.shape, tensor.stride()) for tensor in tensors]
-        self._padding = [-tensor.numel() % ALIGNMENT for tensor in tensors]
-        sizes = [t.numel() + pad for t, pad in zip(tensors, self._padding, strict=True)]
-        *self._starts, _ = accumulate(sizes, initial=0)
-        self._filling = tensors[0].new_zeros(ALIGNMENT)
+        sizes = [-(-tensor.numel() // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+        *self._starts, self._size = accumulate(sizes, initial=0)
 
     def views(self, stretch: Tensor) -> list[Tensor]:
         places = zip(self._shapes, self._starts, strict=True)
@@ -39,25 +35,18 @@ class Stretch:
         )
 
     def filled(self, tensors: Sequence[Tensor]) -> Tensor:
-        """A new stretch with copies of the tensors."""
-        pieces = []
-        every = zip(tensors, self._shapes, self._padding, strict=True)
-        for tensor, (shape, strides), pad in every:
+        """A new stretch with copies of the tensors, and zeros between them."""
+        stretch = tensors[0].new_zeros(self._size)
+        places, pieces = [], []
+        for tensor, (shape, strides), start in zip(
+            tensors, self._shapes, self._starts, strict=True
+        ):
             if not _same_order(tensor, strides):
                 tensor = tensor.new_empty_strided(shape, strides).copy_(tensor)
+            # Of one dimension: strides that differ where a size is 1 would make it a launch each.
             pieces.append(tensor.as_strided((tensor.numel(),), (1,)))
-            if pad:
-                pieces.append(self._filling[:pad])
-        # A launch takes some hundred pieces and leaves most of a GPU idle.
-        stretch = tensors[0].new_empty(sum(map(len, pieces)))
-        count = -(-len(pieces) // lanes_of(stretch.device))
-        groups = [pieces[first : first + count] for first in range(0, len(pieces), count)]
-        places = stretch.split([sum(map(len, group)) for group in groups])
-        jobs = [
-            partial(torch.cat, group, out=place)
-            for group, place in zip(groups, places, strict=True)
-        ]
-        side_by_side(stretch.device, jobs)
+            places.append(stretch[start : start + tensor.numel()])
+        copy_together(places, pieces)
         return stretch
 
 

@@ -14,10 +14,13 @@ import torch
 from lgcnet_fast.ops import lanes
 from lgcnet_fast.ops.lanes import (
     LANES,
+    TURNS,
     background,
+    gradients_later,
     in_background,
     keep_until_joined,
     side_by_side,
+    wait_for_later,
 )
 
 ANYWHERE = torch.device("cpu")
@@ -183,6 +186,98 @@ def test_outside_a_background_and_in_jobs_the_work_is_done_at_once(
     assert device.stream_of["inside"] not in device.made
 
 
+def test_gradients_for_later_run_beside_what_follows(background_device: Device) -> None:
+    device = background_device
+    device.launch("before")
+    with gradients_later(ANYWHERE):
+        jobs = [partial(device.launch, "map")]
+        later = [partial(device.launch, "weight")]
+        assert side_by_side(ANYWHERE, jobs, later) == ["map", "weight"]
+        device.launch("beside")
+    device.launch("after")
+    (stream,) = device.made
+    assert device.stream_of["weight"] is stream and device.before["weight"] == {"before"}
+    assert device.before["map"] == {"before"} and device.before["beside"] == {"before", "map"}
+    assert device.before["after"] >= {"weight", "beside"}
+
+
+def test_gradients_for_later_come_after_what_their_jobs_have_done(
+    background_device: Device,
+) -> None:
+    device = background_device
+
+    def job(name: str) -> None:
+        device.launch(name)
+        side_by_side(ANYWHERE, [], [partial(device.launch, f"{name} weight")])
+        device.launch(f"{name} last")
+
+    with gradients_later(ANYWHERE):
+        side_by_side(ANYWHERE, [partial(job, "a"), partial(job, "b")])
+        device.launch("beside")
+    assert "a" in device.before["a weight"] and "b" in device.before["b weight"]
+    assert "b last" in device.before["beside"] and "b weight" not in device.before["beside"]
+
+
+def test_whoever_reads_earlier_waits(background_device: Device) -> None:
+    device = background_device
+    with gradients_later(ANYWHERE):
+        side_by_side(ANYWHERE, [], [partial(device.launch, "weight")])
+        wait_for_later(ANYWHERE)
+        device.launch("reader")
+    assert "weight" in device.before["reader"]
+    wait_for_later(ANYWHERE)
+
+
+def test_without_gradients_for_later_there_is_nothing_to_wait_for(
+    background_device: Device,
+) -> None:
+    """Their stream is no part of the capture then, which may not wait for others."""
+    with gradients_later(ANYWHERE):
+        side_by_side(ANYWHERE, [partial(background_device.launch, "map")])
+        background_device.made[0].done.add("elsewhere")
+        wait_for_later(ANYWHERE)
+    background_device.launch("after")
+    assert background_device.before["after"] == {"map"}
+
+
+def test_elsewhere_gradients_for_later_are_jobs_like_others(device: Device) -> None:
+    found = side_by_side(ANYWHERE, [lambda: "map"], [partial(device.launch, "weight")])
+    assert found == ["map", "weight"] and device.stream_of["weight"] in device.streams
+    assert device.launch("after") and "weight" in device.before["after"]
+
+
+def test_what_is_read_later_is_held_until_the_current_stream_has_waited(
+    background_device: Device,
+) -> None:
+    device = background_device
+    gone: list[weakref.ref[torch.Tensor]] = []
+
+    def put_off(name: str) -> None:
+        value = torch.ones(1)
+        gone.append(weakref.ref(value))
+
+        def job(value: torch.Tensor) -> None:
+            dropped = torch.ones(1)
+            gone.append(weakref.ref(dropped))
+            keep_until_joined(dropped)
+            device.launch(name)
+
+        side_by_side(ANYWHERE, [], [partial(job, value)])
+
+    with gradients_later(ANYWHERE):
+        put_off("first")
+        for turn in range(TURNS):
+            put_off(f"later {turn}")
+            gc.collect()
+            assert all(one() is not None for one in gone)
+            device.launch(f"beside {turn}")
+            assert "first" not in device.before[f"beside {turn}"]
+        side_by_side(ANYWHERE, [partial(device.launch, "last")])
+        gc.collect()
+        assert [one() is None for one in gone[:3]] == [True, True, False]
+        assert "first" in device.before["last"] and "later 0" not in device.before["last"]
+
+
 def test_what_jobs_drop_lives_until_the_outermost_join(device: Device) -> None:
     gone: list[weakref.ref[torch.Tensor]] = []
 
@@ -223,6 +318,46 @@ def test_a_capture_may_have_background_jobs_or_none(jobs: int) -> None:
         x += 1
     graph.replay()
     assert x.tolist() == [1, 1, 1] and counts.tolist() == [jobs, jobs]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gradients_for_later_read_what_has_been_dropped_since() -> None:
+    """Short jobs drop what slow ones still read, and the next ones take its memory."""
+    torch.manual_seed(0)
+    x = torch.randn(500, 500, device="cuda") / 500**0.5
+
+    def slow(y: torch.Tensor) -> torch.Tensor:
+        for _ in range(20):
+            y = torch.tanh(y @ x)
+        return y
+
+    def work() -> torch.Tensor:
+        weights, y = [], x
+
+        def job(start: torch.Tensor) -> torch.Tensor:
+            own = start * 1.5 + 1
+            weights.extend(side_by_side(x.device, [], [lambda: slow(own)]))
+            return own.relu() @ x
+
+        with gradients_later(x.device):
+            for _ in range(4 * (TURNS + 1)):
+                halves = side_by_side(x.device, [partial(job, y), partial(job, -y)])
+                y = torch.tanh(halves[0] - halves[1])
+        return torch.stack(weights)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        eager = work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = work()
+    for _ in range(3):
+        captured.zero_()
+        graph.replay()
+        torch.testing.assert_close(captured, eager)
 
 
 @pytest.mark.gpu
