@@ -5,8 +5,9 @@
 
 Each launch is timed alone, replayed from a CUDA graph with its maps in the cache. Their sum is
 then compared with the whole network: one graph in which launches follow each other, and the engine
-with its copies of image and labels. `host_us` is the time until the call for a frame returns;
-`graph_host_us`, `image_host_us` and `labels_host_us` are those of its three calls alone.
+from image to labels. `host_us` is the time until the call for a frame returns, `graph_host_us` that
+of the graph alone; `image_host_us` and `labels_host_us` are those of the copies that frames need
+beside it where the graph keeps its addresses.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lgcnet_fast.deploy.arena import STREAMS, Schedule
 from lgcnet_fast.deploy.fused import Call, FusedNetwork
+from lgcnet_fast.deploy.graph_pointers import Pointer, graph_to_change, pointers_to
 from lgcnet_fast.deploy.lower import lower
 from lgcnet_fast.deploy.operations import Size
 from lgcnet_fast.deploy.packing import Packing
@@ -24,6 +25,8 @@ from lgcnet_fast.recording import recording
 
 MOST_REPLAYS = 8
 """Sizes kept at once, each with maps and graph of its own; that unused for longest goes first."""
+ALIGNMENT = 16
+"""Bytes; Triton and PyTorch make kernels for pointers that are multiples of it."""
 
 Key = tuple[int, int, int, bool]
 
@@ -152,7 +155,9 @@ class Turns:
 class Replay(Generic[Network]):
     """A network that runs as one CUDA graph, to the labels or only to the logits.
 
-    turns: of the engine, on a GPU.
+    Its kernels read the image where the caller holds it and write the labels where the caller gets
+    them, if the graph lets them (`graph_pointers`); otherwise both are copied. turns: of the
+    engine, on a GPU.
     """
 
     def __init__(self, network: Network, with_labels: bool, turns: Turns | None) -> None:
@@ -160,36 +165,81 @@ class Replay(Generic[Network]):
         self._image = network.image
         self._labels = network.image.new_empty(network.image.shape[:3], dtype=torch.uint8)
         last = [lambda: network.write_labels(self._labels)] if with_labels else []
-        self.run: Call = _one_after_another([*network.calls, *last])
+        self._launch: Call = _one_after_another([*network.calls, *last])
+        self._source: Pointer | None = None
+        self._target: Pointer | None = None
         self._begin: Call = _nothing
         self._end: Call = _nothing
         if turns is not None:
             self._begin, self._end = turns.begin, turns.end
-            self.run = _recorded(self.run, network, last, turns).replay
+            graph = _recorded(self._launch, network, last, turns)
+            self._launch = graph.replay
+            self._source, self._target = pointers_to(graph, (self._image, self._labels))
+
+    def run(self) -> None:
+        """The launches alone, on the image and to the labels of this object."""
+        if self._source is not None:
+            self._source.set(self._image.data_ptr())
+        if self._target is not None:
+            self._target.set(self._labels.data_ptr())
+        self._launch()
 
     def labels_of(self, pixels: Tensor) -> Tensor:
-        """uint8 (N, H, W, 3) of the network's size to uint8 (N, H, W)."""
+        """uint8 (N, H, W, 3) of the network's size to uint8 (N, H, W). Raises `DeviceError`."""
         self._begin()
         try:
-            self._image.copy_(pixels)
-            self.run()
-            return self._labels.clone()
+            self._take(pixels)
+            if self._target is None:
+                self._launch()
+                return self._labels.clone()
+            labels = torch.empty_like(self._labels)
+            self._target.set(labels.data_ptr())
+            self._launch()
+            return labels
         finally:
             self._end()
 
     def labels_of_resized(self, pixels: Tensor) -> Tensor:
-        """uint8 (N, H, W, 3) of any size to uint8 (N, H, W); resized as `network_input` does."""
+        """uint8 (N, H, W, 3) of any size to uint8 (N, H, W); resized as `network_input` does.
+
+        Raises `DeviceError`.
+        """
         floats = pixels.permute(0, 3, 1, 2).float()
         resized = F.interpolate(floats, self.network.size, mode="bilinear")
         self._begin()
         try:
-            self._image.copy_(resized.permute(0, 2, 3, 1))
-            self.run()
+            self._take(resized.permute(0, 2, 3, 1))
+            self._launch()
             labels = pixels.new_empty(pixels.shape[:3])
             self.network.write_labels(labels)
             return labels
         finally:
             self._end()
+
+    def _take(self, pixels: Tensor) -> None:
+        """Launches that follow read these pixels, in place or as a copy.
+
+        In place is safe without further ado: what follows runs on the current stream, as any
+        operation on `pixels` would.
+        """
+        if self._source is None:
+            self._image.copy_(pixels)
+        elif _can_stand_in(pixels, self._image):
+            self._source.set(pixels.data_ptr())
+        else:
+            self._image.copy_(pixels)
+            self._source.set(self._image.data_ptr())
+
+
+def _can_stand_in(pixels: Tensor, image: Tensor) -> bool:
+    """Whether kernels made for `image` give the same result at the address of `pixels`."""
+    return (
+        pixels.dtype is image.dtype
+        and pixels.shape == image.shape
+        and pixels.get_device() == image.get_device()
+        and pixels.is_contiguous()
+        and pixels.data_ptr() % ALIGNMENT == 0
+    )
 
 
 def _one_after_another(calls: Sequence[Call]) -> Call:
@@ -211,7 +261,7 @@ def _recorded(
 
     `run` does the same, one after another.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph = graph_to_change()
     turns.main.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(turns.main):
         compile_ahead(run)

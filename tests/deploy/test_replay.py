@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lgcnet_fast.deploy import Segmenter, replay
+from lgcnet_fast.deploy import Segmenter, graph_pointers, replay
 from lgcnet_fast.deploy.blueprint import Blueprint, run_blueprint
 from lgcnet_fast.deploy.engine import Engine, ReferenceEngine
 from lgcnet_fast.deploy.replay import FusedEngine, GraphEngine
@@ -200,6 +201,114 @@ def test_threads_on_streams_of_their_own(own_size: Blueprint, backend: str) -> N
 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(serve, range(3))) == [0, 0, 0]
+
+
+@pytest.fixture
+def copying(own_size: Blueprint, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Engine]:
+    """Engines of a backend, in fp16, whose replays read and write only their own memory."""
+
+    def make(backend: str) -> Engine:
+        engine = Engine(own_size, torch.device("cuda"), "fp16", backend)
+        recorded = engine.runner._made
+
+        def made(key: replay.Key) -> replay.Replay:
+            result = recorded(key)
+            result._source = result._target = None
+            return result
+
+        monkeypatch.setattr(engine.runner, "_made", made)
+        return engine
+
+    return make
+
+
+def unaligned(image: torch.Tensor) -> torch.Tensor:
+    """Contiguous, three bytes behind an address that kernels expect."""
+    return torch.cat([image.new_zeros(3), image.flatten()])[3:].view(image.shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not graph_pointers.HAS_HANDLES or graph_pointers.cuda_driver() is None,
+    reason="PyTorch or the driver keeps the addresses in CUDA graphs",
+)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_frames_are_read_and_written_in_place(own_size: Blueprint, dtype: str) -> None:
+    engine = Engine(own_size, torch.device("cuda"), dtype, "triton")
+    image = pixels((97, 129)).cuda()
+    engine.labels(image)
+    made = engine.runner._replays[(1, 97, 129, False)]
+    assert made._source is not None and made._target is not None
+    static = made.network.image.clone()
+    assert not torch.equal(static[0], image)
+    again = engine.labels(image)
+    assert torch.equal(made.network.image, static)
+    image.zero_()
+    made._labels.zero_()
+    before = again.clone()
+    engine.labels(image)
+    assert torch.equal(again, before) and not made._labels.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", GRAPHS)
+def test_frames_in_place_and_copied_give_the_same_labels(
+    own_size: Blueprint, copying: Callable[[str], Engine], backend: str
+) -> None:
+    engine, by_copies = Engine(own_size, torch.device("cuda"), "fp16", backend), copying(backend)
+    sizes = [(97, 129), (65, 97)]
+    images = [pixels(sizes[i % 2], seed=i).cuda() for i in range(24)]
+    expected = [by_copies.labels(image) for image in images]
+    assert len({labels.cpu().numpy().tobytes() for labels in expected}) == len(images)
+    places = [unaligned(image) if i % 5 == 4 else image for i, image in enumerate(images)]
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    kept: list[tuple[int, torch.Tensor]] = []
+    # Nothing waits for the GPU, so that addresses change beneath frames on their way.
+    for frame in range(2000):
+        at = 7 * frame % len(images)
+        image = places[at].clone() if frame % 3 == 0 else places[at]
+        labels = engine.labels(image)
+        wrong += (labels != expected[at]).any()
+        if frame % 20 == 0:
+            kept.append((at, labels))
+    assert wrong.item() == 0
+    assert all(torch.equal(labels, expected[at]) for at, labels in kept)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", GRAPHS)
+def test_layouts_and_places_of_images_give_the_same_labels(
+    own_size: Blueprint, backend: str
+) -> None:
+    engine = Engine(own_size, torch.device("cuda"), "fp16", backend)
+    wide = torch.from_numpy(picture((65, 194), 3)).cuda()
+    image = wide[:, ::2].contiguous()
+    planar = image.permute(2, 0, 1).contiguous()
+    stacked = torch.stack([torch.zeros_like(image), image])
+    expected = engine.labels(image.cpu()).cpu()
+    views = [
+        image, wide[:, ::2], planar.permute(1, 2, 0), unaligned(image), stacked[1], image.clone(),
+        image,
+    ]  # fmt: skip
+    found = [engine.labels(view) for view in views]
+    assert all(torch.equal(one.cpu(), expected) for one in found)
+    # A thread that has called nothing of CUDA yet.
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(engine.labels, image.clone()).result().cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", GRAPHS)
+def test_resized_images_in_place_and_copied(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    blueprint = run_blueprint(run_folder)
+    images = [pixels((40 + seed, 60), seed).cuda() for seed in range(4)]
+    engine = Engine(blueprint, torch.device("cuda"), "fp16", backend)
+    found = [engine.labels(image) for image in images]
+    monkeypatch.setattr(replay, "pointers_to", lambda graph, buffers: [None, None])
+    engine = Engine(blueprint, torch.device("cuda"), "fp16", backend)
+    assert all(map(torch.equal, found, map(engine.labels, images)))
 
 
 @pytest.mark.gpu
