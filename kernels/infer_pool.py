@@ -20,6 +20,9 @@ from torch import Tensor
 from lgcnet_fast.kernels.infer_terms import channels_below, rectified
 from lgcnet_fast.kernels.infer_tile import MapView
 
+STRIPS = 32
+"""Whose sums the second stage loads at once."""
+
 
 @dataclass(frozen=True)
 class PoolConfig:
@@ -55,7 +58,7 @@ def run_pool_product(
     _product_kernel[(out.height * out.width, batch)](
         partial, weight, bias, out.data, *size, out.height, strips,
         C=channels, N=out.channels, BLOCK_N=triton.next_power_of_2(out.channels), PITCH=out.pitch,
-        BLOCK_C=min(64, triton.next_power_of_2(channels)), num_warps=4,
+        BLOCK_C=min(64, triton.next_power_of_2(channels)), STRIPS=STRIPS, num_warps=4,
     )  # fmt: skip
 
 
@@ -93,9 +96,9 @@ def _sums_kernel(
 def _product_kernel(
     partial_ptr, w_ptr, bias_ptr, y_ptr, height, width, bins, strips,
     C: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, PITCH: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_C: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (bins^2, N)."""
+    """Grid (bins^2, N); STRIPS: that are loaded at once."""
     image = tl.program_id(1)
     top, bottom = _bin(tl.program_id(0) // bins, bins, height)
     left, right = _bin(tl.program_id(0) % bins, bins, width)
@@ -106,9 +109,11 @@ def _product_kernel(
     for first in range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         mean = tl.zeros((BLOCK_C,), tl.float32)
-        for strip in range(strips):
-            offset = (one_bin * strips + strip) * C + c
-            mean += tl.load(partial_ptr + offset, mask=c < C, other=0.0)
+        for start in range(0, strips, STRIPS):
+            strip = (start + tl.arange(0, STRIPS))[:, None]
+            offset = (one_bin * strips + strip) * C + c[None, :]
+            mask = (strip < strips) & (c < C)[None, :]
+            mean += tl.sum(tl.load(partial_ptr + offset, mask=mask, other=0.0), axis=0)
         mean /= pixels
         weight = tl.load(
             w_ptr + c[:, None] * N + n[None, :], mask=(c < C)[:, None] & (n < N)[None, :], other=0.0

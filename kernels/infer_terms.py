@@ -241,7 +241,9 @@ def add_resized_product(
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STORAGE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """total + the 1x1 convolution of a map that is resized on the way."""
-    for first in range(0, C, BLOCK_K):
+    # Loads of a pipelined loop pass the L1 cache by, and all programs read the same few pixels of
+    # a pooled map: 100 to 250 us more for 193x385 pixels on an H200.
+    for first in tl.range(0, C, BLOCK_K, num_stages=1):
         k = first + tl.arange(0, BLOCK_K)
         x = resized(x_ptr, image, row, column, inside, k, h, w, height, width, C, PITCH, BLOCK_K)
         weight = load_weights(w_ptr, k, n, C, N, BLOCK_K, BLOCK_N)

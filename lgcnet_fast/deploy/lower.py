@@ -40,8 +40,10 @@ MOST_ELEMENTS = 2**31 - 1
 """Of one map: kernels address its elements with 32 bits."""
 MOST_CLASSES = 32
 """Of the fused upsampling and argmax."""
+POOL_PROGRAMS = 256
+"""That sum the pixels of all bins, about; a GPU of 132 multiprocessors takes no more at once."""
 POOL_STRIPS = 32
-"""Programs that share the pixels of one bin."""
+"""Programs that share the pixels of one bin, at least."""
 
 
 def lower(network: FoldedNetwork, size: Size, batch: int, packing: Packing) -> Plan:
@@ -162,7 +164,8 @@ class _Lowering:
         """The small map of means, seen at the size of the step."""
         sources = tuple(self._stored(part) for part in self._parts(step))
         bins, channels = operation.bins, sum(source.channels for source in sources)
-        strips = max(1, min(POOL_STRIPS, sources[0].height // bins))
+        strips = max(POOL_STRIPS, POOL_PROGRAMS // bins**2)
+        strips = max(1, min(strips, sources[0].height // bins))
         partial = Buffer(f"{step.name}/sums", bins, bins, channels, strips=strips)
         out = Buffer(step.name, bins, bins, len(operation.bias))
         weight = self._packing.pooled(operation)
