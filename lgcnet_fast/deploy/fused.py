@@ -95,7 +95,9 @@ class FusedNetwork:
             return self._configs[tile.name]
         height, width = tile.out.size
         pixels = self.plan.batch * height * width
-        default = TileConfig.default(pixels, tile.out.channels, self.matrix_units)
+        kinds = {term.kind for term in tile.terms}
+        products = [product.out.channels for product in tile.products]
+        default = TileConfig.default(pixels, tile.out.channels, self.matrix_units, kinds, products)
         key = self.plan.key_of(tile)
         config = tuning.tuned(default, "infer_tile", key, self.arena.device)
         if config != default and config.is_miscompiled(self.matrix_units):
