@@ -15,7 +15,7 @@ import numpy as np
 from lgcnet_fast.latency.design import fitting_genotypes
 from lgcnet_fast.latency.genotypes import fingerprint
 from lgcnet_fast.latency.networks import Measurable, Progress, entry_counts, silent
-from lgcnet_fast.latency.regression import Array, FittedCosts, cross_validate, fit_costs
+from lgcnet_fast.latency.regression import FOLDS, Array, FittedCosts, cross_validate, fit_costs
 from lgcnet_fast.latency.roofline import roofline_ms
 from lgcnet_fast.latency.table import Entry, Fit, LookupTable, make_entry
 from lgcnet_fast.parallel import Enough
@@ -29,11 +29,13 @@ class FitEffort:
     bases: int = 16
     """Networks that provide the combinations of operations of most others."""
     preparation_seconds: float = 80.0
-    """Of compiling; then those networks count that are ready."""
+    """Compiling ends then, if enough networks are ready."""
+    fewest_ready: int = 120
+    """About as many as a table has entries."""
     most_seconds: float = 130.0
     """Measuring ends so long after the beginning, with the networks so far."""
-    fewest: int = 80
-    """Networks, however long they take: about as many as a table has entries."""
+    fewest: int = 2 * FOLDS
+    """Networks, however long they take."""
 
 
 FULL_FIT = FitEffort()
@@ -80,12 +82,14 @@ def _measure(
 ) -> tuple[list[Genotype], Array]:
     started = time.perf_counter()
 
-    def enough_after(seconds: float) -> Enough:
-        return lambda done: done >= effort.fewest and time.perf_counter() - started > seconds
+    def at_least(fewest: int, seconds: float) -> Enough:
+        return lambda done: done >= fewest and time.perf_counter() - started > seconds
 
     genotypes = fitting_genotypes(space, effort.bases, effort.networks)
-    ready = timer.prepare(genotypes, progress, enough_after(effort.preparation_seconds))
-    enough = enough_after(effort.most_seconds)
+    ready = timer.prepare(
+        genotypes, progress, at_least(effort.fewest_ready, effort.preparation_seconds)
+    )
+    enough = at_least(effort.fewest, effort.most_seconds)
     measured: list[float] = []
     for genotype in genotypes[:ready]:
         if enough(len(measured)):

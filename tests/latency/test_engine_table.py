@@ -140,7 +140,7 @@ def test_a_table_fitted_to_every_genotype_cannot_be_checked(space):
 
 
 def test_only_networks_that_are_ready_in_time_are_measured():
-    effort = FitEffort(networks=500, preparation_seconds=0.0, fewest=12)
+    effort = FitEffort(networks=500, preparation_seconds=0.0, fewest_ready=12)
     reports = []
     timer = FakeTimer()
     table = build_engine_table(
