@@ -30,9 +30,11 @@ from lgcnet_fast.kernels.infer_terms import (
     RESIZED,
     RESIZED_PRODUCT,
     SEPARABLE,
+    TRANSPOSED,
     add_convolution,
     add_resized_product,
     add_separable,
+    add_transposed,
     channels_below,
     copied,
     load_weights,
@@ -186,8 +188,9 @@ def run_tile(
     height, width = size
     channels = len(bias)
     parts = [part for product in products for part in product.parts]
-    across = triton.cdiv(width, config.columns)
-    grid = (across * triton.cdiv(height, config.rows), batch)
+    step = 2 if any(term.kind == "transposed" for term in terms) else 1
+    across = triton.cdiv(width, step * config.columns)
+    grid = (step * step * across * triton.cdiv(height, step * config.rows), batch)
     _tile_kernel[grid](
         tuple(term.source.data for term in terms) or (bias,),
         tuple(bias if term.weight is None else term.weight for term in terms) or (bias,),
@@ -205,7 +208,7 @@ def run_tile(
         N=channels, BLOCK_N=_block(channels), PITCH=out.pitch if out is not None else 0,
         CLASS_ROWS=out is not None and out.class_rows,
         STORE=out is not None, RELU_OUT=relu_out,
-        ROWS=config.rows, COLUMNS=config.columns, TAPS=config.taps,
+        ROWS=config.rows, COLUMNS=config.columns, STEP=step, TAPS=config.taps,
         STORAGE=TRITON_DTYPES[dtype],
         DOT=tl.float32 if INTERPRETED else TRITON_DTYPES[dtype],
         num_warps=config.warps, num_stages=config.stages,
@@ -254,8 +257,8 @@ def _product_constants(products: Sequence[TileProduct]) -> list[tuple[int, ...]]
 
 @triton.jit
 def _term(
-    total, x_ptr, w_ptr, d_ptr, image, row, column, inside, n, h, w, height, width,
-    TERMS: tl.constexpr, t: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    total, x_ptr, w_ptr, d_ptr, image, row, column, odd_row, odd_column, inside, n, h, w, height,
+    width, TERMS: tl.constexpr, t: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
     TAPS: tl.constexpr, STORAGE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """total + term t; TERMS: packed rows of what `_constants` gives."""
@@ -284,6 +287,11 @@ def _term(
     elif KIND == RESIZED_PRODUCT:
         total = add_resized_product(
             total, x_ptr, w_ptr, image, row, column, inside, n, h, w, height, width,
+            C, PITCH, RELU, N, BLOCK_K, BLOCK_N, STORAGE, DOT,
+        )  # fmt: skip
+    elif KIND == TRANSPOSED:
+        total = add_transposed(
+            total, x_ptr, w_ptr, image, row, column, odd_row, odd_column, inside, n, h, w,
             C, PITCH, RELU, N, BLOCK_K, BLOCK_N, STORAGE, DOT,
         )  # fmt: skip
     else:
@@ -316,14 +324,20 @@ def _tile_kernel(
     TERMS: tl.constexpr, TERM_COUNT: tl.constexpr, PARTS: tl.constexpr,
     PRODUCTS: tl.constexpr, PRODUCT_COUNT: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
     PITCH: tl.constexpr, CLASS_ROWS: tl.constexpr, STORE: tl.constexpr, RELU_OUT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAPS: tl.constexpr, STORAGE: tl.constexpr,
-    DOT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, TAPS: tl.constexpr,
+    STORAGE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of ROWS x COLUMNS pixels, images); `across`: tiles in a row of tiles."""
+    """Grid (tiles of ROWS x COLUMNS pixels, images); `across`: tiles in a row of tiles.
+
+    Pixels of a tile are STEP apart, so STEP^2 tiles one after another fill an area without gaps.
+    """
     image = tl.program_id(1)
+    first = tl.program_id(0) % (STEP * STEP)
+    tile = tl.program_id(0) // (STEP * STEP)
+    first_row, first_column = first // STEP, first % STEP
     pixel = tl.arange(0, ROWS * COLUMNS)
-    row = tl.program_id(0) // across * ROWS + pixel // COLUMNS
-    column = tl.program_id(0) % across * COLUMNS + pixel % COLUMNS
+    row = (tile // across * ROWS + pixel // COLUMNS) * STEP + first_row
+    column = (tile % across * COLUMNS + pixel % COLUMNS) * STEP + first_column
     inside = (row < height) & (column < width)
     n = tl.arange(0, BLOCK_N)
 
@@ -331,8 +345,8 @@ def _tile_kernel(
     total = tl.zeros((ROWS * COLUMNS, BLOCK_N), tl.float32) + bias
     for t in tl.static_range(TERM_COUNT):
         total = _term(
-            total, x_ptrs[t], w_ptrs[t], d_ptrs[t], image, row, column, inside, n,
-            sizes[2 * t], sizes[2 * t + 1], height, width, TERMS, t, N, BLOCK_N, TAPS,
+            total, x_ptrs[t], w_ptrs[t], d_ptrs[t], image, row, column, first_row, first_column,
+            inside, n, sizes[2 * t], sizes[2 * t + 1], height, width, TERMS, t, N, BLOCK_N, TAPS,
             STORAGE, DOT,
         )  # fmt: skip
     if STORE:
