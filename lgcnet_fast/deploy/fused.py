@@ -18,7 +18,8 @@ from lgcnet_fast.errors import BackendError
 from lgcnet_fast.ops import tuning
 
 if TYPE_CHECKING:
-    from lgcnet_fast.kernels.infer_tile import MapView, TileConfig
+    from lgcnet_fast.kernels.infer_tile import MapView
+    from lgcnet_fast.kernels.infer_tile_config import TileConfig
 
 Call = Callable[[], object]
 
@@ -89,7 +90,7 @@ class FusedNetwork:
 
         Raises `BackendError` for a tuned one that is compiled wrongly.
         """
-        from lgcnet_fast.kernels.infer_tile import TileConfig
+        from lgcnet_fast.kernels.infer_tile_config import TileConfig
 
         if tile.name in self._configs:
             return self._configs[tile.name]

@@ -13,7 +13,7 @@ from lgcnet_fast.deploy import tune
 from lgcnet_fast.deploy.fused import FusedNetwork
 from lgcnet_fast.deploy.plan import Tile
 from lgcnet_fast.errors import BackendError
-from lgcnet_fast.kernels.infer_tile import TileConfig
+from lgcnet_fast.kernels.infer_tile_config import TileConfig
 from lgcnet_fast.ops import tuning
 from tests.deploy.test_plan import planned, small_network
 
