@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.device import DEVICE, use_fastest_convolutions
 from bench.training.case import Batch
@@ -22,6 +22,9 @@ from lgcnet_fast.train.capture import CapturedStep, CudaRecorder
 from lgcnet_fast.train.precision import Precision, placed
 from lgcnet_fast.train.search import Searcher, SearchNetwork
 
+NUDGE = 1e-7
+"""Relative: about what rounding to float32 changes."""
+
 
 class TrajectoryServer:
     def __init__(self) -> None:
@@ -36,15 +39,18 @@ class TrajectoryServer:
         size: tuple[int, int],
         images: int,
     ) -> None:
-        """subject: a backend, with `-graph` as one CUDA graph a step. The seed gives the weights,
-        the noise and the order of the scenes; learning rates and temperature are the first."""
-        backend, _, graph = subject.partition("-")
+        """subject: a backend, with `-graph` as one CUDA graph a step, with `-nudged` from weights
+        that differ by `NUDGE`. The seed gives the weights, the noise and the order of the scenes;
+        learning rates and temperature are the first."""
+        backend, _, variant = subject.partition("-")
         set_backend(backend, strict=True)
         scenes = SyntheticStreets("train", images, tuple(size), seed=0)
         self._batches = shuffled(*as_tensors(scenes), batch, seed)
         searcher = make_searcher({"name": "lgcnet", **space}, scenes, seed)
         self._step: Callable[[list[Batch]], tuple[Tensor, ...]] = searcher.step
-        if graph:
+        if variant == "nudged":
+            nudge(searcher.network.supernet, seed)
+        if variant == "graph":
             recorder = CudaRecorder(DEVICE, [searcher.network.noise])
             self._step = CapturedStep("search", searcher.step, recorder)
 
@@ -71,6 +77,14 @@ def make_searcher(options: dict[str, Any], scenes: SyntheticStreets, seed: int) 
     searcher = Searcher(config, network, network, precision, scale, total_steps=1)
     searcher.set_epoch(0)
     return searcher
+
+
+@torch.no_grad()
+def nudge(network: nn.Module, seed: int) -> None:
+    """Changes every weight by a random part of itself, of the deviation `NUDGE`."""
+    noise = torch.Generator(DEVICE).manual_seed(seed)
+    for weight in network.parameters():
+        weight.mul_(1 + NUDGE * torch.randn(weight.shape, generator=noise, device=DEVICE))
 
 
 def as_tensors(scenes: SyntheticStreets) -> Batch:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from functools import lru_cache
@@ -39,10 +40,13 @@ CALLS = (
 HAS_HANDLES = hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph_exec")
 """Whether PyTorch tells those of its graphs, as it does since 2.9."""
 
-SUCCESS, INVALID_VALUE, INVALID_CONTEXT = 0, 1, 201
+SUCCESS, INVALID_VALUE = 0, 1
 KERNEL, MEMSET, EMPTY = 0, 2, 5
 """Kinds of nodes."""
 WORD = 8
+
+_thread = threading.local()
+"""`has_context`: a context is current in this thread."""
 
 
 class KernelParameters(ctypes.Structure):
@@ -89,12 +93,9 @@ class KernelNode:
 
     def update(self) -> None:
         """Launches that follow have the arguments of now. Raises `DeviceError`."""
-        code = self._set(*self._update)
-        if code == INVALID_CONTEXT:
-            # A thread that has called nothing of the CUDA runtime, which makes one current.
-            _check(self._driver, self._driver.cuCtxSetCurrent(self._context), "the context")
-            code = self._set(*self._update)
-        _check(self._driver, code, "the arguments of a kernel")
+        if not hasattr(_thread, "has_context"):
+            _ensure_context(self._driver, self._context)
+        _check(self._driver, self._set(*self._update), "the arguments of a kernel")
 
 
 class Pointer:
@@ -223,6 +224,18 @@ def _words(address: int, size: int) -> Any:
     words = (c_uint64 * -(-size // WORD))()
     ctypes.memmove(words, address, size)
     return words
+
+
+def _ensure_context(driver: Any, context: c_void_p) -> None:
+    """Makes it current where the thread has none: the driver then fails, and not with a code.
+
+    So it is in threads that have called nothing of the CUDA runtime, which makes one current.
+    """
+    current = c_void_p()
+    _check(driver, driver.cuCtxGetCurrent(byref(current)), "the context")
+    if not current.value:
+        _check(driver, driver.cuCtxSetCurrent(context), "the context")
+    _thread.has_context = True
 
 
 def _check(driver: Any, code: int, what: str) -> None:

@@ -25,7 +25,7 @@ from lgcnet_fast.nn.primitives import (
     raw_convolutions,
 )
 from lgcnet_fast.nn.together import Part, together
-from lgcnet_fast.ops import second_stages, separable_branches
+from lgcnet_fast.ops import second_stages, separable_branches, take_statistics_early
 
 Run = Sequence[nn.Module]
 """A candidate, or neighbouring depthwise-separable ones, which go on as one stack."""
@@ -70,7 +70,10 @@ class _Work:
         found = self._compute(own, self._edges, self._inputs)
         self._source.recomputable += own.recomputable
         self._counts = [len(maps) for maps in found]
-        return [y for maps in found for y in maps]
+        maps = [y for own_maps in found for y in own_maps]
+        norms = [getattr(candidate, "norm", None) for candidate in self.candidates]
+        take_statistics_early(maps, norms)
+        return maps
 
     def by_candidate(self, maps: Sequence[Tensor]) -> Iterator[tuple[nn.Module, list[Tensor]]]:
         """maps: what the call has given."""

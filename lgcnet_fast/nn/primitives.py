@@ -151,12 +151,16 @@ def is_pointwise(module: nn.Module) -> TypeGuard[ReLUConvBN]:
 
 def raw_convolutions(modules: Sequence[ReLUConvBN], rectified: Sequence[Tensor]) -> list[Tensor]:
     """What the norms of the modules receive; rectified: the ReLU that each begins with."""
-    layers = [cast(nn.Conv2d, module[1]) for module in modules]
+    return convolved([cast(nn.Conv2d, module[1]) for module in modules], rectified)
+
+
+def convolved(layers: Sequence[nn.Conv2d], maps: Sequence[Tensor]) -> list[Tensor]:
+    """What each layer makes of its own map, side by side; none has a bias."""
     geometries = [
         Geometry(layer.stride[0], cast(int, layer.padding[0]), layer.dilation[0])
         for layer in layers
     ]
-    return convolutions(rectified, [layer.weight for layer in layers], geometries)
+    return convolutions(maps, [layer.weight for layer in layers], geometries)
 
 
 def applied_together(

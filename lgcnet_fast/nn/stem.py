@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
+from lgcnet_fast.nn.primitives import convolved
 from lgcnet_fast.ops import norm_sum
 
 
@@ -39,5 +41,5 @@ def _conv_bn(c_in: int, c_out: int, stride: int, relu: bool) -> nn.Sequential:
 
 def _applied(stage: nn.Sequential, x: Tensor) -> Tensor:
     convolution, norm, *relu = stage
-    y = norm_sum([convolution(x)], [norm])
+    y = norm_sum(convolved([cast(nn.Conv2d, convolution)], [x]), [norm])
     return relu[0](y) if relu else y

@@ -8,9 +8,15 @@ from lgcnet_fast.ops.concat_upsample import concat_upsample, sum_upsample, upsam
 from lgcnet_fast.ops.concat_upsample_pointwise import concat_upsample_pointwise
 from lgcnet_fast.ops.convolutions import Geometry, convolutions
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
+from lgcnet_fast.ops.early_statistics import early_statistics
 from lgcnet_fast.ops.interleaved_convolution import interleaved_convolution
 from lgcnet_fast.ops.max_pool import max_pool, recomputable_max_pool
-from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, norm_sum, normalised
+from lgcnet_fast.ops.mixed_norm_sum import (
+    mixed_norm_sum,
+    norm_sum,
+    normalised,
+    take_statistics_early,
+)
 from lgcnet_fast.ops.mixed_sum import mixed_sum
 from lgcnet_fast.ops.packed_weights import packed_weights
 from lgcnet_fast.ops.pair_readers import pair_readers
@@ -32,6 +38,7 @@ __all__ = [
     "concat_upsample",
     "concat_upsample_pointwise",
     "convolutions",
+    "early_statistics",
     "explain",
     "gathered_running_statistics",
     "interleaved_convolution",
@@ -53,6 +60,7 @@ __all__ = [
     "separable_branches",
     "set_backend",
     "sum_upsample",
+    "take_statistics_early",
     "upsample",
     "upsample_argmax",
     "upsample_cross_entropy",

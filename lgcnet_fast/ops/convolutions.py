@@ -101,7 +101,8 @@ class _Convolutions(torch.autograd.Function):
         tensors = ctx.saved_tensors
         maps = [nhwc(g) for g in gradients]
         every = _each(tensors, ctx.geometries)
-        jobs, later = _gradient_jobs(ctx.backend, ctx.geometries, maps, every)
+        wanted = ctx.needs_input_grad[2 : 2 + len(maps)]
+        jobs, later = _gradient_jobs(ctx.backend, ctx.geometries, maps, every, wanted)
         parts = side_by_side(
             tensors[0].device,
             [partial(_like, tensors, *one) for one in jobs],
@@ -114,7 +115,7 @@ class _Convolutions(torch.autograd.Function):
             for (places, _), part in zip([*jobs, *later], parts, strict=True)
             for place, gradient in zip(places, part, strict=True)
         }
-        return None, None, *(found[place] for place in range(len(tensors)))
+        return None, None, *(found.get(place) for place in range(len(tensors)))
 
 
 Convolution = tuple[Tensor, Tensor, tuple[Any, ...]]
@@ -140,8 +141,12 @@ def _gradient_jobs(
     geometries: Sequence[Geometry],
     gradients: Sequence[Tensor],
     every: Sequence[Convolution],
+    wanted: Sequence[bool],
 ) -> tuple[list[Job], list[Job]]:
-    """Together they give all gradients; the second ones those of weights alone."""
+    """Together they give the gradients of `wanted` maps and of all weights.
+
+    The second ones give those of weights alone.
+    """
     count = len(every)
     jobs: list[Job] = []
     later: list[Job] = []
@@ -157,7 +162,8 @@ def _gradient_jobs(
             job = partial(pointwise_convolution_backward, g, x, weight)
             jobs.append(((index, count + index), job))
             continue
-        jobs.append(((index,), partial(_alone, 0, g, *one)))
+        if wanted[index]:
+            jobs.append(((index,), partial(_alone, 0, g, *one)))
         if index not in served:
             later.append(((count + index,), partial(_alone, 1, g, *one)))
     return jobs, later

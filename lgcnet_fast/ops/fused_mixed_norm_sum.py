@@ -20,6 +20,7 @@ from torch.library import custom_op
 
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.constants import constant
+from lgcnet_fast.ops.early_statistics import keep_statistics, kept_statistics
 from lgcnet_fast.ops.maps import accumulator, dtype_refusal, empty_nhwc, nhwc, unstacked
 from lgcnet_fast.ops.recompute import recomputed
 from lgcnet_fast.ops.running_statistics import update_running_statistics
@@ -123,10 +124,25 @@ def norm_statistics(
     training, eps = norms[0].training, norms[0].eps
     if not training:
         return _running_statistics(norms, eps), training
-    statistics: Tensor = _batch_statistics(ys, eps, plain, backend)
+    early = kept_statistics(ys, eps)
+    statistics: Tensor = _batch_statistics(ys, eps, plain, backend) if early is None else early
     images, _, height, width = ys[0].shape[-4:]
     update_running_statistics(norms, statistics[0], statistics[1], images * height * width)
     return statistics, training
+
+
+@torch.no_grad()
+def run_early(backend: str, ys: Sequence[Tensor], norms: Sequence[nn.Module]) -> None:
+    """`take_statistics_early`, see there. What `mixed_norm_sum` would refuse has none."""
+    if refuse(backend, ys, ys[0], norms, ()) is not None or not norms[0].training:
+        return
+    eps: float = norms[0].eps  # type: ignore[assignment]
+    by_size: dict[torch.Size, list[Tensor]] = {}
+    for y in ys:
+        by_size.setdefault(y.shape[-2:], []).append(nhwc(y))
+    for maps in by_size.values():
+        different = list({y.data_ptr(): y for y in maps}.values())
+        keep_statistics(maps, _batch_statistics(different, eps, 0, backend), eps)
 
 
 def _picked(z: Tensor, options: tuple[int, ...]) -> Tensor:
@@ -293,6 +309,10 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
 
 mixed_sum.register_autograd(_backward, setup_context=_keep)
+EARLY = {
+    backend: Implementation(partial(run_early, backend), lambda *arguments: None)
+    for backend in ("triton", "cuda")
+}
 MIXED_NORM_SUM, NORMALISED = (
     {
         backend: Implementation(partial(run_form, backend), partial(refuse_form, backend))

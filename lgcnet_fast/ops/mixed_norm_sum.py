@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops import fused_affine_norm_sum
 from lgcnet_fast.ops.backend import Implementation, Operation
-from lgcnet_fast.ops.fused_mixed_norm_sum import MIXED_NORM_SUM, NORMALISED
+from lgcnet_fast.ops.early_statistics import takes_early
+from lgcnet_fast.ops.fused_mixed_norm_sum import EARLY, MIXED_NORM_SUM, NORMALISED, with_norms
 from lgcnet_fast.ops.maps import unstacked
 from lgcnet_fast.ops.mixed_sum import mixed_sum
 from lgcnet_fast.ops.operands import check_beside, check_map, check_shape
@@ -88,6 +90,20 @@ def normalised(ys: Sequence[Tensor], norm: nn.Module, function: Callable[[Tensor
         raise OperandError(f"ys: {len(maps)} maps, need one")
     result: T = _normalised(tuple(ys), norm, function)
     return result
+
+
+def take_statistics_early(ys: Sequence[Tensor], norms: Sequence[nn.Module | None]) -> None:
+    """Takes the statistics that a `mixed_norm_sum` of these maps would take, inside
+    `early_statistics`; elsewhere, and for the reference, does nothing.
+
+    ys: maps or stacks of them, norms: one a map; those without one are left out.
+    """
+    if not takes_early() or torch.compiler.is_compiling():
+        return
+    normed = [(y, own) for y, own in with_norms(ys, norms) if own[0] is not None]
+    if normed:
+        maps, kept = zip(*normed, strict=True)
+        _early(maps, tuple(norm for own in kept for norm in own))
 
 
 def _reference(
@@ -171,6 +187,7 @@ def _check_weights(z: Tensor, options: Sequence[int], like: Tensor) -> None:
 
 
 _operation = Operation("mixed_norm_sum", _reference, **MIXED_NORM_SUM)
+_early = Operation("early_statistics", lambda ys, norms: None, **EARLY, tuned_as="mixed_norm_sum")
 _normalised = Operation(
     "normalised", _normalised_reference, **NORMALISED, tuned_as="mixed_norm_sum"
 )

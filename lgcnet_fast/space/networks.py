@@ -22,7 +22,7 @@ from lgcnet_fast.nn.heads import ASPP, ASPP_WIDTH, PPM, PPM_WIDTH, Classifier
 from lgcnet_fast.nn.primitives import Source
 from lgcnet_fast.nn.stem import Stem
 from lgcnet_fast.nn.together import Part, together, worked
-from lgcnet_fast.ops import gathered_running_statistics, packed_weights
+from lgcnet_fast.ops import early_statistics, gathered_running_statistics, packed_weights
 from lgcnet_fast.space.base import Arch, SegmentationNetwork
 from lgcnet_fast.space.layout import CellLayout, MacroLayout
 from lgcnet_fast.space.lgcnet_genotype import LGCNetGenotype
@@ -186,7 +186,12 @@ def few_launches(network: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def _few_launches(network: nn.Module) -> Iterator[None]:
     # Casts put other tensors in the place of parameters.
-    with gathered_running_statistics(), packed_weights(network), cast_weights(network):
+    with (
+        gathered_running_statistics(),
+        early_statistics(),
+        packed_weights(network),
+        cast_weights(network),
+    ):
         yield
 
 

@@ -25,17 +25,19 @@ def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 def test_the_reference_goes_as_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trajectory, "OURS", ("reference",))
-    first, again = dry_run(tmp_path, monkeypatch)
+    first, again, nudged = dry_run(tmp_path, monkeypatch)
     assert len(first["losses"]) == len(again["losses"]) == DRY.late[1]
     assert again["right"] and again["early_difference"] == 0
     assert again["late_mean"] in again["reference_late_means"]
     assert first["losses"] != again["losses"]
+    assert nudged["subject"] == trajectory.NUDGED and nudged["losses"] != again["losses"]
+    assert 0 < nudged["early_difference"] < 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for the CPU")
 def test_interpreted_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = dry_run(tmp_path, monkeypatch)[-1]
+    ours, _ = dry_run(tmp_path, monkeypatch)[-2:]
     assert ours["subject"] == "triton" and ours["right"]
     assert ours["early_difference"] < 1e-4
 

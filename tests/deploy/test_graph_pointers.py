@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from ctypes.util import find_library
 from typing import Any
 
@@ -111,7 +112,8 @@ def test_a_thread_without_context_gets_it(fake: FakeGraph) -> None:
     source, _ = both(fake)
     assert source is not None
     context, fake.current = fake.current, None
-    source.set(4096)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(source.set, 4096).result()
     assert fake.current == context and fake.now[FIRST][0] == struct.pack("<Q", 4096)
 
 

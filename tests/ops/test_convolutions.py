@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,10 @@ from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops import use_backend
 from lgcnet_fast.ops.conv3_kernels import conv3_weight_gradients
 from lgcnet_fast.ops.convolutions import Geometry, convolutions
-from lgcnet_fast.ops.pointwise_kernels import pointwise_convolution_backward
+from lgcnet_fast.ops.pointwise_kernels import (
+    convolution_gradient,
+    pointwise_convolution_backward,
+)
 
 GEOMETRIES = [Geometry(1, 1), Geometry(2, 1), Geometry(1, 2, 2), Geometry()]
 SHAPES = [((2, 3, 5, 6), (4, 3, 3, 3)), ((1, 3, 7, 6), (2, 3, 3, 3))]
@@ -128,6 +133,35 @@ def test_gradients_by_finite_differences(device: torch.device) -> None:
 
     with use_backend("triton"):
         assert torch.autograd.gradcheck(joined, leaves, fast_mode=True)
+
+
+def test_images_have_no_gradient(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+
+    def counted(which: int, *operands: object) -> Tensor:
+        computed.append(which)
+        return convolution_gradient(which, *operands)
+
+    module = sys.modules["lgcnet_fast.ops.convolutions"]
+    monkeypatch.setattr(module, "convolution_gradient", counted)
+    image, weight = operands(device)[0].detach(), operands(device)[len(GEOMETRIES)]
+    found = []
+    for backend in ("triton", "reference"):
+        with use_backend(backend):
+            (y,) = convolutions([image], [weight], GEOMETRIES[1:2])
+        found += torch.autograd.grad(y.square().sum(), weight)
+    assert computed == [1]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_lie_in_memory_as_their_weights(device: torch.device) -> None:
+    """So that nothing copies them, which would be reading them."""
+    leaves, count = operands(device), len(GEOMETRIES)
+    leaves = [leaf.detach().contiguous().requires_grad_() for leaf in leaves]
+    with use_backend("triton"):
+        maps = convolutions(leaves[:count], leaves[count:], GEOMETRIES)
+    gradients = torch.autograd.grad(sum(y.sum() for y in maps), leaves[count:])
+    assert [g.stride() for g in gradients] == [leaf.stride() for leaf in leaves[count:]]
 
 
 def test_a_map_that_nothing_reads(device: torch.device) -> None:
