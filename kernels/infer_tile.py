@@ -30,9 +30,11 @@ from lgcnet_fast.kernels.infer_terms import (
     RESIZED,
     RESIZED_PRODUCT,
     SEPARABLE,
+    TRANSPOSED,
     add_convolution,
     add_resized_product,
     add_separable,
+    add_transposed,
     channels_below,
     copied,
     load_weights,
@@ -41,6 +43,7 @@ from lgcnet_fast.kernels.infer_terms import (
     rectified,
     resized,
 )
+from lgcnet_fast.kernels.infer_tile_config import TileConfig
 
 KINDS = {
     name.lower(): getattr(infer_terms, name).value
@@ -97,52 +100,6 @@ class TileProduct:
     out: MapView
 
 
-@dataclass(frozen=True)
-class TileConfig:
-    """A program computes `rows` x `columns` pixels, `block_k` input channels at a time.
-
-    stages: of the products of 3x3 windows that are on their way at once, and 1; taps: 3 or 9, of a
-    depthwise filter at once.
-    """
-
-    rows: int
-    columns: int
-    block_k: int
-    warps: int
-    stages: int = 2
-    taps: int = 3
-
-    @classmethod
-    def default(cls, pixels: int, channels: int, matrix_units: bool) -> TileConfig:
-        """Few pixels a program on the smallest maps, so that every multiprocessor has work.
-
-        On maps of a few programs a multiprocessor what counts is how often a program waits for
-        memory: many loads at once. On large maps it is the number of instructions: two warps, which
-        share the arithmetic of addresses among more pixels, and blocks that channels fill. Without
-        matrix units, products keep their operands in registers: few channels at a time.
-        """
-        block = triton.next_power_of_2(channels)
-        if not matrix_units:
-            return cls(4, 8, block_k=16, warps=8 if block >= 64 else 4, stages=1)
-        if pixels < 2**12:
-            return cls(2, 8, block_k=64, warps=4, stages=3, taps=9)
-        if pixels < 2**13:
-            return cls(8, 8, block_k=64, warps=8, stages=3, taps=9)
-        if channels >= 64:
-            return cls(8, 8, block_k=64, warps=8, taps=9)
-        return cls(4, 8, block_k=16 if channels % 32 else 32, warps=2)
-
-    def is_miscompiled(self, matrix_units: bool) -> bool:
-        """Whether Triton may compile wrongly what computes this tile.
-
-        Seen with Triton 3.6 on compute capability 9.0, in float16: 64 pixels in 4 warps read shared
-        memory out of range, in a launch of several products; most launches were right. 64 pixels in
-        8 warps and 32 in 4 were right there too. So tiles with the 16 pixels a warp, of 4 warps or
-        more, that the matrix instructions of warp groups take are left alone.
-        """
-        return matrix_units and self.warps >= 4 and self.rows * self.columns >= 16 * self.warps
-
-
 def run_tile(
     terms: Sequence[TileTerm],
     bias: Tensor,
@@ -162,8 +119,9 @@ def run_tile(
     height, width = size
     channels = len(bias)
     parts = [part for product in products for part in product.parts]
-    across = triton.cdiv(width, config.columns)
-    grid = (across * triton.cdiv(height, config.rows), batch)
+    step = 2 if any(term.kind == "transposed" for term in terms) else 1
+    across = triton.cdiv(width, step * config.columns)
+    grid = (step * step * across * triton.cdiv(height, step * config.rows), batch)
     _tile_kernel[grid](
         tuple(term.source.data for term in terms) or (bias,),
         tuple(bias if term.weight is None else term.weight for term in terms) or (bias,),
@@ -181,7 +139,7 @@ def run_tile(
         N=channels, BLOCK_N=_block(channels), PITCH=out.pitch if out is not None else 0,
         CLASS_ROWS=out is not None and out.class_rows,
         STORE=out is not None, RELU_OUT=relu_out,
-        ROWS=config.rows, COLUMNS=config.columns, TAPS=config.taps,
+        ROWS=config.rows, COLUMNS=config.columns, STEP=step, TAPS=config.taps,
         STORAGE=TRITON_DTYPES[dtype],
         DOT=tl.float32 if INTERPRETED else TRITON_DTYPES[dtype],
         num_warps=config.warps, num_stages=config.stages,
@@ -230,8 +188,8 @@ def _product_constants(products: Sequence[TileProduct]) -> list[tuple[int, ...]]
 
 @triton.jit
 def _term(
-    total, x_ptr, w_ptr, d_ptr, image, row, column, inside, n, h, w, height, width,
-    TERMS: tl.constexpr, t: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    total, x_ptr, w_ptr, d_ptr, image, row, column, odd_row, odd_column, inside, n, h, w, height,
+    width, TERMS: tl.constexpr, t: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
     TAPS: tl.constexpr, STORAGE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """total + term t; TERMS: packed rows of what `_constants` gives."""
@@ -260,6 +218,11 @@ def _term(
     elif KIND == RESIZED_PRODUCT:
         total = add_resized_product(
             total, x_ptr, w_ptr, image, row, column, inside, n, h, w, height, width,
+            C, PITCH, RELU, N, BLOCK_K, BLOCK_N, STORAGE, DOT,
+        )  # fmt: skip
+    elif KIND == TRANSPOSED:
+        total = add_transposed(
+            total, x_ptr, w_ptr, image, row, column, odd_row, odd_column, inside, n, h, w,
             C, PITCH, RELU, N, BLOCK_K, BLOCK_N, STORAGE, DOT,
         )  # fmt: skip
     else:
@@ -292,14 +255,20 @@ def _tile_kernel(
     TERMS: tl.constexpr, TERM_COUNT: tl.constexpr, PARTS: tl.constexpr,
     PRODUCTS: tl.constexpr, PRODUCT_COUNT: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
     PITCH: tl.constexpr, CLASS_ROWS: tl.constexpr, STORE: tl.constexpr, RELU_OUT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAPS: tl.constexpr, STORAGE: tl.constexpr,
-    DOT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, TAPS: tl.constexpr,
+    STORAGE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of ROWS x COLUMNS pixels, images); `across`: tiles in a row of tiles."""
+    """Grid (tiles of ROWS x COLUMNS pixels, images); `across`: tiles in a row of tiles.
+
+    Pixels of a tile are STEP apart, so STEP^2 tiles one after another fill an area without gaps.
+    """
     image = tl.program_id(1)
+    first = tl.program_id(0) % (STEP * STEP)
+    tile = tl.program_id(0) // (STEP * STEP)
+    first_row, first_column = first // STEP, first % STEP
     pixel = tl.arange(0, ROWS * COLUMNS)
-    row = tl.program_id(0) // across * ROWS + pixel // COLUMNS
-    column = tl.program_id(0) % across * COLUMNS + pixel % COLUMNS
+    row = (tile // across * ROWS + pixel // COLUMNS) * STEP + first_row
+    column = (tile % across * COLUMNS + pixel % COLUMNS) * STEP + first_column
     inside = (row < height) & (column < width)
     n = tl.arange(0, BLOCK_N)
 
@@ -307,8 +276,8 @@ def _tile_kernel(
     total = tl.zeros((ROWS * COLUMNS, BLOCK_N), tl.float32) + bias
     for t in tl.static_range(TERM_COUNT):
         total = _term(
-            total, x_ptrs[t], w_ptrs[t], d_ptrs[t], image, row, column, inside, n,
-            sizes[2 * t], sizes[2 * t + 1], height, width, TERMS, t, N, BLOCK_N, TAPS,
+            total, x_ptrs[t], w_ptrs[t], d_ptrs[t], image, row, column, first_row, first_column,
+            inside, n, sizes[2 * t], sizes[2 * t + 1], height, width, TERMS, t, N, BLOCK_N, TAPS,
             STORAGE, DOT,
         )  # fmt: skip
     if STORE:

@@ -22,7 +22,7 @@ from lgcnet_fast.deploy.lower import lower
 from lgcnet_fast.deploy.packing import Packing
 from lgcnet_fast.deploy.plan import Plan, Tile
 from lgcnet_fast.deploy.tune import candidates
-from lgcnet_fast.kernels.infer_tile import TileConfig
+from lgcnet_fast.kernels.infer_tile_config import TileConfig
 
 SIZES: tuple[Size, ...] = ((769, 1537), (360, 480))
 DTYPES = (torch.float16, torch.float32)

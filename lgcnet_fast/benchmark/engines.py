@@ -16,13 +16,14 @@ from lgcnet_fast.data.classes import ClassSet
 from lgcnet_fast.deploy.blueprint import Blueprint
 from lgcnet_fast.deploy.engine import Engine, ReferenceEngine
 from lgcnet_fast.deploy.fold import fold
+from lgcnet_fast.deploy.replay import GraphEngine
 from lgcnet_fast.errors import ConfigError
 from lgcnet_fast.latency.networks import FrameTimer, Progress
 from lgcnet_fast.latency.providers import measured_on
 from lgcnet_fast.latency.timing import Frame
 from lgcnet_fast.ops import use_backend
-from lgcnet_fast.ops.compile_ahead import one_after_another
-from lgcnet_fast.parallel import in_processes
+from lgcnet_fast.ops.compile_ahead import can_take_notes, compile_all, one_after_another
+from lgcnet_fast.parallel import Enough, in_processes
 from lgcnet_fast.space.base import SegmentationNetwork
 from lgcnet_fast.space.genotype import Genotype, parse_genotype
 
@@ -65,16 +66,17 @@ class EngineRecipe:
     backend: str
 
     def frame(self, genotype: Genotype) -> Frame:
-        network = random_network(genotype, self.num_classes)
-        blueprint = network_blueprint(network, genotype, self.num_classes, self.case.size)
-        return engine_frame(blueprint, self.case, self.device, self.backend)
+        return engine_frame(self._blueprint(genotype), self.case, self.device, self.backend)
 
     def compiles(self, genotype: Genotype) -> bool:
         """Whether an engine needs kernels of its own, which take longer than anything else."""
-        network = random_network(genotype, self.num_classes)
-        blueprint = network_blueprint(network, genotype, self.num_classes, self.case.size)
-        engine = Engine(blueprint, self.device, self.case.dtype, self.backend)
-        return not isinstance(engine.runner, ReferenceEngine)
+        return not isinstance(self._engine(genotype).runner, ReferenceEngine)
+
+    def rehearse(self, genotype: Genotype) -> None:
+        """Starts the kernels of an engine that compiles some, without recording them."""
+        runner = self._engine(genotype).runner
+        assert isinstance(runner, GraphEngine)
+        runner.rehearse(self.case.batch, self.case.size)
 
     def run_once(self, genotype: str) -> None:
         """Of a genotype's JSON: compiles its kernels into the cache that all processes share."""
@@ -83,6 +85,13 @@ class EngineRecipe:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
+
+    def _blueprint(self, genotype: Genotype) -> Blueprint:
+        network = random_network(genotype, self.num_classes)
+        return network_blueprint(network, genotype, self.num_classes, self.case.size)
+
+    def _engine(self, genotype: Genotype) -> Engine:
+        return Engine(self._blueprint(genotype), self.device, self.case.dtype, self.backend)
 
 
 def engine_timer(
@@ -95,13 +104,18 @@ def engine_timer(
 ) -> FrameTimer:
     """Times the engines of genotypes, from image to label map, both on the device.
 
-    Kernels of many genotypes are compiled beforehand, by as many processes as there are cores.
+    Kernels of many genotypes are compiled beforehand, equal ones once, by as many processes as
+    there are cores.
     """
     recipe = EngineRecipe(Case(size, batch, dtype), num_classes, device, backend)
 
-    def prepare(genotypes: Sequence[Genotype], progress: Progress) -> None:
-        if genotypes and recipe.compiles(genotypes[0]):
-            in_processes(recipe.run_once, [each.model_dump_json() for each in genotypes], progress)
+    def prepare(genotypes: Sequence[Genotype], progress: Progress, enough: Enough) -> int:
+        if not genotypes or not recipe.compiles(genotypes[0]):
+            return len(genotypes)
+        if can_take_notes():
+            return compile_all(recipe.rehearse, genotypes, progress, enough)
+        texts = [genotype.model_dump_json() for genotype in genotypes]
+        return in_processes(recipe.run_once, texts, progress, enough)
 
     made_on = measured_on(device, "fitted", "deploy", recipe.case.torch_dtype, batch, backend)
     return FrameTimer(recipe.frame, device, made_on, prepare)

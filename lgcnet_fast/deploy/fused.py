@@ -18,7 +18,8 @@ from lgcnet_fast.errors import BackendError
 from lgcnet_fast.ops import tuning
 
 if TYPE_CHECKING:
-    from lgcnet_fast.kernels.infer_tile import MapView, TileConfig
+    from lgcnet_fast.kernels.infer_tile import MapView
+    from lgcnet_fast.kernels.infer_tile_config import TileConfig
 
 Call = Callable[[], object]
 
@@ -89,13 +90,15 @@ class FusedNetwork:
 
         Raises `BackendError` for a tuned one that is compiled wrongly.
         """
-        from lgcnet_fast.kernels.infer_tile import TileConfig
+        from lgcnet_fast.kernels.infer_tile_config import TileConfig
 
         if tile.name in self._configs:
             return self._configs[tile.name]
         height, width = tile.out.size
         pixels = self.plan.batch * height * width
-        default = TileConfig.default(pixels, tile.out.channels, self.matrix_units)
+        kinds = {term.kind for term in tile.terms}
+        products = [product.out.channels for product in tile.products]
+        default = TileConfig.default(pixels, tile.out.channels, self.matrix_units, kinds, products)
         key = self.plan.key_of(tile)
         config = tuning.tuned(default, "infer_tile", key, self.arena.device)
         if config != default and config.is_miscompiled(self.matrix_units):

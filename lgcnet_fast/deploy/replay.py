@@ -83,6 +83,16 @@ class GraphEngine(ABC, Generic[Network]):
         with self._lock, self._on_device:
             return self._replay((batch, *size, False)).network
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def rehearse(self, batch: int, size: Size) -> None:
+        """Starts all kernels for images of this size once, one after another, and keeps nothing."""
+        with self._lock, self._on_device:
+            network = self._in_memory(size, batch, torch.uint8)
+            for call in network.calls:
+                call()
+            network.write_labels(network.image.new_empty(network.image.shape[:3]))
+
     def start(self, batch: int, size: Size) -> Call:
         """What starts the launches for images of this size and no copies, to be timed."""
         with self._lock, self._on_device:

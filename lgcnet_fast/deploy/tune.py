@@ -34,7 +34,7 @@ from lgcnet_fast.space.genotype import load_genotype
 from lgcnet_fast.space.registry import registered_spaces
 
 if TYPE_CHECKING:
-    from lgcnet_fast.kernels.infer_tile import TileConfig
+    from lgcnet_fast.kernels.infer_tile_config import TileConfig
 
 OPERATION = "infer_tile"
 GAIN = 0.97
@@ -112,7 +112,7 @@ def launches(network: FusedNetwork) -> dict[str, Tile]:
 
 def candidates(network: FusedNetwork, tile: Tile) -> list[TileConfig]:
     """At most 8: what the engine takes now, then others for maps of this size."""
-    from lgcnet_fast.kernels.infer_tile import TileConfig
+    from lgcnet_fast.kernels.infer_tile_config import TileConfig
 
     height, width = tile.out.size
     if not network.matrix_units:

@@ -1,9 +1,10 @@
 """Which networks a table of engines is fitted to.
 
 An engine compiles a kernel for each combination of operations that it fuses, which takes far
-longer than timing it. So a few dozen networks, in which every row takes each of its options about
-equally often, provide the combinations, and all others are mixtures of those: each node takes its
-operations from one of them.
+longer than timing it. So a few networks, in which every row takes each of its options about
+equally often, provide the combinations of most others, which are mixtures of those: each node
+takes its operations from one of them. Now and then comes a random network, so that the fit knows
+other combinations too.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lgcnet_fast.latency.genotypes import LIGHT_SHARES, fingerprint
+from lgcnet_fast.latency.genotypes import LIGHT_SHARES, fingerprint, light_genotype
 from lgcnet_fast.space.base import Arch, ArchGroup, SearchSpace
 from lgcnet_fast.space.genotype import Genotype
 
 PREFERENCE = 10.0
 """Logit of a choice over those of the others, which only repairs of cut-off networks look at."""
 TRIES = 20
-"""Mixtures drawn for each one that is wanted, as small spaces repeat themselves."""
+"""Networks drawn for each one that is wanted, as small spaces repeat themselves."""
+RANDOM_EVERY = 8
+"""Behind the balanced networks one of so many is random, the others are mixtures."""
 
 Choice = dict[str, Tensor]
 """Group name -> (rows,) index of the option."""
@@ -29,10 +32,12 @@ Choice = dict[str, Tensor]
 def fitting_genotypes(
     space: SearchSpace, bases: int, networks: int, seed: int = 1
 ) -> tuple[Genotype, ...]:
-    """Up to `networks` different genotypes, made of the combinations of `bases` balanced ones.
+    """Up to `networks` different genotypes: first `bases` balanced ones, then random ones among
+    mixtures of these.
 
-    Of two bases drawn for a node, the mixture takes the one with more light operations there with
-    a probability from 0.1 to 0.9 that it draws for itself, so that small networks occur too.
+    Random ones have a share of light operations from 0.1 to 0.9. Of two bases drawn for a node, a
+    mixture takes the one with more light operations there with a probability from that range, so
+    that small networks occur too.
     """
     generator = torch.Generator().manual_seed(seed)
     pool = _Pool(space, _balanced(space, bases, generator), generator)
@@ -40,10 +45,11 @@ def fitting_genotypes(
     for choice in pool.choices:
         genotype = pool.genotype(choice)
         found[fingerprint(genotype)] = genotype
-    for _ in range(TRIES * networks):
+    for number in range(TRIES * networks):
         if len(found) >= networks:
             break
-        genotype = pool.genotype(pool.mixture())
+        is_random = number % RANDOM_EVERY == RANDOM_EVERY - 1
+        genotype = pool.random() if is_random else pool.genotype(pool.mixture())
         found[fingerprint(genotype)] = genotype
     return tuple(found.values())[:networks]
 
@@ -54,9 +60,11 @@ class _Pool:
     choices: list[Choice]
     generator: torch.Generator
 
+    def random(self) -> Genotype:
+        return light_genotype(self.space, self._share(), self.generator)
+
     def mixture(self) -> Choice:
-        low, high = LIGHT_SHARES
-        share = low + (high - low) * self._uniform()
+        share = self._share()
         mixed = {name: rows.clone() for name, rows in self.choices[0].items()}
         for rows in self.space.fused_rows():
             pair = torch.randint(len(self.choices), (2,), generator=self.generator).tolist()
@@ -78,6 +86,10 @@ class _Pool:
         groups = {group.name: group for group in self.space.arch_groups()}
         taken = ((groups[name], int(self.choices[base][name][row])) for name, row in rows)
         return sum(group.options[option] in group.light for group, option in taken)
+
+    def _share(self) -> float:
+        low, high = LIGHT_SHARES
+        return low + (high - low) * self._uniform()
 
     def _uniform(self) -> float:
         return float(torch.rand((), generator=self.generator))

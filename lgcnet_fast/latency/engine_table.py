@@ -18,17 +18,22 @@ from lgcnet_fast.latency.networks import Measurable, Progress, entry_counts, sil
 from lgcnet_fast.latency.regression import FOLDS, Array, FittedCosts, cross_validate, fit_costs
 from lgcnet_fast.latency.roofline import roofline_ms
 from lgcnet_fast.latency.table import Entry, Fit, LookupTable, make_entry
+from lgcnet_fast.parallel import Enough
 from lgcnet_fast.space.base import LutKey, SearchSpace
 from lgcnet_fast.space.genotype import Genotype
 
 
 @dataclass(frozen=True)
 class FitEffort:
-    networks: int = 160
+    networks: int = 320
     bases: int = 16
-    """Networks that provide the combinations of operations that all are made of."""
-    most_seconds: float = 75.0
-    """Measuring, without the compilation before it, ends then with the networks so far."""
+    """Networks that provide the combinations of operations of most others."""
+    preparation_seconds: float = 80.0
+    """Compiling ends then, if enough networks are ready."""
+    fewest_ready: int = 120
+    """About as many as a table has entries."""
+    most_seconds: float = 130.0
+    """Measuring ends so long after the beginning, with the networks so far."""
     fewest: int = 2 * FOLDS
     """Networks, however long they take."""
 
@@ -75,13 +80,19 @@ def build_engine_table(
 def _measure(
     space: SearchSpace, timer: Measurable, effort: FitEffort, progress: Progress
 ) -> tuple[list[Genotype], Array]:
-    genotypes = fitting_genotypes(space, effort.bases, effort.networks)
-    timer.prepare(genotypes, progress)
-    measured: list[float] = []
     started = time.perf_counter()
-    for genotype in genotypes:
-        late = time.perf_counter() - started > effort.most_seconds
-        if late and len(measured) >= effort.fewest:
+
+    def at_least(fewest: int, seconds: float) -> Enough:
+        return lambda done: done >= fewest and time.perf_counter() - started > seconds
+
+    genotypes = fitting_genotypes(space, effort.bases, effort.networks)
+    ready = timer.prepare(
+        genotypes, progress, at_least(effort.fewest_ready, effort.preparation_seconds)
+    )
+    enough = at_least(effort.fewest, effort.most_seconds)
+    measured: list[float] = []
+    for genotype in genotypes[:ready]:
+        if enough(len(measured)):
             break
         try:
             measured.append(timer.milliseconds(genotype))
@@ -89,7 +100,7 @@ def _measure(
             if len(measured) < effort.fewest:
                 raise
             break
-        progress(len(measured), len(genotypes))
+        progress(len(measured), ready)
     return list(genotypes[: len(measured)]), np.array(measured)
 
 

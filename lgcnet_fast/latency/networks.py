@@ -14,6 +14,7 @@ from lgcnet_fast.latency.measure import fastest_convolutions
 from lgcnet_fast.latency.regression import Array
 from lgcnet_fast.latency.table import Provenance
 from lgcnet_fast.latency.timing import Frame, back_to_back_ms
+from lgcnet_fast.parallel import Enough, all_of_them
 from lgcnet_fast.space.base import LutKey, SearchSpace
 from lgcnet_fast.space.genotype import Genotype
 
@@ -33,10 +34,13 @@ class Measurable(Protocol):
 
     def provenance(self) -> Provenance: ...
 
-    def prepare(self, genotypes: Sequence[Genotype], progress: Progress) -> None:
+    def prepare(
+        self, genotypes: Sequence[Genotype], progress: Progress, enough: Enough = all_of_them
+    ) -> int:
         """Does once what would otherwise slow down every measurement, such as compiling.
 
-        `progress` is called with the number of genotypes done and of all.
+        How many of the genotypes, from the first on, are ready when all are, or when this is
+        `enough`. `progress` is called with this number, as it grows, and that of all.
         """
         ...
 
@@ -52,16 +56,19 @@ class FrameTimer:
     build: Callable[[Genotype], Frame]
     device: torch.device
     made_on: Provenance
-    prepared: Callable[[Sequence[Genotype], Progress], None] | None = None
-    """Makes the frames of genotypes quick to build."""
+    prepared: Callable[[Sequence[Genotype], Progress, Enough], int] | None = None
+    """Makes the frames of genotypes quick to build, see `Measurable.prepare`."""
     measured: int = 0
 
     def provenance(self) -> Provenance:
         return self.made_on
 
-    def prepare(self, genotypes: Sequence[Genotype], progress: Progress) -> None:
-        if self.prepared is not None:
-            self.prepared(genotypes, progress)
+    def prepare(
+        self, genotypes: Sequence[Genotype], progress: Progress, enough: Enough = all_of_them
+    ) -> int:
+        if self.prepared is None:
+            return len(genotypes)
+        return self.prepared(genotypes, progress, enough)
 
     def milliseconds(self, genotype: Genotype) -> float:
         with fastest_convolutions():

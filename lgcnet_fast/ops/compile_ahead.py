@@ -3,7 +3,8 @@
 Triton compiles a kernel when it is launched for the first time, so one after another: more than a
 hundred for a training step, minutes on one core. `compile_ahead` runs a rehearsal of what will be
 launched, in which kernels that are not compiled yet are noted instead. Processes then compile them
-(see compile_worker.py) into Triton's cache on disk, where the launches find them.
+(see compile_worker.py) into Triton's cache on disk, where the launches find them. `compile_all`
+does so for many rehearsals, of which processes compile what is noted while the next one runs.
 """
 
 from __future__ import annotations
@@ -14,19 +15,23 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 from lgcnet_fast.ops.availability import is_interpreted
-from lgcnet_fast.parallel import cores
+from lgcnet_fast.parallel import Enough, all_of_them, cores, process_pool
 
 log = logging.getLogger(__name__)
 
 KERNELS_A_PROCESS = 4
 """A process takes as long to start as it takes to compile so many."""
+PATIENCE = 1.0
+"""Seconds between two looks whether enough is compiled."""
 _in_turn: ContextVar[bool] = ContextVar("one_after_another", default=False)
+Item = TypeVar("Item")
 
 
 def compile_ahead(rehearsal: Callable[[], object]) -> None:
@@ -37,19 +42,60 @@ def compile_ahead(rehearsal: Callable[[], object]) -> None:
     nothing is left out. Does nothing without Triton, in its interpreter, before Triton 3.4,
     which cannot tell what it compiles, and `one_after_another`.
     """
-    if _in_turn.get() or is_interpreted() or importlib.util.find_spec("triton") is None:
-        return
-    try:
-        from triton import knobs
-    except ImportError:
+    if _in_turn.get() or not can_take_notes():
         return
     notes = _Notes()
-    with knobs.runtime.scope(), knobs.compilation.scope():
-        knobs.runtime.jit_cache_hook = notes.before
-        knobs.compilation.listener = notes.compiled
+    with notes.of_launches():
         rehearsal()
     if notes.kernels:
         compile_together(list(notes.kernels))
+
+
+def can_take_notes() -> bool:
+    """Whether Triton is there, compiles, and tells what."""
+    if is_interpreted() or importlib.util.find_spec("triton") is None:
+        return False
+    return importlib.util.find_spec("triton.knobs") is not None
+
+
+def compile_all(
+    rehearse: Callable[[Item], object],
+    items: Sequence[Item],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    enough: Enough = all_of_them,
+) -> int:
+    """Compiles what `rehearse` would launch for each item, equal kernels once.
+
+    What was not launched in this process before is not launched either, so a rehearsal computes
+    garbage. Returns how many of the items, from the first on, have their kernels on disk when all
+    have, or when this is `enough`. `progress` is called with this number, as it grows, and that of
+    all. Only where notes can be taken. Raises `DeviceError` if a process dies.
+    """
+    from triton.runtime import driver
+
+    from lgcnet_fast.ops import compile_worker
+
+    target = driver.active.get_current_target()
+    notes, ready = _Notes(cold=True), 0
+    compiling: list[list[Future[bool]]] = []
+    arguments = ((target.backend, target.arch, target.warp_size),)
+    with process_pool(cores(), compile_worker.start, arguments) as pool:
+        while ready < len(items) and not enough(ready):
+            if len(compiling) < len(items):
+                known = len(notes.kernels)
+                with notes.of_launches():
+                    rehearse(items[len(compiling)])
+                new = list(notes.kernels)[known:]
+                compiling.append([pool.submit(compile_worker.compiled, kernel) for kernel in new])
+            else:
+                wait(compiling[ready], PATIENCE)
+            while ready < len(compiling) and all(kernel.done() for kernel in compiling[ready]):
+                failed = sum(not kernel.result() for kernel in compiling[ready])
+                if failed:
+                    log.warning("kernels left to their first launch: %d", failed)
+                ready += 1
+                progress(ready, len(items))
+    return ready
 
 
 @contextmanager
@@ -67,13 +113,23 @@ def one_after_another() -> Iterator[None]:
 class _Notes:
     """Triton's hooks: lets it take kernels from its cache until one is missing, then takes notes.
 
-    The one that was missing first has been compiled by then.
+    The one that was missing first has been compiled by then. cold: takes notes from the start.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cold: bool = False) -> None:
         self.kernels: dict[str, None] = {}
         """As lines of JSON for compile_worker.py, in order."""
-        self._cold = False
+        self._cold = cold
+
+    @contextmanager
+    def of_launches(self) -> Iterator[None]:
+        """Of those within the `with` block."""
+        from triton import knobs
+
+        with knobs.runtime.scope(), knobs.compilation.scope():
+            knobs.runtime.jit_cache_hook = self.before
+            knobs.compilation.listener = self.compiled
+            yield
 
     def before(self, *, fn: Any, compile: dict[str, Any], **others: Any) -> bool:
         """Whether Triton shall neither compile nor launch the kernel."""

@@ -2,6 +2,7 @@
 
 `python -m lgcnet_fast.ops.compile_worker` reads lines of JSON: the target as [backend, arch,
 warp_size], then kernels as compile_ahead.py notes them. Exit code 1 if one could not be compiled.
+Processes of a pool call `start` with the target, then `compiled` with each kernel.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,16 +31,25 @@ class CompilingDriver:
 
 
 def main() -> int:
+    first, *kernels = sys.stdin.read().splitlines()
+    start(json.loads(first))
+    return int(not all([compiled(kernel) for kernel in kernels]))
+
+
+def start(target: Sequence[Any]) -> None:
+    """Compiles for this (backend, arch, warp_size) from now on."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    first, *kernels = sys.stdin.read().splitlines()
-    driver.set_active(CompilingDriver(GPUTarget(*json.loads(first))))
-    return int(not all([_compiled(**json.loads(kernel)) for kernel in kernels]))
+    driver.set_active(CompilingDriver(GPUTarget(*target)))
+
+
+def compiled(kernel: str) -> bool:
+    """Whether the kernel of a line, and what launches it, are on disk now."""
+    return _compiled(**json.loads(kernel))
 
 
 def _compiled(module: str, name: str, data: str) -> bool:
-    """Whether the kernel, and what launches it, are on disk now."""
     from triton.backends.nvidia import driver as nvidia
 
     try:

@@ -24,7 +24,8 @@ def device() -> torch.device:
 @pytest.fixture
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs, as the interpreter takes milliseconds for each."""
-    from lgcnet_fast.kernels.infer_tile import INTERPRETED, TileConfig
+    from lgcnet_fast.kernels.infer_tile import INTERPRETED
+    from lgcnet_fast.kernels.infer_tile_config import TileConfig
 
     if INTERPRETED:
         config = TileConfig(rows=16, columns=16, block_k=128, warps=4)

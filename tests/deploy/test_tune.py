@@ -13,7 +13,7 @@ from lgcnet_fast.deploy import tune
 from lgcnet_fast.deploy.fused import FusedNetwork
 from lgcnet_fast.deploy.plan import Tile
 from lgcnet_fast.errors import BackendError
-from lgcnet_fast.kernels.infer_tile import TileConfig
+from lgcnet_fast.kernels.infer_tile_config import TileConfig
 from lgcnet_fast.ops import tuning
 from tests.deploy.test_plan import planned, small_network
 
@@ -114,8 +114,42 @@ def test_few_candidates_none_of_which_is_compiled_wrongly(
 @pytest.mark.parametrize("pixels", [2**6, 2**13, 2**14, 2**15, 2**22])
 @pytest.mark.parametrize("channels", [3, 16, 48, 64, 128, 256])
 @pytest.mark.parametrize("matrix_units", [False, True])
-def test_no_default_is_compiled_wrongly(pixels: int, channels: int, matrix_units: bool) -> None:
-    assert not TileConfig.default(pixels, channels, matrix_units).is_miscompiled(matrix_units)
+@pytest.mark.parametrize("kinds", [("separable",), ("copy", "convolution"), ("pool",), ()])
+@pytest.mark.parametrize("products", [(), (19,), (64, 128), (128, 48)])
+def test_no_default_is_compiled_wrongly(
+    pixels: int,
+    channels: int,
+    matrix_units: bool,
+    kinds: tuple[str, ...],
+    products: tuple[int, ...],
+) -> None:
+    config = TileConfig.default(pixels, channels, matrix_units, kinds, products)
+    assert not config.is_miscompiled(matrix_units)
+
+
+def test_the_default_depends_on_what_a_node_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FusedNetwork, "matrix_units", True)
+    network = network_of(torch.float16)
+    tiles = [launch for launch in network.plan.launches if isinstance(launch, Tile)]
+    tile = next(tile for tile in tiles if tile.terms and tile.products)
+    asked: dict[str, object] = {}
+
+    def default(
+        cls: type[TileConfig], pixels: int, channels: int, matrix_units: bool,
+        kinds: set[str], products: list[int],
+    ) -> TileConfig:  # fmt: skip
+        asked.update(pixels=pixels, channels=channels, kinds=kinds, products=products)
+        return BEST
+
+    monkeypatch.setattr(TileConfig, "default", classmethod(default))
+    assert network.tile_config(tile) == BEST
+    height, width = tile.out.size
+    assert asked == {
+        "pixels": network.plan.batch * height * width,
+        "channels": tile.out.channels,
+        "kinds": {term.kind for term in tile.terms},
+        "products": [product.out.channels for product in tile.products],
+    }
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,38 @@ def test_a_node_and_its_products(case: Case, stored: bool) -> None:
         case.check(product.out, value)
 
 
+def test_other_terms_and_products_beside_a_transposed_convolution(case: Case) -> None:
+    """Over several tiles, of all four parities."""
+    size, channels = (19, 33), 20
+    (small, x), (same, y), (part, a) = (
+        case.map(2, *map_size) for map_size in (((10, 17), 24), (size, channels), (size, 16))
+    )
+    weight, bias = case.random(24, channels, 3, 3, scale=0.1), case.bias(channels)
+    depthwise = case.random(channels, 1, 3, 3, scale=0.3).float()
+    pointwise = case.random(channels, channels, 1, 1, scale=0.2)
+    filtered = F.conv2d(y.relu(), depthwise.double(), padding=3, dilation=3, groups=channels)
+    node = (
+        F.conv_transpose2d(x.relu(), weight.double(), bias.double(), 2, padding=1)
+        + F.interpolate(x[:, :channels], size, mode="bilinear", align_corners=True)
+        + F.conv2d(filtered, pointwise.double())
+    )
+    cut = MapView(small.data, small.height, small.width, channels, small.pitch)
+    terms = [
+        TileTerm("transposed", small, rows_of(weight.transpose(0, 1)), side=3),
+        TileTerm("resized", cut),
+        TileTerm(
+            "separable", same, rows_of(pointwise), depthwise.flatten(1).t().contiguous(), dilation=3
+        ),
+    ]
+    joined = torch.cat([node, a], dim=1).relu()
+    w, b = case.random(17, joined.shape[1], 1, 1, scale=0.2), case.bias(17)
+    product = TileProduct((part,), rows_of(w), b, case.empty(2, size, 17))
+    out = case.empty(2, size, channels)
+    run_tile(terms, bias, out, [product], size, 2, case.dtype, CONFIG)
+    case.check(out, node)
+    case.check(product.out, F.conv2d(joined, w.double(), b.double()))
+
+
 def test_a_node_of_nothing_is_its_bias(exact: Case) -> None:
     bias, out = exact.bias(17), exact.empty(2, (3, 5), 17)
     run_tile([], bias, out, [], (3, 5), 2, exact.dtype, CONFIG, relu_out=True)

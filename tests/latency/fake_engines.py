@@ -6,6 +6,7 @@ import random
 
 from lgcnet_fast.latency.table import Provenance
 from lgcnet_fast.nn.cell import CELL_EDGES
+from lgcnet_fast.parallel import all_of_them
 from lgcnet_fast.space.lgcnet_genotype import LGCNetGenotype
 
 OPERATIONS = {
@@ -61,9 +62,13 @@ class FakeTimer:
     def provenance(self) -> Provenance:
         return Provenance(provider="fitted", device="Fake GPU", runtime="deploy", dtype="float16")
 
-    def prepare(self, genotypes, progress) -> None:
-        self.prepared = len(genotypes)
-        progress(len(genotypes), len(genotypes))
+    def prepare(self, genotypes, progress, enough=all_of_them) -> int:
+        """One after another."""
+        self.prepared = 0
+        while self.prepared < len(genotypes) and not enough(self.prepared):
+            self.prepared += 1
+        progress(self.prepared, len(genotypes))
+        return self.prepared
 
     def milliseconds(self, genotype: LGCNetGenotype) -> float:
         self.asked.append(genotype)

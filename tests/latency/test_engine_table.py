@@ -11,7 +11,7 @@ import torch
 from lgcnet_fast.errors import GenotypeError, TableError
 from lgcnet_fast.latency.build import build_table
 from lgcnet_fast.latency.check import UNIFORM, VARIED, CheckedNetwork, check_predictions
-from lgcnet_fast.latency.design import fitting_genotypes
+from lgcnet_fast.latency.design import RANDOM_EVERY, fitting_genotypes
 from lgcnet_fast.latency.engine_table import FitEffort, build_engine_table
 from lgcnet_fast.latency.genotypes import (
     fingerprint,
@@ -55,7 +55,7 @@ def test_fusion_savings_are_recovered(exact):
     for summary in check.summary().values():
         assert summary["worst_error_pct"] < 1
         assert summary["rank_correlation"] > 0.995
-    assert exact.fit.networks == 240 and exact.fit.worst_error < 0.01
+    assert exact.fit.networks == 240 and exact.fit.worst_error < 0.02
 
 
 def test_an_operation_costs_what_it_adds(exact):
@@ -73,7 +73,7 @@ def test_an_operation_costs_what_it_adds(exact):
 def test_noise_is_averaged_away(noisy):
     check = check_predictions(noisy, SPACE, FakeTimer(), count=50)
     for summary in check.summary().values():
-        assert summary["median_error_pct"] < 1 and summary["worst_error_pct"] < 3
+        assert summary["median_error_pct"] < 1 and summary["worst_error_pct"] < 4
 
 
 def test_the_errors_of_networks_left_out_are_honest(noisy):
@@ -139,6 +139,17 @@ def test_a_table_fitted_to_every_genotype_cannot_be_checked(space):
         check_predictions(table, space, Timer(), count=2)
 
 
+def test_only_networks_that_are_ready_in_time_are_measured():
+    effort = FitEffort(networks=500, preparation_seconds=0.0, fewest_ready=12)
+    reports = []
+    timer = FakeTimer()
+    table = build_engine_table(
+        SPACE, SIZE, 19, timer, effort, lambda *report: reports.append(report)
+    )
+    assert table.fit.networks == timer.prepared == len(timer.asked) == 12
+    assert reports == [(12, 500), *((done, 12) for done in range(1, 13))]
+
+
 def test_the_time_limit_ends_the_measurement():
     effort = FitEffort(networks=500, most_seconds=0.0, fewest=12)
     reports = []
@@ -184,9 +195,17 @@ def test_mixtures_are_made_of_the_combinations_of_the_bases():
     genotypes = fitting_genotypes(SPACE, bases=8, networks=100)
     assert len(set(map(fingerprint, genotypes))) == 100
     bases = set().union(*map(combinations, genotypes[:8]))
-    new = set().union(*map(combinations, genotypes[8:])) - bases
+    mixtures = [g for i, g in enumerate(genotypes[8:], start=1) if i % RANDOM_EVERY]
+    new = set().union(*map(combinations, mixtures)) - bases
     # Only repairs of networks that would be cut off add any.
     assert len(bases) > 80 and len(new) < 0.1 * len(bases)
+
+
+def test_random_networks_add_combinations():
+    genotypes = fitting_genotypes(SPACE, bases=8, networks=100)
+    bases = set().union(*map(combinations, genotypes[:8]))
+    for genotype in genotypes[7 + RANDOM_EVERY :: RANDOM_EVERY]:
+        assert len(combinations(genotype) - bases) >= 2
 
 
 def test_bases_are_balanced():

@@ -15,7 +15,7 @@ import logging, sys
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from lgcnet_fast.ops.compile_ahead import compile_ahead, one_after_another
+from lgcnet_fast.ops.compile_ahead import compile_ahead, compile_all, one_after_another
 from lgcnet_fast.ops.compile_worker import CompilingDriver
 from tests.ops.kernels_to_compile import copy, unfit
 
@@ -29,7 +29,16 @@ def rehearsal():
         for block in (16, 32, 64, 128):
             kernel.warmup(x, x, 64, BLOCK=block, grid=(1,))
 
+def start(block):
+    for kernel in KERNELS:
+        kernel.warmup(x, x, 64, BLOCK=block, grid=(1,))
+
 compile_ahead(rehearsal)
+"""
+
+ALL = """
+ready = compile_all(start, ITEMS, lambda *counts: print(*counts, end="; "), ENOUGH)
+print(ready)
 """
 
 
@@ -67,3 +76,26 @@ def test_a_kernel_that_cannot_be_compiled_is_named_and_left_to_the_step(tmp_path
 def test_a_process_among_others_that_compile_leaves_it_to_its_launches(tmp_path):
     done = rehearse(tmp_path, last="with one_after_another():\n    compile_ahead(rehearsal)")
     assert done.stdout == "" and not list(tmp_path.rglob("*.cubin"))
+
+
+def compile_items(cache, items, kernels="copy", enough="lambda ready: False"):
+    last = ALL.strip().replace("ITEMS", items).replace("ENOUGH", enough)
+    return rehearse(cache, kernels, last)
+
+
+def test_equal_kernels_of_many_items_are_compiled_once(tmp_path):
+    done = compile_items(tmp_path, "(16, 32, 16, 64)")
+    assert done.stdout == "1 4; 2 4; 3 4; 4 4; 4\n"
+    assert [path.name for path in tmp_path.rglob("*.cubin")] == 3 * ["copy.cubin"]
+
+
+def test_items_that_are_not_ready_when_it_is_enough_do_not_count(tmp_path):
+    done = compile_items(tmp_path, "(16, 32, 64)", enough="lambda ready: ready >= 1")
+    assert done.stdout.split("\n")[0].split("; ")[-1] in ("1", "2", "3")
+    assert compile_items(tmp_path / "no", "(16,)", enough="lambda ready: True").stdout == "0\n"
+
+
+def test_a_kernel_that_no_process_can_compile_is_told(tmp_path):
+    done = compile_items(tmp_path, "(16,)", kernels="unfit")
+    assert "kernels left to their first launch: 1" in done.stdout
+    assert "tests.ops.kernels_to_compile.unfit: " in done.stderr
