@@ -85,7 +85,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
             tile = {"BLOCK_P": 32, "BLOCK_C": 16, "ROWS": rows}
             yield depthwise_input_grad._input_grad_kernel, shared | tile, 2
     counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}
-    streaming = {"BLOCK_M": 32, "BLOCK_C": 64}
+    streaming = {"AHEAD": 2, "LOADS": 2, "GROUPS": 128, "VECTOR": 8}
     statistics = {"K": BRANCHES, "ACC": tl.float32, "EPS": 1e-5}
     slab = {"BLOCK_M": 16, "LOADS": 4, "BLOCK_C": 64, "BLOCK_S": 16}
     yield mixed_sum._slab_statistics_kernel, statistics | slab, 4
