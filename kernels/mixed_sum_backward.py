@@ -172,6 +172,7 @@ def _mixed_sum_grad_kernel(
     """dy_k = z_k r_k ((g - S0 / M) - (r_k S1_k / M) (y_k - mean_k)), dx_j = zp_j g on one tile."""
     first, channel, offsets, masks = tile_of(vectors, per_pixel, period, LOADS, GROUPS, VECTOR)
     C = per_pixel * VECTOR
+    values = load_ahead(y_ptrs, first, K, AHEAD, offsets, masks)
     share = 1.0 / count.to(ACC)
     shift = tl.load(s0_ptr + channel) * share
     gs = ()
@@ -181,14 +182,14 @@ def _mixed_sum_grad_kernel(
             dx = tl.load(plain_z_ptr + j).to(ACC) * g
             tl.store(dx_ptrs[j] + first + offsets[load], dx, mask=masks[load])
         gs = gs + (g - shift,)
-    values = load_ahead(y_ptrs, first, K, AHEAD, offsets, masks)
     for start in range(0, K, AHEAD):
         following = ()
         for i in tl.static_range(AHEAD):
             k = start + i
-            mean = tl.load(mean_ptr + k * C + channel, mask=k < K, other=0.0)
-            r = tl.load(r_ptr + k * C + channel, mask=k < K, other=0.0)
-            s1 = tl.load(s1_ptr + k * C + channel, mask=k < K, other=0.0)
+            row = tl.minimum(k, K - 1) * C
+            mean = tl.load(mean_ptr + row + channel)
+            r = tl.load(r_ptr + row + channel)
+            s1 = tl.load(s1_ptr + row + channel)
             scale = weight_of(z_ptrs, k, channel, K, ACC, AFFINE) * r
             slope = r * s1 * share
             dy = pointer_of(dy_ptrs, k, K) + first
