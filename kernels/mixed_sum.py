@@ -81,6 +81,7 @@ class TileConfig:
         vectors, per_pixel = like.numel() // vector, channels // vector
         period = per_pixel // math.gcd(per_pixel, groups)
         programs = triton.cdiv(vectors, self.loads * period * groups) * period
+        programs = min(programs, triton.cdiv(vectors, groups))  # the others have nothing to do
         arguments = {"vectors": vectors, "per_pixel": per_pixel, "period": period}
         tile = {"LOADS": self.loads, "GROUPS": groups, "VECTOR": vector}
         ahead = {"AHEAD": min(self.ahead, count), "num_warps": self.warps}
