@@ -110,9 +110,8 @@ def _column_taps(pixel, w, width, pitch, TAPS: tl.constexpr, ACC: tl.constexpr):
 def _rows_of_taps(row_ptr, rows, row_elements, channel, taps, mask, STEP: tl.constexpr):
     """STEP rows of the gradient from a pointer on, at every tap: (GROUPS, VECTOR) each.
 
-    0 beyond the `rows` that there are.
-
-    What no pixel reads is not loaded, so that its NaN stays where it is.
+    0 beyond the `rows` that there are. What a pixel does not read is not loaded for it, so that a
+    NaN stays where it is.
     """
     offsets, weights = taps
     values = ()
