@@ -9,6 +9,7 @@ sample across an input. Sizes up to 32768 keep all products below 2^31.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import triton
 import triton.language as tl
@@ -48,14 +49,16 @@ def first_output(lower, size_in, size_out):
     return tl.where(lower <= 0, 0, tl.minimum(first, size_out))
 
 
+@cache
 def most_outputs_beside(size_in: int, size_out: int) -> int:
-    """At least the most outputs that read one input along an axis."""
+    """The most outputs that read one input along an axis, with a weight above 0."""
     if size_in == 1 or size_out == 1:
         return size_out
     stride, steps = size_in - 1, size_out - 1
-    if steps % stride == 0:  # Outputs on the neighbouring inputs have weight 0.
-        return min(size_out, 2 * steps // stride - 1)
-    return min(size_out, -(-2 * steps // stride))
+    # Strictly between the neighbours of an input: from the first one to before the other.
+    firsts = [max(0, (i - 1) * steps // stride + 1) for i in range(size_in)]
+    ends = [min(size_out, -(-(i + 1) * steps // stride)) for i in range(size_in)]
+    return max(end - first for first, end in zip(firsts, ends, strict=True))
 
 
 def check_size(name: str, size: Sequence[int]) -> None:

@@ -3,10 +3,11 @@
 An input pixel sums the output's gradient over the outputs that read it, with the weights of the
 forward pass (see concat_upsample.py). Nothing is scattered: the same inputs give the same bits.
 
-Least traffic: the gradient once, each map's gradient once. A program walks down a strip of input
-rows; each row of the gradient is summed horizontally once and added to both input rows around it,
-some 9 operations an element of the gradient. Small maps, of which every pixel is read by many
-outputs, are summed along one axis after the other, by one program for a block of a row.
+Least traffic: the gradient once, each map's gradient once. A program walks down the output rows of
+a strip of input rows; each row of the gradient is summed horizontally once and added to both input
+rows around it, some 9 operations an element of the gradient. Small maps, of which every pixel is
+read by many outputs, are summed along one axis after the other, by one program for a block of a
+row; so are maps with more rows than the output, of which an output row may pass several.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lgcnet_fast.kernels.bilinear import (
     beyond,
     check_size,
     first_output,
+    lower_input,
     most_outputs_beside,
 )
 from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, check_map, empty_map
@@ -37,8 +39,14 @@ from lgcnet_fast.kernels.rows import (
     vector_width,
 )
 
-BACKWARD = StripConfig(block=1024, rows=2, warps=4)
-"""One vector of 16 bytes a thread and tap; `rows` + 1 intervals of output rows for `rows` rows."""
+BACKWARD = StripConfig(block=1024, rows=4, warps=4)
+"""`block` of 16-bit storage, otherwise as many bytes: one vector of 16 bytes a thread and tap.
+`rows` + 1 intervals of output rows for `rows` rows; fewer rows where programs would be too few."""
+
+_PROGRAMS = 528
+"""Four on each of 132 multiprocessors."""
+_LOADS = 4
+"""Vectors of the gradient on their way to a thread, of the most output rows that fit."""
 
 _LARGEST_DIRECT_SCALE = 4
 """Beyond it the gradient is summed along one axis after the other."""
@@ -99,44 +107,80 @@ def _column_taps(pixel, w, width, pitch, TAPS: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _gathered_row(row_ptr, channel, taps, mask):
-    """(GROUPS, VECTOR): a row of the gradient, summed over the outputs that read each pixel."""
+def _rows_of_taps(row_ptr, rows, row_elements, channel, taps, mask, STEP: tl.constexpr):
+    """STEP rows of the gradient from a pointer on, at every tap: (GROUPS, VECTOR) each.
+
+    0 beyond the `rows` that there are. What a pixel does not read is not loaded for it, so that a
+    NaN stays where it is.
+    """
     offsets, weights = taps
-    total = tl.zeros(channel.shape, weights[0].dtype)
-    for t in tl.static_range(len(weights)):
-        reads = mask & (weights[t] > 0)
-        value = tl.load(row_ptr + (offsets[t] + channel), mask=reads, other=0.0)
-        total += weights[t] * value.to(weights[0].dtype)
-    return total
+    values = ()
+    for step in tl.static_range(STEP):
+        for t in tl.static_range(len(weights)):
+            reads = mask & (step < rows) & (weights[t] > 0)
+            value = tl.load(row_ptr + (offsets[t] + channel), mask=reads, other=0.0)
+            values = values + (value,)
+        row_ptr += row_elements
+    return values
 
 
 @triton.jit
 def _gather_strip(
     grad_ptr, pitch, x_grad_ptr, batch, first, pixel, channel, h, w, C, height, width,
-    ROWS: tl.constexpr, TAPS: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, TAPS: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Rows `first` .. `first` + ROWS - 1 of one map's gradient (N, h, w, C).
+    """Rows `first` .. `first` + ROWS - 1 of one map's gradient (N, h, w, C), h <= height.
 
-    Every row of the output's gradient between two input rows goes to both of them.
+    Every row of the output's gradient goes to the input rows above and below it. The next STEP
+    rows are on their way while STEP are added.
     """
     mask = pixel < w
     taps = _column_taps(pixel, w, width, pitch, TAPS, ACC)
+    _, weights = taps
+    stride = tl.where(height > 1, h - 1, 0)
+    steps = tl.maximum(height - 1, 1)
+    # The first output strictly below the input row above the strip.
+    start = (tl.maximum(first, 1) - 1) * steps // tl.maximum(stride, 1) + 1
+    start = tl.where(first > 0, start, 0)
+    end = first_output(first + ROWS, h, height)
+    limit = tl.minimum(first + ROWS, h)
+    row = lower_input(start, h, height)
+    below = start * stride - row * steps
+    row_ptr = row_pointer(grad_ptr, batch, start, height, width * pitch)
+    x_row_ptr = row_pointer(x_grad_ptr, batch, row, h, w * C)
     upper = tl.zeros(channel.shape, ACC)
-    for row in range(first - 1, tl.minimum(first + ROWS, h)):
-        lower = tl.zeros(channel.shape, ACC)
-        # Not carried from row to row: Triton loses a carried value that only bounds a nested loop.
-        end = first_output(row + 1, h, height)
-        for output in range(first_output(row, h, height), end, 2):
-            for second in tl.static_range(2):  # Both are on their way at once.
-                present = mask & (output + second < end)
-                row_ptr = row_pointer(grad_ptr, batch, output + second, height, width * pitch)
-                gathered = _gathered_row(row_ptr, channel, taps, present)
-                f = beyond(output + second, row, h, height, ACC)
-                upper += (1 - f) * gathered
-                lower += f * gathered
-        target = row_pointer(x_grad_ptr, batch, row, h, w * C) + pixel * C + channel
-        tl.store(target, upper.to(x_grad_ptr.dtype.element_ty), mask=mask & (row >= first))
+    lower = tl.zeros(channel.shape, ACC)
+    values = _rows_of_taps(row_ptr, end - start, width * pitch, channel, taps, mask, STEP)
+    for output in range(start, end, STEP):
+        totals = ()
+        for step in tl.static_range(STEP):
+            total = tl.zeros(channel.shape, ACC)
+            for t in tl.static_range(TAPS):
+                total += weights[t] * values[step * TAPS + t].to(ACC)
+            totals = totals + (total,)
+        row_ptr += STEP * width * pitch
+        rows = end - output - STEP
+        values = _rows_of_taps(row_ptr, rows, width * pitch, channel, taps, mask, STEP)
+        for step in tl.static_range(STEP):
+            if below >= steps:
+                inside = (row >= first) & (row < limit)
+                target = x_row_ptr + (pixel * C + channel)
+                tl.store(target, upper.to(x_grad_ptr.dtype.element_ty), mask=mask & inside)
+                upper = lower
+                lower = tl.zeros(channel.shape, ACC)
+                x_row_ptr += w * C
+                row += 1
+                below -= steps
+            f = below.to(ACC) * (1 / steps.to(ACC))
+            upper += (1 - f) * totals[step]
+            lower += f * totals[step]
+            below += stride
+    for last in tl.static_range(2):
+        inside = (row + last >= first) & (row + last < limit)
+        target = x_row_ptr + (pixel * C + channel)
+        tl.store(target, upper.to(x_grad_ptr.dtype.element_ty), mask=mask & inside)
         upper = lower
+        x_row_ptr += w * C
 
 
 @triton.jit(do_not_specialize=["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "height", "width"])
@@ -145,21 +189,24 @@ def _backward_kernel(
     h0, w0, h1, w1, h2, w2, h3, w3, height, width,
     vectors0, vectors1, vectors2, vectors3, all_vectors,
     MAPS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
-    TAPS: tl.constexpr, ACC: tl.constexpr,
+    TAPS: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients x of the maps from slices y of the output's; grid (blocks of an input row,
-    strips of ROWS input rows, N x MAPS)."""
+    """Gradients x of the maps from slices y of the output's; grid (programs of an image's maps, N):
+    blocks of an input row of strips of ROWS input rows of one map after the other."""
     y_ptrs = (y0_ptr, y1_ptr, y2_ptr, y3_ptr)
     x_ptrs = (x0_ptr, x1_ptr, x2_ptr, x3_ptr)
     heights = (h0, h1, h2, h3)
     widths = (w0, w1, w2, w3)
     vectors = (vectors0, vectors1, vectors2, vectors3)
     pitch = all_vectors * VECTOR
-    batch = tl.program_id(2) // MAPS
-    first = tl.program_id(1) * ROWS
+    batch = tl.program_id(1)
+    program = tl.program_id(0)
     for m in tl.static_range(MAPS):
-        if (tl.program_id(2) % MAPS == m) & (first < heights[m]):
-            pixel, channel = row_vectors(tl.program_id(0), vectors[m], GROUPS, VECTOR)
+        blocks = tl.cdiv(widths[m] * vectors[m], GROUPS)
+        programs = blocks * tl.cdiv(heights[m], ROWS)
+        if (program >= 0) & (program < programs):
+            first = program // blocks * ROWS
+            pixel, channel = row_vectors(program % blocks, vectors[m], GROUPS, VECTOR)
             C = vectors[m] * VECTOR
             if (heights[m] == height) & (widths[m] == width):
                 copy_strip(
@@ -169,8 +216,9 @@ def _backward_kernel(
             else:
                 _gather_strip(
                     y_ptrs[m], pitch, x_ptrs[m], batch, first, pixel, channel,
-                    heights[m], widths[m], C, height, width, ROWS, TAPS, ACC,
+                    heights[m], widths[m], C, height, width, ROWS, TAPS, STEP, ACC,
                 )  # fmt: skip
+        program -= programs
 
 
 @triton.jit
@@ -250,7 +298,8 @@ def _backward(
 
 
 def _is_steep(size: Size, full: Sequence[int]) -> bool:
-    return any(whole > _LARGEST_DIRECT_SCALE * part for part, whole in zip(size, full, strict=True))
+    scales = zip(size, full, strict=True)
+    return size[0] > full[0] or any(whole > _LARGEST_DIRECT_SCALE * part for part, whole in scales)
 
 
 def _backward_by_axes(part: Tensor, pitch: int, x_grad: Tensor, config: StripConfig) -> None:
@@ -296,14 +345,20 @@ def _launch_backward(
     channels = [x.shape[1] for x in outs]
     vector = vector_width(slices[0].dtype, pitch, *channels)
     taps = max(most_outputs_beside(x.shape[3], width) for x in outs)
-    grid = (
-        max(triton.cdiv(x.shape[3] * x.shape[1], config.block) for x in outs),
-        triton.cdiv(max(x.shape[2] for x in outs), config.rows),
-        batch * len(outs),
-    )
-    _backward_kernel[grid](
+    groups = max(1, 2 * config.block // slices[0].dtype.itemsize // vector)
+    blocks = [triton.cdiv(x.shape[3] * x.shape[1], groups * vector) for x in outs]
+    rows = config.rows
+    while rows > 1 and batch * _programs(blocks, outs, rows) < _PROGRAMS:
+        rows = rows // 2
+    _backward_kernel[(_programs(blocks, outs, rows), batch)](
         *four(slices), *four(outs), *four_sizes(outs), height, width,
         *four([c // vector for c in channels]), pitch // vector,
-        MAPS=len(outs), GROUPS=config.block // vector, VECTOR=vector, ROWS=config.rows,
-        TAPS=taps, ACC=accumulator(slices[0].dtype), num_warps=config.warps,
+        MAPS=len(outs), GROUPS=groups, VECTOR=vector, ROWS=rows,
+        TAPS=taps, STEP=max(1, _LOADS // taps), ACC=accumulator(slices[0].dtype),
+        num_warps=config.warps,
     )  # fmt: skip
+
+
+def _programs(blocks: Sequence[int], outs: Sequence[Tensor], rows: int) -> int:
+    """Of an image: `blocks` of a row of each map, strips of `rows` rows."""
+    return sum(b * triton.cdiv(x.shape[2], rows) for b, x in zip(blocks, outs, strict=True))

@@ -20,6 +20,7 @@ producers deliver them), K + J + 1 for the sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,8 @@ from lgcnet_fast.kernels.common import (
     empty_map,
 )
 from lgcnet_fast.kernels.last_program import finishes_last, take_counters
-from lgcnet_fast.kernels.slabs import SlabConfig, pointer_of, tile_positions
+from lgcnet_fast.kernels.rows import vector_width
+from lgcnet_fast.kernels.slabs import FEW_MAPS, SlabConfig, pointer_of, tile_positions
 from lgcnet_fast.kernels.tile_statistics import (
     Statistics,
     check_positions,
@@ -45,37 +47,92 @@ from lgcnet_fast.kernels.tile_statistics import (
     merge_tiles,
 )
 
+SMALL = 2**20
+"""Elements of maps that need every program that there can be."""
+
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tile of one program: `block_m` positions, `block_c` channels."""
+    """Of one program that writes maps: a thread takes `loads` vectors of 16 bytes of each.
 
-    block_m: int
-    block_c: int
+    Those of the `ahead` maps that follow are on their way while one is added.
+    """
+
+    loads: int
+    ahead: int
     warps: int
 
     @classmethod
-    def streaming(cls, channels: int) -> TileConfig:
-        """For kernels that write maps: 32 bytes of 16-bit storage a thread and map."""
-        block_c = min(64, triton.next_power_of_2(channels))
-        return cls(block_m=2048 // block_c, block_c=block_c, warps=4)
+    def streaming(cls, elements: int, maps: int) -> TileConfig:
+        """For so many normalised maps of so many elements: 64 bytes of a thread on their way."""
+        loads = 1 if elements < SMALL else 2 if maps > FEW_MAPS else 4
+        return cls(loads, ahead=4 // loads, warps=4)
 
     @staticmethod
     def reducing(channels: int, maps: int) -> SlabConfig:
         """For kernels that add up this many maps."""
         return SlabConfig.default(channels, maps)
 
+    def launch(self, like: Tensor, count: int) -> tuple[int, dict[str, int]]:
+        """Programs for `count` maps like this one, and what a kernel is told of them."""
+        channels, lanes = like.shape[1], 32 * self.warps
+        vector = vector_width(like.dtype, channels)
+        groups = lanes * (16 // like.dtype.itemsize) // vector
+        vectors, per_pixel = like.numel() // vector, channels // vector
+        period = per_pixel // math.gcd(per_pixel, groups)
+        programs = triton.cdiv(vectors, self.loads * period * groups) * period
+        programs = min(programs, triton.cdiv(vectors, groups))  # the others have nothing to do
+        arguments = {"vectors": vectors, "per_pixel": per_pixel, "period": period}
+        tile = {"LOADS": self.loads, "GROUPS": groups, "VECTOR": vector}
+        ahead = {"AHEAD": min(self.ahead, count), "num_warps": self.warps}
+        return programs, arguments | tile | ahead
+
 
 @triton.jit
-def tile_of(M, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's (tile, channel (1, c), offsets (m, c), mask (m, c), positions inside)."""
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    tile = tl.program_id(0) // channel_blocks
-    first = tile.to(tl.int64) * BLOCK_M
-    position = first + tl.arange(0, BLOCK_M)[:, None]
-    mask = (position < M) & (channel < C)
-    return tile, channel, position * C + channel, mask, tl.minimum(M - first, BLOCK_M)
+def tile_of(
+    vectors, per_pixel, period,
+    LOADS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """This program's first element, its channels (GROUPS, VECTOR), and of each of LOADS runs the
+    offsets from there, (GROUPS, VECTOR), and the mask (GROUPS, 1).
+
+    A map is a run of vectors of VECTOR channels, `per_pixel` a pixel. A program takes GROUPS
+    of them LOADS times, `period` times as far apart: `period` * GROUPS vectors are whole pixels, so
+    that a thread has the same channels each time, whatever their number.
+    """
+    part, phase = tl.program_id(0) // period, tl.program_id(0) % period
+    group = tl.arange(0, GROUPS)[:, None]
+    lane = tl.arange(0, VECTOR)[None, :]
+    channel = (phase * GROUPS + group) % per_pixel * VECTOR + lane
+    first = (part.to(tl.int64) * (LOADS * period) + phase) * GROUPS
+    left = tl.minimum(vectors - first, LOADS * period * GROUPS).to(tl.int32)
+    offsets = ()
+    masks = ()
+    for load in tl.static_range(LOADS):
+        vector = load * period * GROUPS + group
+        offsets = offsets + (vector * VECTOR + lane,)
+        masks = masks + (vector < left,)
+    return first * VECTOR, channel, offsets, masks
+
+
+@triton.jit
+def load_runs(map_ptrs, first, k, COUNT: tl.constexpr, offsets, masks):
+    """The runs of map k of COUNT, a tensor each; of no map beyond."""
+    start = pointer_of(map_ptrs, k, COUNT) + first
+    runs = ()
+    for load in tl.static_range(len(offsets)):
+        mask = masks[load] & (k < COUNT)
+        runs = runs + (tl.load(start + offsets[load], mask=mask, other=0.0),)
+    return runs
+
+
+@triton.jit
+def load_ahead(map_ptrs, first, COUNT: tl.constexpr, AHEAD: tl.constexpr, offsets, masks):
+    """The runs of the first AHEAD maps."""
+    runs = ()
+    for k in tl.static_range(AHEAD):
+        runs = runs + load_runs(map_ptrs, first, k, COUNT, offsets, masks)
+    return runs
 
 
 @triton.jit(do_not_specialize=["M", "slab"])
@@ -136,39 +193,61 @@ def _slab_statistics_kernel(
 
 
 @triton.jit
-def weight_of(z_ptrs, k: tl.constexpr, channel, inside, ACC: tl.constexpr, AFFINE: tl.constexpr):
-    """z_k, of `channel` where AFFINE: z_ptrs holds K vectors (C,) there, and one (K,) elsewhere."""
+def weight_of(z_ptrs, k, channel, K: tl.constexpr, ACC: tl.constexpr, AFFINE: tl.constexpr):
+    """z_k, of `channel` where AFFINE: z_ptrs holds K vectors (C,) there, and one (K,) elsewhere.
+
+    1 beyond K.
+    """
     if AFFINE:
-        z = tl.load(z_ptrs[k] + channel, mask=inside, other=0.0).to(ACC)
+        z = tl.load(pointer_of(z_ptrs, k, K) + channel, mask=k < K, other=1.0)
     else:
-        z = tl.load(z_ptrs[0] + k).to(ACC)
-    return z
+        z = tl.load(z_ptrs[0] + k, mask=k < K, other=1.0)
+    return z.to(ACC)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["vectors"])
 def _mixed_sum_kernel(
-    y_ptrs, x_ptrs, z_ptrs, plain_z_ptr, beta_ptrs, mean_ptr, r_ptr, out_ptr, M, C,
+    map_ptrs, z_ptrs, plain_z_ptr, beta_ptrs, mean_ptr, r_ptr, out_ptr, vectors, per_pixel, period,
     K: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr, AFFINE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    AHEAD: tl.constexpr, LOADS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """out = sum_k z_k r_k (y_k - mean_k) + sum_j zp_j x_j, or its affine form, on one tile."""
-    _, channel, offset, mask, _ = tile_of(M, C, BLOCK_M, BLOCK_C)
-    total = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
-    inside = channel < C
-    for k in tl.static_range(K):
-        mean = tl.load(mean_ptr + k * C + channel, mask=inside, other=0.0)
-        r = tl.load(r_ptr + k * C + channel, mask=inside, other=0.0)
-        y = tl.load(y_ptrs[k] + offset, mask=mask, other=0.0).to(ACC)
-        total += (weight_of(z_ptrs, k, channel, inside, ACC, AFFINE) * r) * (y - mean)
-        if AFFINE:
-            total += tl.load(beta_ptrs[k] + channel, mask=inside, other=0.0).to(ACC)
-    for j in tl.static_range(J):
-        x = tl.load(x_ptrs[j] + offset, mask=mask, other=0.0).to(ACC)
-        if AFFINE:
-            total += x
-        else:
-            total += tl.load(plain_z_ptr + j).to(ACC) * x
-    tl.store(out_ptr + offset, total, mask=mask)
+    """out = sum_k z_k r_k (y_k - mean_k) + sum_j zp_j x_j, or its affine form, on one tile.
+
+    The maps are y_1 to y_K, x_1 to x_J.
+    """
+    first, channel, offsets, masks = tile_of(vectors, per_pixel, period, LOADS, GROUPS, VECTOR)
+    C = per_pixel * VECTOR
+    totals = (tl.zeros((GROUPS, VECTOR), dtype=ACC),) * LOADS
+    values = load_ahead(map_ptrs, first, K + J, AHEAD, offsets, masks)
+    for start in range(0, K + J, AHEAD):
+        following = ()
+        for i in tl.static_range(AHEAD):
+            k = start + i
+            # Those of the plain maps: 0 and 1.
+            mean = tl.load(mean_ptr + k * C + channel, mask=k < K, other=0.0)
+            r = tl.load(r_ptr + k * C + channel, mask=k < K, other=1.0)
+            scale = weight_of(z_ptrs, k, channel, K, ACC, AFFINE) * r
+            beta = 0.0
+            if AFFINE:
+                beta_ptr = pointer_of(beta_ptrs, k, K) + channel
+                beta = tl.load(beta_ptr, mask=k < K, other=0.0).to(ACC)
+            elif J > 0:
+                plain = (k >= K) & (k < K + J)
+                scale *= tl.load(plain_z_ptr + (k - K), mask=plain, other=1.0).to(ACC)
+            sums = ()
+            for load in tl.static_range(LOADS):
+                term = scale * (values[i * LOADS + load].to(ACC) - mean)
+                if AFFINE:
+                    term += beta
+                sums = sums + (totals[load] + term,)
+            totals = sums
+            # In its place, on its way while the maps in between are added.
+            following = following + load_runs(
+                map_ptrs, first, k + AHEAD, K + J, offsets, masks
+            )  # fmt: skip
+        values = following
+    for load in tl.static_range(LOADS):
+        tl.store(out_ptr + first + offsets[load], totals[load], mask=masks[load])
 
 
 def batch_statistics(
@@ -249,16 +328,13 @@ def _sum(
     check_maps("ys", ys, ys[0] if ys else None)
     check_maps("xs", xs, ys[0])
     check_statistics(statistics, ys)
-    channels = ys[0].shape[1]
-    config = config or TileConfig.streaming(channels)
-    positions = ys[0].numel() // channels
+    config = config or TileConfig.streaming(ys[0].numel(), len(ys))
     out = empty_map(tuple(ys[0].shape), ys[0])
-    blocks = triton.cdiv(positions, config.block_m) * triton.cdiv(channels, config.block_c)
-    _mixed_sum_kernel[(blocks,)](
-        tuple(ys), tuple(xs), tuple(z), plain_z, tuple(betas), statistics.mean,
-        statistics.inverse_deviation, out, positions, channels, K=len(ys), J=len(xs),
-        ACC=accumulator(ys[0].dtype), AFFINE=bool(betas),
-        BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.warps,
+    programs, tile = config.launch(out, len(ys) + len(xs))
+    _mixed_sum_kernel[(programs,)](
+        (*ys, *xs), tuple(z), plain_z, tuple(betas), statistics.mean,
+        statistics.inverse_deviation, out, K=len(ys), J=len(xs), ACC=accumulator(ys[0].dtype),
+        AFFINE=bool(betas), **tile,
     )  # fmt: skip
     return out
 

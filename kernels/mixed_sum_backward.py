@@ -45,6 +45,8 @@ from lgcnet_fast.kernels.mixed_sum import (
     check_maps,
     check_statistics,
     check_weights,
+    load_ahead,
+    load_runs,
     tile_of,
     weight_of,
 )
@@ -160,29 +162,46 @@ def _sum_slabs(
     tl.store(dz_ptr + k, dz, mask=(k < COUNT) & (blocks == tl.cdiv(C, BLOCK_C)))
 
 
-@triton.jit(do_not_specialize=["M", "count"])
+@triton.jit(do_not_specialize=["vectors", "count"])
 def _mixed_sum_grad_kernel(
     g_ptr, y_ptrs, dy_ptrs, dx_ptrs, z_ptrs, plain_z_ptr, mean_ptr, r_ptr, s0_ptr, s1_ptr, count,
-    M, C,
+    vectors, per_pixel, period,
     K: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr, AFFINE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    AHEAD: tl.constexpr, LOADS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """dy_k = z_k r_k ((g - S0 / M) - (r_k S1_k / M) (y_k - mean_k)), dx_j = zp_j g on one tile."""
-    _, channel, offset, mask, _ = tile_of(M, C, BLOCK_M, BLOCK_C)
-    inside = channel < C
-    g = tl.load(g_ptr + offset, mask=mask, other=0.0).to(ACC)
-    for j in tl.static_range(J):
-        tl.store(dx_ptrs[j] + offset, tl.load(plain_z_ptr + j).to(ACC) * g, mask=mask)
+    first, channel, offsets, masks = tile_of(vectors, per_pixel, period, LOADS, GROUPS, VECTOR)
+    C = per_pixel * VECTOR
+    values = load_ahead(y_ptrs, first, K, AHEAD, offsets, masks)
     share = 1.0 / count.to(ACC)
-    g -= tl.load(s0_ptr + channel, mask=inside, other=0.0) * share
-    for k in tl.static_range(K):
-        mean = tl.load(mean_ptr + k * C + channel, mask=inside, other=0.0)
-        r = tl.load(r_ptr + k * C + channel, mask=inside, other=0.0)
-        s1 = tl.load(s1_ptr + k * C + channel, mask=inside, other=0.0)
-        scale = weight_of(z_ptrs, k, channel, inside, ACC, AFFINE) * r
-        slope = r * s1 * share
-        y = tl.load(y_ptrs[k] + offset, mask=mask, other=0.0).to(ACC)
-        tl.store(dy_ptrs[k] + offset, scale * (g - slope * (y - mean)), mask=mask)
+    shift = tl.load(s0_ptr + channel) * share
+    gs = ()
+    for load in tl.static_range(LOADS):
+        g = tl.load(g_ptr + first + offsets[load], mask=masks[load], other=0.0).to(ACC)
+        for j in tl.static_range(J):
+            dx = tl.load(plain_z_ptr + j).to(ACC) * g
+            tl.store(dx_ptrs[j] + first + offsets[load], dx, mask=masks[load])
+        gs = gs + (g - shift,)
+    for start in range(0, K, AHEAD):
+        following = ()
+        for i in tl.static_range(AHEAD):
+            k = start + i
+            row = tl.minimum(k, K - 1) * C
+            mean = tl.load(mean_ptr + row + channel)
+            r = tl.load(r_ptr + row + channel)
+            s1 = tl.load(s1_ptr + row + channel)
+            scale = weight_of(z_ptrs, k, channel, K, ACC, AFFINE) * r
+            slope = r * s1 * share
+            dy = pointer_of(dy_ptrs, k, K) + first
+            ys = ()
+            for load in tl.static_range(LOADS):
+                ys = ys + (values[i * LOADS + load].to(ACC),)
+            # In its place, on its way before anything is stored, which loads would wait for.
+            following = following + load_runs(y_ptrs, first, k + AHEAD, K, offsets, masks)
+            for load in tl.static_range(LOADS):
+                value = scale * (gs[load] - slope * (ys[load] - mean))
+                tl.store(dy + offsets[load], value, mask=masks[load] & (k < K))
+        values = following
 
 
 def mixed_sum_gradient_sums(
@@ -309,13 +328,12 @@ def _gradients(
     check_maps("dys", dys, g)
     if len(dys) != len(ys):
         raise ValueError(f"dys: {len(dys)} maps, need {len(ys)}")
-    config = config or TileConfig.streaming(channels)
-    positions = g.numel() // channels
-    blocks = triton.cdiv(positions, config.block_m) * triton.cdiv(channels, config.block_c)
-    _mixed_sum_grad_kernel[(blocks,)](
+    config = config or TileConfig.streaming(g.numel(), len(ys))
+    programs, tile = config.launch(g, len(ys))
+    _mixed_sum_grad_kernel[(programs,)](
         g, tuple(ys), tuple(dys), tuple(dxs), tuple(z), plain_z, statistics.mean,
-        statistics.inverse_deviation, sums.gradient, sums.normalised, count or positions,
-        positions, channels, K=len(ys), J=len(dxs), ACC=accumulator(g.dtype), AFFINE=affine,
-        BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.warps,
+        statistics.inverse_deviation, sums.gradient, sums.normalised,
+        count or g.numel() // channels, K=len(ys), J=len(dxs), ACC=accumulator(g.dtype),
+        AFFINE=affine, **tile,
     )  # fmt: skip
     return dys

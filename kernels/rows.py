@@ -50,14 +50,19 @@ def copy_strip(
     source_ptr, source_pitch, target_ptr, target_pitch, batch, first, pixel, channel,
     height, width, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows `first` .. `first` + ROWS - 1 from one map to another; `pitch`: between pixels."""
+    """Rows `first` .. `first` + ROWS - 1 from one map to another; `pitch`: between pixels.
+
+    All are on their way before the first is stored, as no load may pass a store.
+    """
+    values = ()
     for r in tl.static_range(ROWS):
-        row = first + r
-        mask = (pixel < width) & (row < height)
-        source = row_pointer(source_ptr, batch, row, height, width * source_pitch)
-        target = row_pointer(target_ptr, batch, row, height, width * target_pitch)
-        value = tl.load(source + (pixel * source_pitch + channel), mask=mask)
-        value = value.to(target_ptr.dtype.element_ty)
+        source = row_pointer(source_ptr, batch, first + r, height, width * source_pitch)
+        mask = (pixel < width) & (first + r < height)
+        values = values + (tl.load(source + (pixel * source_pitch + channel), mask=mask),)
+    for r in tl.static_range(ROWS):
+        target = row_pointer(target_ptr, batch, first + r, height, width * target_pitch)
+        mask = (pixel < width) & (first + r < height)
+        value = values[r].to(target_ptr.dtype.element_ty)
         tl.store(target + (pixel * target_pitch + channel), value, mask=mask)
 
 

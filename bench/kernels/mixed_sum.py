@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ from lgcnet_fast.ops.tuning import shape_key
 
 EDGE, NODE, FUSION = (6, 1), (18, 3), (10, 0)
 """Branches and skips."""
-SHAPES = [(16, 64, 4), (32, 64, 4), (64, 64, 4), (64, 64, 8), (64, 32, 4), (256, 32, 8)]
-TILES = list(itertools.starmap(TileConfig, [*SHAPES, (512, 32, 8)]))
+SHAPES = [(1, 4, 4), (1, 8, 4), (2, 1, 4), (2, 2, 4), (2, 2, 8), (4, 1, 4)]
+TILES = list(itertools.starmap(TileConfig, [*SHAPES, (4, 2, 4)]))
 SLABS: list[dict[str, int]] = [
     {"programs": 792},
     {"loads": 4},
@@ -235,7 +236,7 @@ RUNS: dict[str, Callable[[Inputs, Any], Any]] = {
 def sweep(operation: str, key: str) -> Sweep:
     case = case_of(key)
     k, j, channels = case.branches, case.plain, case.shape[1]
-    streaming: list[Any] = [TileConfig.streaming(channels), *TILES]
+    streaming: list[Any] = [TileConfig.streaming(prod(case.shape), k), *TILES]
     # Statistics share no map, so that `maps` says nothing.
     alone = _slabs(channels, k)
     alone = [config for config in alone if config.maps == alone[0].maps]

@@ -29,6 +29,7 @@ from lgcnet_fast.kernels import (
     concat_pair,
     concat_pointwise,
     concat_pointwise_backward,
+    concat_upsample_backward,
     conv3_backward,
     depthwise,
     depthwise_backward,
@@ -45,7 +46,7 @@ from lgcnet_fast.kernels import (
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 BRANCHES, PLAIN, READERS = 18, 3, 8
 MAPS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "g_ptr", "out_ptr", "matrices_out_ptr"}
-MAPS |= {f"{name}{index}_ptr" for name in ("x", "dx") for index in range(4)}
+MAPS |= {f"{name}{index}_ptr" for name in ("x", "y", "dx") for index in range(4)}
 LISTS = {
     "y_ptrs": BRANCHES,
     "dy_ptrs": BRANCHES,
@@ -85,7 +86,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
             tile = {"BLOCK_P": 32, "BLOCK_C": 16, "ROWS": rows}
             yield depthwise_input_grad._input_grad_kernel, shared | tile, 2
     counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}
-    streaming = {"BLOCK_M": 32, "BLOCK_C": 64}
+    streaming = {"AHEAD": 2, "LOADS": 2, "GROUPS": 128, "VECTOR": 8}
     statistics = {"K": BRANCHES, "ACC": tl.float32, "EPS": 1e-5}
     slab = {"BLOCK_M": 16, "LOADS": 4, "BLOCK_C": 64, "BLOCK_S": 16}
     yield mixed_sum._slab_statistics_kernel, statistics | slab, 4
@@ -112,6 +113,10 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         pair |= {"GROUPS": groups, "VECTOR": vector}
         yield concat_pair._concat_pair_kernel, pair, concat_pair.WARPS
         yield concat_pair._concat_pair_grad_kernel, pair | {"K": READERS}, concat_pair.WARPS
+    strips = {"MAPS": 3, "GROUPS": 128, "VECTOR": 8, "ROWS": 4, "ACC": tl.float32}
+    for taps in (3, 4, 9):
+        taken = {"TAPS": taps, "STEP": max(1, concat_upsample_backward._LOADS // taps)}
+        yield concat_upsample_backward._backward_kernel, strips | taken, 4
     tile = {"ACC": tl.float32, "BLOCK_P": 8, "BLOCK_C": 64, "ROWS": 8}
     for stride in (1, 2):
         for winners in (False, True):

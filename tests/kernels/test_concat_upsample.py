@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lgcnet_fast.kernels import concat_upsample_backward as backward_module
+from lgcnet_fast.kernels.bilinear import most_outputs_beside
 from lgcnet_fast.kernels.concat_upsample import (
     FORWARD,
     concat_upsample_forward,
@@ -139,6 +141,43 @@ def test_backward_is_float64_gradient(layout, dtype, add, device):
         assert (canary == 7).all()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("layout", "channels"),
+    [
+        (([(9, 5), (17, 9)], (17, 9)), [48, 24]),  # 2n - 1 of n
+        (([(8, 4), (5, 11)], (16, 8)), [8, 96]),  # 2n of n, and narrower than the map
+        (([(4, 3)], (14, 12)), [144]),
+    ],
+    ids=str,
+)
+def test_strips_of_any_length_are_float64_gradients(layout, channels, rows, device, monkeypatch):
+    monkeypatch.setattr(backward_module, "_PROGRAMS", 0)
+    sizes, size = layout
+    leaves = [x.double() for x in random_maps(sizes, channels, torch.float16, device)]
+    leaves = [x.requires_grad_() for x in leaves]
+    grad = random_map(truth(leaves, size, add=False).shape, torch.float16, device)
+    expected = torch.autograd.grad(truth(leaves, size, add=False), leaves, grad.double())
+    reached = truth([around(x) for x in leaves], size, add=False)
+    scales = torch.autograd.grad(reached, leaves, grad.double().abs())
+    config = StripConfig(512, rows, 2)
+    for actual, wanted, scale in zip(
+        concat_upsample_backward(grad, channels, sizes, config=config),
+        expected,
+        scales,
+        strict=True,
+    ):
+        assert_rounded(actual, wanted, scale)
+
+
+def test_nan_stays_in_the_pixels_that_read_it(device):
+    grad = random_map((1, 8, 17, 17), torch.float32, device)
+    grad[0, :, 7, 9] = float("nan")
+    (x_grad,) = concat_upsample_backward(grad, [8], [(9, 9)])
+    found = x_grad[0, 0].isnan().nonzero().tolist()
+    assert found == [[3, 4], [3, 5], [4, 4], [4, 5]]
+
+
 @pytest.mark.parametrize("config", [StripConfig(16, 1, 1), StripConfig(32, 3, 2)], ids=str)
 def test_tile_sizes_change_the_result_by_rounding_at_most(config, device):
     """Which products are fused with sums is the compiler's choice, for each tile anew."""
@@ -156,6 +195,19 @@ def test_tile_sizes_change_the_result_by_rounding_at_most(config, device):
     ):
         difference = (one.double() - other.double()).abs()
         assert (difference <= 4 * torch.finfo(torch.float32).eps * scale).all()
+
+
+def test_outputs_beside_an_input_are_counted():
+    for inputs in range(1, 12):
+        for outputs in range(1, 30):
+            distance = max(outputs - 1, 1)
+            stride = inputs - 1 if outputs > 1 else 0
+            read = [
+                sum(abs(o * stride - i * distance) < distance for o in range(outputs))
+                for i in range(inputs)
+            ]
+            assert most_outputs_beside(inputs, outputs) >= max(read)
+            assert most_outputs_beside(inputs, outputs) == max(read) or 1 in (inputs, outputs)
 
 
 def test_aligned_corners_map_2n_minus_1_exactly(device):

@@ -26,7 +26,7 @@ from lgcnet_fast.kernels.mixed_sum_backward import (
 from lgcnet_fast.kernels.slabs import MOST_SLABS, SlabConfig
 
 EPS = 1e-5
-TILE = TileConfig(block_m=16, block_c=16, warps=1)
+TILE = TileConfig(loads=2, ahead=2, warps=1)
 SLABS = SlabConfig(block_c=16, warps=1, loads=2, maps=2, programs=24)
 
 
@@ -46,6 +46,10 @@ SMALL = [
     Case((2, 5, 9, 7), 3, 4, TILE, replace(SLABS, loads=8, maps=4, programs=4)),
     Case((2, 48, 4, 3), 18, 3),
     Case((1, 64, 17, 20), 1),
+    Case((1, 24, 7, 19), 3, 1, TileConfig(loads=4, ahead=1, warps=1)),
+    Case((2, 48, 9, 11), 5, 0, TILE),
+    Case((1, 96, 5, 7), 2, 2, TileConfig(loads=1, ahead=8, warps=2)),
+    Case((1, 144, 3, 5), 1, 0, TileConfig(loads=4, ahead=4, warps=1)),
     Case((2, 5, 17, 9), 1, 1, slabs=SlabConfig(8, warps=2, loads=4, maps=2, programs=1)),
 ]
 LARGE = [Case((4, channels, 49, 97), 6, 1) for channels in (1, 3, 17, 48, 64, 255)] + [
