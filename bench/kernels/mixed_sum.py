@@ -236,7 +236,7 @@ RUNS: dict[str, Callable[[Inputs, Any], Any]] = {
 def sweep(operation: str, key: str) -> Sweep:
     case = case_of(key)
     k, j, channels = case.branches, case.plain, case.shape[1]
-    streaming: list[Any] = [TileConfig.streaming(prod(case.shape), k), *TILES]
+    streaming: list[Any] = [TileConfig.streaming(prod(case.shape)), *TILES]
     # Statistics share no map, so that `maps` says nothing.
     alone = _slabs(channels, k)
     alone = [config for config in alone if config.maps == alone[0].maps]

@@ -173,7 +173,7 @@ def tile(backend: str, launch: str, maps: Sequence[Tensor], plain: int) -> dict[
     y = maps[0]
     default: Any
     if launch in ("forward", "gradients"):
-        default = TileConfig.streaming(y.numel(), len(maps))
+        default = TileConfig.streaming(y.numel())
     else:
         summed = len(maps) + (plain if launch == "gradient_sums" else 0)
         default = TileConfig.reducing(y.shape[1], summed)
