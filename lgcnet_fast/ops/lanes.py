@@ -144,7 +144,7 @@ def lanes_of(device: torch.device) -> int:
 def gradients_later(device: torch.device) -> Iterator[None]:
     """Around a backward pass whose gradients of weights are read only after the `with` block.
 
-    That is: what it adds no gradient to had none before.
+    So none of the weights has a gradient yet, to which autograd would add.
     """
     if not _streams(device):
         yield
