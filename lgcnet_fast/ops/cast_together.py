@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.backend import Implementation, Operation, supposing
 from lgcnet_fast.ops.lanes import lanes_of, side_by_side, wait_for_later
 
 
@@ -62,13 +62,16 @@ class _CastTogether(torch.autograd.Function):
         return None, *found
 
 
-def gradients_may_wait(weights: Sequence[Tensor]) -> bool:
-    """Whether nothing computes with their gradients without `wait_for_later`.
+def gradient_owners(weights: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """What `settle` takes before their gradients are returned: their addresses.
 
-    So it is for leaves that a backward pass meets once, and for copies that `cast_together` made.
+    None where autograd goes on to compute with them: unless these are leaves, or copies that
+    `cast_together` made, which waits itself.
     """
     own = (type(None), _CastTogether._backward_cls)  # type: ignore[attr-defined]
-    return all(isinstance(weight.grad_fn, own) for weight in weights)
+    if supposing() or not all(isinstance(weight.grad_fn, own) for weight in weights):
+        return None
+    return tuple(weight.data_ptr() for weight in weights)
 
 
 def _reference(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
-from lgcnet_fast.ops.cast_together import gradients_may_wait
+from lgcnet_fast.ops.cast_together import gradient_owners
 from lgcnet_fast.ops.conv3_kernels import conv3_weight_gradients, suits
 from lgcnet_fast.ops.fused_separable_branches import computed_dtype
-from lgcnet_fast.ops.lanes import side_by_side, wait_for_later
+from lgcnet_fast.ops.lanes import settle, side_by_side
 from lgcnet_fast.ops.maps import dtype_refusal, nhwc
 from lgcnet_fast.ops.operands import check_beside, check_map
 from lgcnet_fast.ops.pointwise_kernels import convolution_gradient, pointwise_convolution_backward
@@ -89,7 +89,7 @@ class _Convolutions(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
         ctx.backend, ctx.geometries = backend, geometries
-        ctx.may_wait = gradients_may_wait(tensors[len(geometries) :])
+        ctx.owners = gradient_owners(tensors[len(geometries) :])
         jobs = [
             partial(torch.ops.aten.convolution, *operands, None, *arguments)
             for *operands, arguments in _each(tensors, geometries)
@@ -108,8 +108,7 @@ class _Convolutions(torch.autograd.Function):
             [partial(_like, tensors, *one) for one in jobs],
             [partial(_like, tensors, *one) for one in later],
         )
-        if not ctx.may_wait:
-            wait_for_later(tensors[0].device)
+        settle(tensors[0].device, ctx.owners)
         found = {
             place: gradient
             for (places, _), part in zip([*jobs, *later], parts, strict=True)

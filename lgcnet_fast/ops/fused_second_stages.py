@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lgcnet_fast.ops import fused_separable_branches
 from lgcnet_fast.ops.backend import Implementation
-from lgcnet_fast.ops.cast_together import gradients_may_wait
+from lgcnet_fast.ops.cast_together import gradient_owners
 from lgcnet_fast.ops.constants import constant
 from lgcnet_fast.ops.fused_mixed_norm_sum import mixed_sum, mixed_sum_backward, norm_statistics
 from lgcnet_fast.ops.fused_mixed_norm_sum import refuse as refuse_norms
@@ -26,7 +26,7 @@ from lgcnet_fast.ops.fused_separable_branches import (
     stacked_windows,
     weight_gradients,
 )
-from lgcnet_fast.ops.lanes import side_by_side, wait_for_later
+from lgcnet_fast.ops.lanes import settle, side_by_side
 from lgcnet_fast.ops.maps import computed_dtype, nhwc
 
 
@@ -82,7 +82,7 @@ class _SecondStages(torch.autograd.Function):
         jobs = [partial(_stage, settings, *edge) for edge in _edges(kept)]
         maps = side_by_side(statistics.device, jobs)
         ctx.save_for_backward(*kept)
-        ctx.settings, ctx.may_wait = settings, gradients_may_wait(weights)
+        ctx.settings, ctx.owners = settings, gradient_owners(weights)
         ctx.like = [(weight.dtype, weight.shape) for weight in (weights[0], weights[edges])]
         return tuple(maps)
 
@@ -94,8 +94,7 @@ class _SecondStages(torch.autograd.Function):
             for g, edge in zip(gradients, _edges(kept), strict=True)
         ]
         dys, *found = zip(*side_by_side(gradients[0].device, jobs), strict=True)
-        if not ctx.may_wait:
-            wait_for_later(gradients[0].device)
+        settle(gradients[0].device, ctx.owners)
         weights = [
             gradient
             for of_edges, like in zip(found, ctx.like, strict=True)

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from lgcnet_fast.ops.backend import Implementation
-from lgcnet_fast.ops.cast_together import gradients_may_wait
+from lgcnet_fast.ops.cast_together import gradient_owners
 from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, filtered_maps
-from lgcnet_fast.ops.lanes import side_by_side, wait_for_later
+from lgcnet_fast.ops.lanes import settle, side_by_side, wait_for_later
 from lgcnet_fast.ops.maps import accumulator, computed_dtype, dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.packed_weights import packed
 from lgcnet_fast.ops.pointwise_kernels import matrices, pointwise_gradients
@@ -81,7 +81,7 @@ class _SeparableBranches(torch.autograd.Function):
         windows, matrices = stacked_windows(weights[:half]), stacked_matrices(weights[half:], x)
         edges = separable_branches_forward(x, windows, matrices, *settings)
         ctx.save_for_backward(x, windows, matrices)
-        ctx.settings, ctx.may_wait = settings, gradients_may_wait(weights)
+        ctx.settings, ctx.owners = settings, gradient_owners(weights)
         ctx.like = [(weight.dtype, weight.shape) for weight in (weights[0], weights[half])]
         return tuple(_stacks(edges, stacks))
 
@@ -89,8 +89,7 @@ class _SeparableBranches(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors
         dx, *found = separable_branches_backward(list(map(nhwc, gradients)), *kept, *ctx.settings)
-        if not ctx.may_wait:
-            wait_for_later(dx.device)
+        settle(dx.device, ctx.owners)
         weights = [
             gradient
             for of_kind, like in zip(found, ctx.like, strict=True)

@@ -66,6 +66,7 @@ class _Later:
         self._held: list[object] = []
         """For the jobs since the last turn: themselves and what they have dropped."""
         self._turns: deque[tuple[torch.cuda.Event, list[object]]] = deque()
+        self._owners: set[int] = set()
 
     def run(self, job: Callable[[], T], current: torch.cuda.Stream) -> T:
         self._stream.wait_stream(current)
@@ -84,6 +85,12 @@ class _Later:
         if len(self._turns) > TURNS:
             done, _ = self._turns.popleft()
             current.wait_event(done)
+
+    def must_wait(self, owners: Sequence[int] | None) -> bool:
+        """Also for a weight that comes again, since autograd adds its gradients up."""
+        known = owners is None or not self._owners.isdisjoint(owners)
+        self._owners.update(owners or ())
+        return known
 
     def join(self, current: torch.cuda.Stream) -> None:
         if self._held or self._turns:  # Else the stream may have no part in a capture.
@@ -161,6 +168,16 @@ def wait_for_later(device: torch.device) -> None:
     """For whoever reads gradients of weights within a `gradients_later` block."""
     if device in _later:
         _later[device].join(torch.cuda.current_stream(device))
+
+
+def settle(device: torch.device, owners: Sequence[int] | None) -> None:
+    """Before gradients of weights, of which some came from jobs for later, go to autograd.
+
+    owners: addresses of the weights; None where autograd computes with the gradients.
+    """
+    beside = _later.get(device)
+    if beside is not None and beside.must_wait(owners):
+        beside.join(torch.cuda.current_stream(device))
 
 
 @contextmanager

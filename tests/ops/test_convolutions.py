@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.errors import OperandError
-from lgcnet_fast.ops import use_backend
+from lgcnet_fast.ops import cast_together, use_backend
 from lgcnet_fast.ops.conv3_kernels import conv3_weight_gradients
 from lgcnet_fast.ops.convolutions import Geometry, convolutions
 from lgcnet_fast.ops.pointwise_kernels import (
@@ -152,6 +152,24 @@ def test_images_have_no_gradient(device: torch.device, monkeypatch: pytest.Monke
         found += torch.autograd.grad(y.square().sum(), weight)
     assert computed == [1]
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["leaf", "copy", "computed"])
+def test_whose_gradients_may_come_later(
+    kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leaves', and those of copies whose own gradients wait; not where autograd computes on."""
+    asked: list[tuple[int, ...] | None] = []
+    module = sys.modules["lgcnet_fast.ops.convolutions"]
+    monkeypatch.setattr(module, "settle", lambda device, owners: asked.append(owners))
+    leaf = torch.randn(2, 3, 3, 3, device=device, requires_grad=True)
+    with use_backend("triton"):
+        copy = cast_together([leaf], torch.bfloat16)[0]
+        weight = {"leaf": leaf, "copy": copy, "computed": leaf * 2}[kind]
+        x = torch.randn(1, 3, 4, 4, device=device).to(weight.dtype)
+        convolutions([x], [weight], [Geometry(1, 1)])[0].float().sum().backward()
+    assert asked == [None if kind == "computed" else (weight.data_ptr(),)]
+    assert leaf.grad is not None
 
 
 def test_gradients_lie_in_memory_as_their_weights(device: torch.device) -> None:

@@ -19,6 +19,7 @@ from lgcnet_fast.ops.lanes import (
     gradients_later,
     in_background,
     keep_until_joined,
+    settle,
     side_by_side,
     wait_for_later,
 )
@@ -226,6 +227,26 @@ def test_whoever_reads_earlier_waits(background_device: Device) -> None:
         device.launch("reader")
     assert "weight" in device.before["reader"]
     wait_for_later(ANYWHERE)
+
+
+def test_gradients_that_autograd_adds_up_are_waited_for(background_device: Device) -> None:
+    """Those of a weight that comes again, and of what is no leaf."""
+    device = background_device
+
+    def put_off(name: str, owners: tuple[int, ...] | None) -> None:
+        side_by_side(ANYWHERE, [], [partial(device.launch, name)])
+        settle(ANYWHERE, owners)
+        device.launch(f"after {name}")
+
+    with gradients_later(ANYWHERE):
+        put_off("first", (1, 2))
+        put_off("other", (3,))
+        assert "other" not in device.before["after other"]
+        put_off("again", (2, 4))
+        assert {"first", "again"} <= device.before["after again"]
+        put_off("computed", None)
+        assert "computed" in device.before["after computed"]
+    settle(ANYWHERE, None)
 
 
 def test_without_gradients_for_later_there_is_nothing_to_wait_for(
