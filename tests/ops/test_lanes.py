@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -327,6 +327,21 @@ def test_without_streams_jobs_run_in_order() -> None:
     assert side_by_side(ANYWHERE, []) == []
 
 
+def assert_captured_as_eager(work: Callable[[], torch.Tensor]) -> None:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        eager = work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = work()
+    for _ in range(3):
+        captured.zero_()
+        graph.replay()
+        torch.testing.assert_close(captured, eager)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("jobs", [0, 2])
@@ -367,18 +382,7 @@ def test_gradients_for_later_read_what_has_been_dropped_since() -> None:
                 y = torch.tanh(halves[0] - halves[1])
         return torch.stack(weights)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        eager = work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        captured = work()
-    for _ in range(3):
-        captured.zero_()
-        graph.replay()
-        torch.testing.assert_close(captured, eager)
+    assert_captured_as_eager(work)
 
 
 @pytest.mark.gpu
@@ -403,15 +407,4 @@ def test_a_captured_graph_computes_what_eager_jobs_do() -> None:
             total = torch.stack(side_by_side(x.device, parts)).mean(0)
         return total
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        eager = work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        captured = work()
-    for _ in range(3):
-        captured.zero_()
-        graph.replay()
-        torch.testing.assert_close(captured, eager)
+    assert_captured_as_eager(work)
