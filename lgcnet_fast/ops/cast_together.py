@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.ops.backend import Implementation, Operation, supposing
-from lgcnet_fast.ops.lanes import lanes_of, side_by_side, wait_for_later
+from lgcnet_fast.ops.lanes import lanes_of, settle, side_by_side
 
 
 def cast_together(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -50,7 +50,7 @@ class _CastTogether(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        wait_for_later(ctx.saved_tensors[0].device)
+        settle(ctx.saved_tensors[0].device)
         # Like the weights in memory, as the optimiser wants them.
         found = [
             None if g is None else torch.empty_like(weight)

@@ -25,7 +25,7 @@ from torch.library import custom_op
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.cast_together import gradient_owners
 from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, filtered_maps
-from lgcnet_fast.ops.lanes import settle, side_by_side, wait_for_later
+from lgcnet_fast.ops.lanes import settle, side_by_side
 from lgcnet_fast.ops.maps import accumulator, computed_dtype, dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.packed_weights import packed
 from lgcnet_fast.ops.pointwise_kernels import matrices, pointwise_gradients
@@ -120,7 +120,7 @@ def stacked_matrices(pointwise: Sequence[Tensor], x: Tensor) -> Tensor:
 def weight_gradients(found: Tensor, dtype: torch.dtype, shape: torch.Size) -> Sequence[Tensor]:
     """Those of stacked weights, each as its parameter (dtype, shape) wants it."""
     if found.dtype != dtype:
-        wait_for_later(found.device)
+        settle(found.device)
     return found.to(dtype).view(-1, *shape).unbind()
 
 

@@ -13,7 +13,6 @@ allocated on as soon as Python drops it, whatever other streams still do with it
 2. No job reads or writes what another one writes.
 3. A stream belongs to one job at a time: a job that calls `side_by_side` shares out its own
    streams only. All of them have joined the job's first stream when it ends.
-
 4. What a job drops that was there before it, it hands to `keep_until_joined`.
 5. What a job for `later` reads is held until the current stream has waited for it.
 
@@ -110,8 +109,7 @@ def side_by_side(
 
     They work on `device`, as the module's rules say. Where there are more jobs than streams, some
     jobs follow each other on a stream. Those for later give gradients of weights, which nobody
-    reads in a `gradients_later` block without `wait_for_later`: there they run beside all that
-    follows.
+    reads in a `gradients_later` block without `settle`: there they run beside all that follows.
     """
     streams = _own.get() or _streams(device)
     beside = _later.get(device) if streams else None
@@ -164,16 +162,11 @@ def gradients_later(device: torch.device) -> Iterator[None]:
     beside.join(torch.cuda.current_stream(device))
 
 
-def wait_for_later(device: torch.device) -> None:
-    """For whoever reads gradients of weights within a `gradients_later` block."""
-    if device in _later:
-        _later[device].join(torch.cuda.current_stream(device))
+def settle(device: torch.device, owners: Sequence[int] | None = None) -> None:
+    """Before gradients of weights, of which some came from jobs for later, are read.
 
-
-def settle(device: torch.device, owners: Sequence[int] | None) -> None:
-    """Before gradients of weights, of which some came from jobs for later, go to autograd.
-
-    owners: addresses of the weights; None where autograd computes with the gradients.
+    owners: addresses of the weights where they only go to autograd, which reads them if it adds
+    them to others of the same weight: there this waits for the second ones.
     """
     beside = _later.get(device)
     if beside is not None and beside.must_wait(owners):

@@ -21,7 +21,6 @@ from lgcnet_fast.ops.lanes import (
     keep_until_joined,
     settle,
     side_by_side,
-    wait_for_later,
 )
 
 ANYWHERE = torch.device("cpu")
@@ -223,10 +222,10 @@ def test_whoever_reads_earlier_waits(background_device: Device) -> None:
     device = background_device
     with gradients_later(ANYWHERE):
         side_by_side(ANYWHERE, [], [partial(device.launch, "weight")])
-        wait_for_later(ANYWHERE)
+        settle(ANYWHERE)
         device.launch("reader")
     assert "weight" in device.before["reader"]
-    wait_for_later(ANYWHERE)
+    settle(ANYWHERE)
 
 
 def test_gradients_that_autograd_adds_up_are_waited_for(background_device: Device) -> None:
@@ -246,7 +245,7 @@ def test_gradients_that_autograd_adds_up_are_waited_for(background_device: Devic
         assert {"first", "again"} <= device.before["after again"]
         put_off("computed", None)
         assert "computed" in device.before["after computed"]
-    settle(ANYWHERE, None)
+    settle(ANYWHERE)
 
 
 def test_without_gradients_for_later_there_is_nothing_to_wait_for(
@@ -256,7 +255,7 @@ def test_without_gradients_for_later_there_is_nothing_to_wait_for(
     with gradients_later(ANYWHERE):
         side_by_side(ANYWHERE, [partial(background_device.launch, "map")])
         background_device.made[0].done.add("elsewhere")
-        wait_for_later(ANYWHERE)
+        settle(ANYWHERE)
     background_device.launch("after")
     assert background_device.before["after"] == {"map"}
 
