@@ -5,20 +5,23 @@
     python -m bench.deploy --out FILE --genotypes random --size 769x1537 360x480 720x960
 
 A frame goes from uint8 images to uint8 label maps of their size, both on the GPU, for all alike.
-Labels are compared first. Every stock subject shares a process and its rounds with ours.
+Labels are compared first. Every stock subject shares a process and its rounds with ours. Compiling
+takes minutes: with --jobs several are built side by side, which are timed one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.device import require_gpu
 from bench.genotypes import RANDOM, expanded
 from bench.options import Deadline, image_size, parser
-from bench.process import WorkerFailed, Workers
+from bench.process import Worker, WorkerFailed
 from bench.results_file import Rows, provenance
 from bench.training.command import TINY_SIZE, TINY_SPACE
 from lgcnet_fast.benchmark.case import Case
@@ -27,6 +30,9 @@ TARGET = "bench.deploy_server:DeployServer"
 STOCK = tuple(
     f"{kind}-{layout}" for kind in ("eager", "graph", "autotuned") for layout in ("nchw", "nhwc")
 )
+
+TIMING_SECONDS = 120
+"""A comparison that is built and takes longer hangs."""
 
 
 @dataclass(frozen=True)
@@ -48,55 +54,103 @@ class Subject:
         return {"network": str(self), "genotype": self.genotype, **asdict(self.case)}
 
 
+@dataclass(frozen=True)
+class Comparison:
+    subject: Subject
+    stock: str
+    ours: str
+    check: bool
+    """Whether labels are compared before, which once a subject is enough."""
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.stock}"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {**self.subject.arguments, "ours": self.ours}
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        return {**self.subject.columns, "subject": self.stock, "ours": self.ours}
+
+
 def main() -> None:
     options = _options()
     require_gpu(options.dry)
     deadline = Deadline(options.seconds)
     rows = Rows(options.out, provenance(options.commit), _identity)
     subjects = _subjects(options)
-    with Workers(TARGET) as processes:
-        for subject in subjects:
-            _check(processes, subject, options, rows)
-    for stock in options.stock:
-        with Workers(TARGET) as processes:
-            for subject in subjects:
-                if deadline.over:
-                    print(f"out of time: {stock} on {subject} and what follows left out")
-                    return
-                within = min(options.build_seconds, deadline.left)
-                _compare(processes, subject, stock, options.ours, within, rows)
+    comparisons = [
+        Comparison(subject, stock, options.ours, check=stock == options.stock[0])
+        for stock in options.stock
+        for subject in subjects
+    ]
+    for first in range(0, len(comparisons), options.jobs):
+        if deadline.over:
+            print(f"out of time: {comparisons[first]} and what follows left out")
+            return
+        within = min(options.build_seconds, deadline.left)
+        _compare(comparisons[first : first + options.jobs], within, rows)
 
 
-def _check(processes: Workers, subject: Subject, options: argparse.Namespace, rows: Rows) -> None:
-    try:
-        found = processes.ask(
-            "check", options.build_seconds, **subject.arguments, ours=options.ours
-        )
-    except WorkerFailed as error:
-        raise SystemExit(f"{options.ours} {subject}: {error}") from None
-    rows.add({**subject.columns, "subject": f"{options.ours} labels", **found})
-    print(f"{subject} {options.ours}: {found['differs']:.2e} of the labels differ", flush=True)
-    if not found["right"]:
-        raise SystemExit(f"WRONG RESULT: {options.ours} {subject}: {found}")
+def _compare(comparisons: list[Comparison], within: float, rows: Rows) -> None:
+    """Built side by side, each in a process of its own; then timed one after the other."""
+    with ExitStack() as stack:
+        built = [Built(comparison, Worker(TARGET)) for comparison in comparisons]
+        for each in built:
+            stack.callback(each.worker.end)
+        with ThreadPoolExecutor(len(built)) as pool:
+            list(pool.map(lambda each: each.build(within), built))
+        for each in built:
+            _time(each, rows)
 
 
-def _compare(
-    processes: Workers, subject: Subject, stock: str, ours: str, within: float, rows: Rows
-) -> None:
-    about = {**subject.columns, "subject": stock, "ours": ours}
-    try:
-        found = processes.ask("compare", within, **subject.arguments, ours=ours, subject=stock)
-    except WorkerFailed as error:
-        rows.add({**about, "failed": str(error)})
-        print(f"{subject}: {stock} failed: {error}", flush=True)
-        return
-    rows.add({**about, **found})
-    host = found["ours_host_us"]
-    print(
-        f"{subject}: {stock} {found['fps']:.0f} FPS, {ours} {found['ours_fps']:.0f} FPS "
-        f"({found['ours_latency_ms']:.3f} ms, host {host or 0:.0f} us), "
-        f"speed-up {found['speed_up']:.2f}",
-        flush=True,
+class Built:
+    """A comparison in its process."""
+
+    def __init__(self, comparison: Comparison, worker: Worker) -> None:
+        self.comparison, self.worker = comparison, worker
+        self.labels: dict[str, Any] | None = None
+        self.failure = ""
+
+    def build(self, within: float) -> None:
+        """Compares labels, if that is asked for, and builds both."""
+        deadline = Deadline(within)
+        try:
+            if self.comparison.check:
+                self.labels = self.worker.ask("check", within, **self.comparison.arguments)
+            self.worker.ask(
+                "build", deadline.left, stock=self.comparison.stock, **self.comparison.arguments
+            )
+        except WorkerFailed as error:
+            self.failure = str(error)
+
+
+def _time(built: Built, rows: Rows) -> None:
+    comparison, labels = built.comparison, built.labels
+    if labels is not None:
+        rows.add({**comparison.columns, "subject": f"{comparison.ours} labels", **labels})
+        print(f"{comparison.subject}: {labels['differs']:.2e} of the labels differ", flush=True)
+        if not labels["right"]:
+            raise SystemExit(f"WRONG RESULT: {comparison.ours} {comparison.subject}: {labels}")
+    found: dict[str, Any] = {"failed": built.failure}
+    if not built.failure:
+        try:
+            found = built.worker.ask("compare", TIMING_SECONDS)
+        except WorkerFailed as error:
+            found = {"failed": str(error)}
+    built.worker.end()
+    rows.add({**comparison.columns, **found})
+    print(f"{comparison}: {_told(comparison, found)}", flush=True)
+
+
+def _told(comparison: Comparison, found: dict[str, Any]) -> str:
+    if "failed" in found:
+        return f"failed: {found['failed']}"
+    return (
+        f"{found['fps']:.0f} FPS, {comparison.ours} {found['ours_fps']:.0f} FPS "
+        f"({found['ours_latency_ms']:.3f} ms, host {found['ours_host_us'] or 0:.0f} us), "
+        f"speed-up {found['speed_up']:.2f}"
     )
 
 
@@ -130,8 +184,9 @@ def _options() -> argparse.Namespace:
         "--build-seconds",
         type=float,
         default=240,
-        help="a comparison that takes longer is given up",
+        help="a comparison whose networks take longer to compile is given up",
     )
+    options.add_argument("--jobs", type=int, default=1, help="comparisons built side by side")
     options.add_argument("--dry", action="store_true", help="a tiny network on the CPU")
     return options.parse_args()
 

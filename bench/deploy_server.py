@@ -35,11 +35,28 @@ SLACK = 1e-3
 class DeployServer:
     def __init__(self, protocol: Protocol = PROTOCOL if CUDA else BRIEF) -> None:
         self._protocol = protocol
+        self._frames: dict[str, Callable[[], Tensor]] = {}
+        self._batch = 1
 
-    def compare(self, subject: str, **arguments: Any) -> dict[str, Any]:
-        """Numbers of frames of both, which take turns; arguments as for `times`."""
-        times = self.times(subject=subject, **arguments)
-        mine, theirs = times["ours"], times[subject]
+    def build(
+        self, case: dict[str, Any], genotype: str, space: dict[str, Any], ours: str, stock: str
+    ) -> None:
+        """Makes the frames that `times` and `compare` time: ours and those of plain PyTorch."""
+        given = _case(case)
+        network = _network(genotype, space)
+        kind, _, layout = stock.partition("-")
+        with exact_float32():
+            self._frames = {
+                "ours": _engine(network, genotype, space, given, ours),
+                stock: plain_frame(plain(network), given, DEVICE, RUNTIMES[kind], layout),
+            }
+        self._batch = given.batch
+
+    def compare(self) -> dict[str, Any]:
+        """Numbers of frames of both, which take turns, and ends both."""
+        mine, theirs = self.times().values()
+        self._frames = {}
+        release_memory()
         rounds = ratios(mine.round_fps, theirs.round_fps)
         return {
             **_told(theirs),
@@ -48,21 +65,10 @@ class DeployServer:
             "speed_up_p10": tenth_percentile(rounds),
         }
 
-    def times(
-        self, case: dict[str, Any], genotype: str, space: dict[str, Any], ours: str, subject: str
-    ) -> dict[str, Timing]:
-        given = _case(case)
-        network = _network(genotype, space)
-        kind, _, layout = subject.partition("-")
+    def times(self) -> dict[str, Timing]:
+        """Of what `build` made: `ours`, then the stock."""
         with exact_float32():
-            frames = {
-                "ours": _engine(network, genotype, space, given, ours),
-                subject: plain_frame(plain(network), given, DEVICE, RUNTIMES[kind], layout),
-            }
-            times = time_interleaved(frames, DEVICE, given.batch, self._protocol)
-        del frames
-        release_memory()
-        return times
+            return time_interleaved(self._frames, DEVICE, self._batch, self._protocol)
 
     def check(
         self, case: dict[str, Any], genotype: str, space: dict[str, Any], ours: str

@@ -25,6 +25,7 @@ def test_frame(dtype: str, backend: str, guard: Any) -> None:
     arguments = {"genotype": GENOTYPE, "space": SPACE, "ours": backend}
     found = server.check(case, **arguments)
     assert found["right"], found
-    times = server.times(case, **arguments, subject=STOCK)
+    server.build(case, **arguments, stock=STOCK)
+    times = server.times()
     frames = {name: [1 / rate for rate in timing.round_fps] for name, timing in times.items()}
     guard(f"{backend} deploy {GENOTYPE} {SIZE[0]}x{SIZE[1]} {dtype}", frames)

@@ -18,7 +18,7 @@ ARGUMENTS = {"genotype": RANDOM[0], "space": TINY_SPACE, "ours": "reference"}
 
 def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "rows.json"
-    options = ["--dry", "--ours", "reference", "--stock", "eager-nhwc", "graph-nchw"]
+    options = ["--dry", "--ours", "reference", "--stock", "eager-nhwc", "graph-nchw", "--jobs", "2"]
     monkeypatch.setattr(sys, "argv", ["bench", *options, "--out", str(out)])
     deploy.main()
     labels, eager, graph = json.loads(out.read_text())["rows"]
