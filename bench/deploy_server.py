@@ -80,7 +80,7 @@ class DeployServer:
         with exact_float32(), torch.inference_mode():
             found = _engine(network, genotype, space, given, ours)()
             exact = Pipeline(plain(network).to(DEVICE), torch.float32, "nchw", upsample=False)
-            labels, certain = _labels_and_certainty(exact.to(DEVICE)(images), given.size)
+            labels, certain = labels_and_certainty(exact.to(DEVICE)(images), given.size)
             differs = found.reshape(labels.shape) != labels
             wrong = differs.float().mean().item()
             result = {"differs": wrong, "differs_where_certain": int((differs & certain).sum())}
@@ -114,7 +114,8 @@ def _engine(
     return lambda: engine.batch_labels(images)
 
 
-def _labels_and_certainty(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def labels_and_certainty(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(N, classes, h, w) to uint8 labels (N, *size), and where the two best differ by `MARGIN`."""
     full = torch.nn.functional.interpolate(logits, size, mode="bilinear", align_corners=True)
     best = full.topk(2, dim=1)
     return best.indices[:, 0].to(torch.uint8), best.values[:, 0] - best.values[:, 1] > MARGIN
