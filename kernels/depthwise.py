@@ -57,6 +57,9 @@ AT_ONCE = tl.constexpr(3)
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
+Maps = Tensor | Sequence[Tensor]
+"""Those of all edges and branches, edge after edge: as one tensor, or a tensor each."""
+
 
 @dataclass(frozen=True)
 class ForwardConfig:
@@ -435,15 +438,28 @@ def check_arguments(
     return edges, branches, channels
 
 
-def check_dy(dy: Tensor, x: Tensor, weights: Tensor, stride: int) -> tuple[int, int]:
-    """Output (height, width); raises `ValueError` unless dy is like the output for x."""
+def check_dy(
+    dy: Maps, x: Tensor, weights: Tensor, stride: int
+) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    """The tensors that dy is made of, and the output's (height, width).
+
+    Raises `ValueError` unless dy is like the output for x, or holds all of its maps.
+    """
     edges, branches = weights.shape[:2]
     images, channels, height, width = x.shape
     size = (-(-height // stride), -(-width // stride))
-    shape = (edges, branches, images, channels, *size)
-    check_like("dy", dy, shape, x)
-    if dy.dtype != x.dtype:
-        raise ValueError(f"dy: dtype {dy.dtype}, but x has {x.dtype}")
-    if not dy.movedim(-3, -1).is_contiguous():
-        raise ValueError(f"dy: strides {dy.stride()} of shape {shape} are not dense NHWC maps")
-    return size
+    shape: tuple[int, ...] = (edges, branches, images, channels, *size)
+    parts = (dy,) if isinstance(dy, Tensor) else tuple(dy)
+    if not isinstance(dy, Tensor):
+        shape = shape[2:]
+        if len(parts) != edges * branches:
+            raise ValueError(f"dy: {len(parts)} maps, need {edges * branches}")
+    for part in parts:
+        check_like("dy", part, shape, x)
+        if part.dtype != x.dtype:
+            raise ValueError(f"dy: dtype {part.dtype}, but x has {x.dtype}")
+        if not part.movedim(-3, -1).is_contiguous():
+            raise ValueError(
+                f"dy: strides {part.stride()} of shape {shape} are not dense NHWC maps"
+            )
+    return parts, size

@@ -178,7 +178,7 @@ def depthwise_backward(
         arguments = (dy, x, weight, dilation, stride, relu)
         return depthwise_input_grad(*arguments), depthwise_weight_grad(*arguments)
     check_arguments(x, weight[None, None], (dilation,), stride)
-    out_height, out_width = check_dy(dy[None, None], x, weight[None, None], stride)
+    _, (out_height, out_width) = check_dy(dy[None, None], x, weight[None, None], stride)
     images, channels, height, width = x.shape
     config = config or WeightGradConfig.default((1, 1, *dy.shape), (dilation,), stride)
     dx = empty_map(tuple(x.shape), x)

@@ -31,12 +31,14 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.common import INTERPRETED, accumulator, empty_map
 from lgcnet_fast.kernels.depthwise import (
+    Maps,
     check_arguments,
     check_dy,
     default_block,
     dilation_of,
     pack,
 )
+from lgcnet_fast.kernels.slabs import pointer_of
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -261,11 +263,14 @@ def _zeros(ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC
 
 @triton.jit(do_not_specialize=["packed_dilations", "N", "maps", "branches"])
 def _input_grad_kernel(
-    dy_ptr, x_ptr, w_ptr, dx_ptr, packed_dilations, N, H, W, HO, WO, C, maps, branches,
-    STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    dy_ptrs, x_ptr, w_ptr, dx_ptr, packed_dilations, N, H, W, HO, WO, C, maps, branches,
+    APART: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS x BLOCK_P output positions, BLOCK_C channels, all maps of dy."""
+    """One program: ROWS x BLOCK_P output positions, BLOCK_C channels, all maps of dy.
+
+    APART: the number of maps where each has a pointer of its own, 1 where they follow each other.
+    """
     channel_blocks = tl.cdiv(C, BLOCK_C)
     column_blocks = tl.cdiv(WO, BLOCK_P)
     row_blocks = tl.cdiv(HO, ROWS)
@@ -279,23 +284,29 @@ def _input_grad_kernel(
 
     x = x_ptr + image * H * W * C
     dx = dx_ptr + image * H * W * C
-    g = dy_ptr + image * HO * WO * C
+    of_image = image * HO * WO * C
+    g = dy_ptrs[0] + of_image
     w = w_ptr
     y_size = N.to(tl.int64) * HO * WO * C
     ee = _zeros(ROWS, BLOCK_P, BLOCK_C, ACC)
     if STRIDE == 1:
         for k in range(maps):
+            if APART > 1:
+                g = pointer_of(dy_ptrs, k, APART) + of_image
             reach = dilation_of(packed_dilations, k % branches)
             ee = _add_window(
                 ee, g, w, reach, row, column, channel, mask, channel_mask, HO, WO, C, ROWS, ACC
             )
-            g += y_size
+            if APART == 1:
+                g += y_size
             w += 9 * C
     else:
         eo = _zeros(ROWS, BLOCK_P, BLOCK_C, ACC)
         oe = _zeros(ROWS, BLOCK_P, BLOCK_C, ACC)
         oo = _zeros(ROWS, BLOCK_P, BLOCK_C, ACC)
         for k in range(maps):
+            if APART > 1:
+                g = pointer_of(dy_ptrs, k, APART) + of_image
             dilation = dilation_of(packed_dilations, k % branches)
             if dilation % 2 == 0:
                 ee = _add_window(
@@ -307,7 +318,8 @@ def _input_grad_kernel(
                     ee, eo, oe, oo, g, w, dilation, row, column, channel, mask, channel_mask,
                     HO, WO, C, ROWS, ACC,
                 )  # fmt: skip
-            g += y_size
+            if APART == 1:
+                g += y_size
             w += 9 * C
         tops, lefts = 2 * row, 2 * column
         _store(x, dx, eo, tops, lefts + 1, channel, mask, H, W, C, 2, RELU, ROWS)
@@ -317,7 +329,7 @@ def _input_grad_kernel(
 
 
 def depthwise_multi_input_grad(
-    dy: Tensor,
+    dy: Maps,
     x: Tensor,
     weights: Tensor,
     dilations: Sequence[int],
@@ -328,19 +340,19 @@ def depthwise_multi_input_grad(
     """dx of `depthwise_multi`, like x: the sum over all edges and branches.
 
     dy: (edges, branches, N, C, ceil(H / stride), ceil(W / stride)), dense channels_last maps one
-    after the other, of x's dtype; the others as in `depthwise_multi`. Raises `ValueError` naming
-    the argument at fault.
+    after the other, of x's dtype, or all the maps apart, edge after edge; the others as in
+    `depthwise_multi`. Raises `ValueError` naming the argument at fault.
     """
     edges, branches, channels = check_arguments(x, weights, dilations, stride)
     images, _, height, width = x.shape
-    out_height, out_width = check_dy(dy, x, weights, stride)
-    config = config or InputGradConfig.default(tuple(dy.shape), stride)
+    dys, (out_height, out_width) = check_dy(dy, x, weights, stride)
+    config = config or InputGradConfig.default(tuple(dys[0].shape), stride)
     tiles = images * triton.cdiv(out_height, config.rows) * triton.cdiv(out_width, config.block_p)
     dx = empty_map(tuple(x.shape), x)
     _input_grad_kernel[(tiles * triton.cdiv(channels, config.block_c),)](
-        dy, x, weights, dx, pack(dilations),
+        dys, x, weights, dx, pack(dilations),
         images, height, width, out_height, out_width, channels, edges * branches, branches,
-        STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype),
+        APART=len(dys), STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype),
         ROWS=config.rows, BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
     return dx

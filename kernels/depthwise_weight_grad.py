@@ -25,6 +25,7 @@ from torch import Tensor
 from lgcnet_fast.kernels.common import INTERPRETED, accumulator, accumulator_dtype, sum_rows
 from lgcnet_fast.kernels.depthwise import (
     AT_ONCE,
+    Maps,
     chains_of,
     check_arguments,
     check_dy,
@@ -39,6 +40,7 @@ from lgcnet_fast.kernels.depthwise import (
     share_rows,
     within,
 )
+from lgcnet_fast.kernels.slabs import pointer_of
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -313,21 +315,23 @@ def _paired(row):
 
 @triton.jit(do_not_specialize=["packed_dilations", "N", "maps", "branches", "programs", "segments"])
 def _weight_grad_kernel(
-    dy_ptr, x_ptr, share_ptr, packed_dilations, N, H, W, HO, WO, C, maps, branches, programs,
+    dy_ptrs, x_ptr, share_ptr, packed_dilations, N, H, W, HO, WO, C, maps, branches, programs,
     segments,
-    STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    APART: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: every `programs`-th walk of one map of dy, BLOCK_C channels.
 
     There is a walk for every image, tile of columns and segment of the sequence of rows. With
-    PARTS = 2 bfloat16 maps of an even number of channels are read as words of two.
+    PARTS = 2 bfloat16 maps of an even number of channels are read as words of two. APART as in
+    `_input_grad_kernel`.
     """
+    k = tl.program_id(0) % maps
+    dy_ptr = pointer_of(dy_ptrs, k, APART)
     if PARTS == 2:
         x_ptr = x_ptr.to(tl.pointer_type(tl.int32))
         dy_ptr = dy_ptr.to(tl.pointer_type(tl.int32))
     count = C // PARTS
-    k = tl.program_id(0) % maps
     rest = tl.program_id(0) // maps
     channel_blocks = tl.cdiv(C, BLOCK_C)
     tile: tl.constexpr = BLOCK_C // PARTS
@@ -335,7 +339,8 @@ def _weight_grad_kernel(
     program = rest // channel_blocks
 
     dilation = dilation_of(packed_dilations, k % branches)
-    dy_ptr += k.to(tl.int64) * N * HO * WO * count
+    if APART == 1:
+        dy_ptr += k.to(tl.int64) * N * HO * WO * count
     if STRIDE == 1 or dilation % STRIDE == 0:
         top, centre, bottom = _add_walks(
             x_ptr, dy_ptr, channel, program, programs, segments, dilation, N, H, W, HO, WO, count,
@@ -357,7 +362,7 @@ def _weight_grad_kernel(
 
 
 def depthwise_multi_weight_grad(
-    dy: Tensor,
+    dy: Maps,
     x: Tensor,
     weights: Tensor,
     dilations: Sequence[int],
@@ -367,22 +372,22 @@ def depthwise_multi_weight_grad(
 ) -> Tensor:
     """dw of `depthwise_multi`: (edges, branches, 3, 3, C) in the accumulator's dtype.
 
-    dy: (edges, branches, N, C, ceil(H / stride), ceil(W / stride)), dense channels_last maps one
-    after the other, of x's dtype; of `weights` only the shape counts; the others as in
+    dy: as in `depthwise_multi_input_grad`; of `weights` only the shape counts; the others as in
     `depthwise_multi`. Raises `ValueError` naming the argument at fault.
     """
     edges, branches, channels = check_arguments(x, weights, dilations, stride)
     images, _, height, width = x.shape
-    out_height, out_width = check_dy(dy, x, weights, stride)
-    config = config or WeightGradConfig.default(tuple(dy.shape), dilations, stride)
+    dys, (out_height, out_width) = check_dy(dy, x, weights, stride)
+    shape = (edges, branches, *dys[0].shape[-4:])
+    config = config or WeightGradConfig.default(shape, dilations, stride)
     shares = x.new_empty(config.programs, *weights.shape, dtype=accumulator_dtype(x.dtype))
     words = x.dtype == torch.bfloat16 and channels % 2 == 0 and config.block_c > 1
     few = words and config.block_p * config.block_c <= 128 * config.warps
     blocks = config.programs * triton.cdiv(channels, config.block_c) * edges * branches
     _weight_grad_kernel[(blocks,)](
-        dy, x, shares, pack(dilations), images, height, width, out_height, out_width, channels,
+        dys, x, shares, pack(dilations), images, height, width, out_height, out_width, channels,
         edges * branches, branches, config.programs, triton.cdiv(out_height, config.rows),
-        STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype), PARTS=2 if words else 1,
+        APART=len(dys), STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype), PARTS=2 if words else 1,
         BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
         maxnreg=MOST_REGISTERS if few else None,
     )  # fmt: skip

@@ -40,7 +40,7 @@ def filtered_maps(
 
 def depthwise_gradients(
     backend: str,
-    dy: Tensor,
+    dy: Tensor | Sequence[Tensor],
     x: Tensor,
     windows: Tensor,
     dilations: Sequence[int],
@@ -49,27 +49,30 @@ def depthwise_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `filtered_maps` to x and to the windows, and what `of_products` sums.
 
+    dy: like the maps, or each of them apart, edge after edge, which Triton's kernels take too.
     That of the windows is as parameters lie in memory, (edges * B, C, 3, 3), in the accumulator's
     dtype. of_products: the end of the pointwise gradients, see `pointwise_gradients`; where both
     are sums of shares they take one launch.
     """
     launch = (x, windows, dilations, stride)
     if backend == "cuda":
+        assert isinstance(dy, Tensor)
         (dx, dw), (d_products,) = side_by_side(
             x.device, [lambda: _cuda_gradients(dy, *launch)], [lambda: (of_products(),)]
         )
         return dx, dw.flatten(0, 1).movedim(-1, 1).contiguous(), d_products
     from lgcnet_fast.kernels.common import unsummed
 
-    if dy.shape[:2] == (1, 1):
-        (dx, dw), shares = unsummed(lambda: _gradients_of_one(dy, *launch))
+    if windows.shape[:2] == (1, 1):
+        one = dy.flatten(0, 1)[0] if isinstance(dy, Tensor) else dy[0]
+        (dx, dw), shares = unsummed(lambda: _gradients_of_one(one, *launch))
         return dx, *_summed(dw, shares, of_products)
     from lgcnet_fast.kernels.depthwise_input_grad import (
         InputGradConfig,
         depthwise_multi_input_grad,
     )
 
-    default = InputGradConfig.default(tuple(dy.shape), stride)
+    default = InputGradConfig.default(_shape(x, windows, stride), stride)
     config = _tuned(default, "input_grad", *launch)
     (dx,), (dw, d_products) = side_by_side(
         x.device,
@@ -80,7 +83,11 @@ def depthwise_gradients(
 
 
 def _weight_gradient(
-    dy: Tensor, x: Tensor, windows: Tensor, dilations: Sequence[int], stride: int
+    dy: Tensor | Sequence[Tensor],
+    x: Tensor,
+    windows: Tensor,
+    dilations: Sequence[int],
+    stride: int,
 ) -> Tensor:
     from lgcnet_fast.kernels.depthwise_weight_grad import (
         WeightGradConfig,
@@ -88,7 +95,7 @@ def _weight_gradient(
     )
 
     launch = (x, windows, dilations, stride)
-    default = WeightGradConfig.default(tuple(dy.shape), dilations, stride)
+    default = WeightGradConfig.default(_shape(x, windows, stride), dilations, stride)
     config = _tuned(default, "weight_grad", *launch)
     return depthwise_multi_weight_grad(dy, *launch, relu=True, config=config)
 
@@ -100,9 +107,9 @@ def _gradients_of_one(
     from lgcnet_fast.kernels.depthwise_backward import depthwise_backward
     from lgcnet_fast.kernels.depthwise_weight_grad import WeightGradConfig
 
-    default = WeightGradConfig.default(tuple(dy.shape), dilations, stride)
+    default = WeightGradConfig.default(_shape(x, windows, stride), dilations, stride)
     config = _tuned(default, "backward", x, windows, dilations, stride)
-    branch = (dy[0, 0], x, windows[0, 0], dilations[0], stride)
+    branch = (dy, x, windows[0, 0], dilations[0], stride)
     return depthwise_backward(*branch, relu=True, config=config)
 
 
