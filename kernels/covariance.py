@@ -1,0 +1,235 @@
+"""Mean and covariance of the channels of maps.
+
+For each of K maps d_k over the M = N H W positions m,
+
+    mean_k = sum_m d_k[m] / M,   V_k = sum_m (d_k[m] - mean_k) (d_k[m] - mean_k)^T / M
+
+from which follow mean and variance of any pointwise product of the map (`product_algebra.py`). A
+program takes a share of the positions of a map and a pair of blocks of channels. With e = d - p,
+where the pivot p is zero or near the mean, it sums e and e e^T and gives its mean and its
+
+    M2 = sum e e^T - (sum e) (sum e)^T / n
+
+and shares merge by Chan's rule (see tile_statistics.py, of which this is the matrix form), in a
+second launch, as what there is to merge, C + C^2 values a share, is much for a single program.
+
+Matrix units take e in the storage dtype. Products of 16-bit values are exact there. p is zero for a
+channel whose mean is within four deviations of zero, which costs one digit, and then e = d;
+elsewhere d is within a factor of two of p and the difference has no more digits than d. So e is
+exact but for rare outliers.
+
+Least traffic: K maps. Arithmetic: K M C^2 multiply-adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, operand
+from lgcnet_fast.kernels.product_sum import block_of, check_products
+from lgcnet_fast.kernels.slabs import pointer_of
+
+TILES = 4
+"""The fewest of a share, where a map has so many: a share writes about as much as a tile reads."""
+MERGED = 128
+"""Entries of a matrix that a program merges, and the most shares of them at once: less spills."""
+SHARES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class CovarianceConfig:
+    """Tile: `block_m` positions by `block_c` channels, `stages` of them in flight; about `programs`
+    in all for each pair of blocks of channels."""
+
+    block_m: int
+    block_c: int
+    warps: int
+    stages: int
+    programs: int
+
+    @classmethod
+    def default(cls, channels: int, dtype: torch.dtype) -> CovarianceConfig:
+        """As many programs as an H200 holds at once with about 64 KB of loads under way in each
+        core; small tiles for 32-bit products, which hold their operands in registers."""
+        if dtype.itemsize > 2:
+            return cls(16, min(64, block_of(channels)), 8, 1, 264)
+        if channels <= 32:
+            return cls(128, block_of(channels), 4, 4, 528)
+        if channels <= 64:
+            return cls(64, 64, 4, 4, 264)
+        return cls(64, 128 if channels <= 128 else 64, 8, 3, 132)
+
+    def share(self, maps: int, positions: int) -> int:
+        """Positions of a program, whole tiles."""
+        tiles = triton.cdiv(positions, self.block_m)
+        shares = max(1, min(self.programs // maps, tiles // TILES))
+        return triton.cdiv(tiles, shares) * self.block_m
+
+
+@triton.jit
+def _pivot(start, count, channel, C, ACC: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(1, channels): near the mean of the first positions, where that is far from zero."""
+    lane = tl.arange(0, BLOCK_M)[:, None]
+    mask = (lane < count) & (channel < C)
+    value = tl.load(start + (lane * C + channel), mask=mask, other=0.0).to(ACC)
+    scale = 1 / tl.minimum(count, BLOCK_M).to(ACC)
+    mean = tl.sum(value, axis=0, keep_dims=True) * scale
+    square = tl.sum(value * value, axis=0, keep_dims=True) * scale
+    far = 17 * mean * mean > 16 * square
+    return tl.where(far, mean, 0.0).to(start.dtype.element_ty).to(ACC)
+
+
+@triton.jit
+def _distances(start, position, count, channel, pivot, C, ACC: tl.constexpr, OPERAND: tl.constexpr):
+    """d - p of a tile, zero past the end of the share."""
+    mask = (position < count) & (channel < C)
+    value = tl.load(start + (position * C + channel), mask=mask, other=0.0).to(ACC)
+    return tl.where(mask, value - pivot, 0.0).to(start.dtype.element_ty).to(OPERAND)
+
+
+@triton.jit
+def _sum_of(total, ACC: tl.constexpr):
+    """(channels,) from 16 equal rows."""
+    return tl.sum(total, axis=0) * 0.0625
+
+
+@triton.jit(do_not_specialize=["M", "share"])
+def _shares_kernel(
+    d_ptrs, partial_ptr, M, share, C,
+    K: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """partial[s, k] = (mean, M2) of share s of the positions: (1 + C, C).
+
+    A program has one of the pairs of BLOCKS blocks of channels, of (i, j) and (j, i) that with
+    i <= j, which is the only one to be written. Maps and pairs of the same positions are neighbours
+    in launch order.
+    """
+    pairs: tl.constexpr = BLOCKS * (BLOCKS + 1) // 2
+    pair = tl.program_id(0) % pairs
+    k = tl.program_id(0) // pairs % K
+    number = (tl.program_id(0) // pairs // K).to(tl.int64)
+    row_block, beyond = 0, pair
+    for block in tl.static_range(BLOCKS - 1):
+        further = (row_block == block) & (beyond >= BLOCKS - block)
+        beyond = tl.where(further, beyond - (BLOCKS - block), beyond)
+        row_block = tl.where(further, row_block + 1, row_block)
+    lanes = tl.arange(0, BLOCK_C)[None, :]
+    row = row_block * BLOCK_C + lanes
+    column = (row_block + beyond) * BLOCK_C + lanes
+
+    first = number * share
+    count = tl.minimum(M - first, share).to(tl.int32)
+    start = pointer_of(d_ptrs, k, K) + first * C
+    pivot = _pivot(start, count, column, C, ACC, BLOCK_M)
+    row_pivot = pivot
+    if BLOCKS > 1:
+        row_pivot = _pivot(start, count, row, C, ACC, BLOCK_M)
+    lane = tl.arange(0, BLOCK_M)[:, None]
+    # Matrix units add up the columns too, exactly and with nothing passed between threads.
+    ones = tl.full((16, BLOCK_M), 1.0, dtype=OPERAND)
+    total = tl.zeros((16, BLOCK_C), dtype=ACC)
+    row_total = tl.zeros((16, BLOCK_C), dtype=ACC)
+    product = tl.zeros((BLOCK_C, BLOCK_C), dtype=ACC)
+    for begin in range(0, count, BLOCK_M):
+        e = _distances(start, begin + lane, count, column, pivot, C, ACC, OPERAND)
+        total = tl.dot(ones, e, total, input_precision="ieee", out_dtype=ACC)
+        left = e
+        if BLOCKS > 1:
+            left = _distances(start, begin + lane, count, row, row_pivot, C, ACC, OPERAND)
+            row_total = tl.dot(ones, left, row_total, input_precision="ieee", out_dtype=ACC)
+        product = tl.dot(tl.trans(left), e, product, input_precision="ieee", out_dtype=ACC)
+
+    if BLOCKS == 1:
+        row_total = total
+    scale = 1 / count.to(ACC)
+    mean = _sum_of(total, ACC)[None, :] * scale
+    product -= _sum_of(row_total, ACC)[:, None] * mean
+    i = row_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    partial = partial_ptr + (number * K + k) * (1 + C) * C + column
+    tl.store(partial, pivot + mean, mask=(column < C) & (beyond == 0))
+    tl.store(partial + (1 + i) * C, product, mask=(i < C) & (column < C))
+
+
+@triton.jit(do_not_specialize=["M", "share", "shares"])
+def _merge_kernel(
+    partial_ptr, mean_ptr, covariance_ptr, M, share, shares, C,
+    K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK entries of the covariance of map k, and of its mean; sums are about the first share's.
+
+    As in `merge_tiles`, with a_s = mean_s - mean_1 and S = sum_s n_s a_s:
+
+        mean = mean_1 + S / M,   M V = sum_s M2_s + n_s a_s a_s^T - S S^T / M
+    """
+    k = tl.program_id(1)
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = entry < C * C
+    i, j = entry // C, entry % C
+    # Of what is the same, (i, j) and (j, i), the one that there is.
+    swapped = i // BLOCK_C > j // BLOCK_C
+    stored = tl.where(swapped, j * C + i, entry)
+    ACC = partial_ptr.dtype.element_ty
+    partial = partial_ptr + k * (1 + C) * C
+    first_i = tl.load(partial + i, mask=inside, other=0.0)
+    first_j = tl.load(partial + j, mask=inside, other=0.0)
+    sum_i = tl.zeros((BLOCK_S, BLOCK), dtype=ACC)
+    sum_j = tl.zeros((BLOCK_S, BLOCK), dtype=ACC)
+    product = tl.zeros((BLOCK_S, BLOCK), dtype=ACC)
+    for first in range(0, shares, BLOCK_S):
+        number = (first + tl.arange(0, BLOCK_S)[:, None]).to(tl.int64)
+        mask = (number < shares) & inside
+        mean = partial + number * (K * (1 + C) * C)
+        mean_i = tl.load(mean + i, mask=mask, other=0.0)
+        mean_j = tl.load(mean + j, mask=mask, other=0.0)
+        m2 = tl.load(mean + C + stored, mask=mask, other=0.0)
+        count = tl.minimum(M - number * share, share).to(ACC)
+        a_i = tl.where(mask, mean_i - first_i, 0.0)
+        a_j = tl.where(mask, mean_j - first_j, 0.0)
+        sum_i += count * a_i
+        sum_j += count * a_j
+        product += m2 + count * a_i * a_j
+    shift_i = tl.sum(sum_i, axis=0, keep_dims=True) / M.to(ACC)
+    shift_j = tl.sum(sum_j, axis=0, keep_dims=True) / M.to(ACC)
+    covariance = tl.sum(product, axis=0, keep_dims=True) / M.to(ACC) - shift_i * shift_j
+    # Rounding may take a variance below zero; NaN stays.
+    covariance = tl.where((i == j) & (covariance < 0), 0.0, covariance)
+    tl.store(covariance_ptr + k * C * C + entry, covariance, mask=inside)
+    tl.store(mean_ptr + k * C + i, first_i + shift_i, mask=inside & (j == 0))
+
+
+def covariance(
+    ds: Sequence[Tensor], config: CovarianceConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean (K, C) and biased covariance (K, C, C) of K maps, accumulator dtype, contiguous.
+
+    ds: (N, C, H, W), channels_last, of one shape and dtype, up to 256 channels. float64 is for the
+    interpreter only. Raises `ValueError` naming the argument at fault.
+    """
+    images, channels, height, width = check_products("ds", ds)
+    positions, maps, dtype = images * height * width, len(ds), ds[0].dtype
+    config = config or CovarianceConfig.default(channels, dtype)
+    blocks = triton.cdiv(channels, config.block_c)
+    share = config.share(maps, positions)
+    shares = triton.cdiv(positions, share)
+    partial = ds[0].new_empty(shares, maps, 1 + channels, channels, dtype=accumulator_dtype(dtype))
+    _shares_kernel[(shares * maps * (blocks * (blocks + 1) // 2),)](
+        tuple(ds), partial, positions, share, channels,
+        K=maps, ACC=accumulator(dtype), OPERAND=operand(dtype),
+        BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCKS=blocks,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    mean = partial.new_empty(maps, channels)
+    matrices = partial.new_empty(maps, channels, channels)
+    _merge_kernel[(triton.cdiv(channels * channels, MERGED), maps)](
+        partial, mean, matrices, positions, share, shares, channels,
+        K=maps, BLOCK_C=config.block_c,
+        BLOCK_S=min(SHARES_AT_ONCE, triton.next_power_of_2(shares)), BLOCK=MERGED,
+    )  # fmt: skip
+    return mean, matrices
