@@ -188,11 +188,11 @@ def _like(x: Tensor) -> Tensor:
 
 def _step(name: str, stack: Tensor) -> int:
     """Maps from one of a stack to the next; raises `ValueError` where they are not dense."""
-    size = stack[0].numel()
-    if not stack[0].movedim(1, -1).is_contiguous() or stack.stride(0) % size:
-        kind = f"{stack.dtype}, strides {stack.stride()}"
-        raise ValueError(f"{name}: {kind}, need dense channels_last maps, whole ones apart")
-    return stack.stride(0) // size
+    apart = stack.stride(0) if len(stack) > 1 else stack[0].numel()
+    if not stack[0].movedim(1, -1).is_contiguous() or apart % stack[0].numel():
+        strides = stack.stride()
+        raise ValueError(f"{name}: strides {strides}, need dense channels_last maps, whole apart")
+    return apart // stack[0].numel()
 
 
 def _check_arguments(dys: Sequence[Tensor], x: Tensor, weights: Tensor) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, norm_sum, normalised
 from lgcnet_fast.ops.mixed_sum import mixed_sum
 from lgcnet_fast.ops.packed_weights import packed_weights
 from lgcnet_fast.ops.pair_readers import pair_readers
+from lgcnet_fast.ops.products import Products
 from lgcnet_fast.ops.readers import Readers, readers, rectified_together
 from lgcnet_fast.ops.recompute import Recomputable, recomputable, recomputed, recomputes
 from lgcnet_fast.ops.running_statistics import gathered_running_statistics
@@ -23,6 +24,7 @@ from lgcnet_fast.ops.upsample_loss import upsample_argmax, upsample_cross_entrop
 
 __all__ = [
     "Geometry",
+    "Products",
     "Readers",
     "Recomputable",
     "average_pool",

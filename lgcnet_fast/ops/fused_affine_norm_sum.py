@@ -19,9 +19,9 @@ from lgcnet_fast.ops.fused_mixed_norm_sum import (
     norm_refusal,
     norm_statistics,
     tile,
-    with_norms,
 )
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc, unstacked
+from lgcnet_fast.ops.products import with_own
 
 
 def fits(backend: str, ys: Sequence[Tensor], norms: Sequence[nn.Module | None]) -> bool:
@@ -35,15 +35,15 @@ def fits(backend: str, ys: Sequence[Tensor], norms: Sequence[nn.Module | None]) 
         return False
     if any(y.dtype != ys[0].dtype or dtype_refusal("ys", y) for y in ys):
         return False
-    if any(y.ndim == 5 and None in own for y, own in with_norms(ys, norms)):
+    if any(y.ndim == 5 and None in own for y, own in with_own(ys, norms)):
         return False
     return norm_refusal(kept, ys[0], affine=True) is None
 
 
 def run(ys: Sequence[Tensor], norms: Sequence[Any]) -> Tensor:
     """`mixed_norm_sum` without z, see there."""
-    normed = [nhwc(y) for y, own in with_norms(ys, norms) if own[0] is not None]
-    plain = [nhwc(y) for y, own in with_norms(ys, norms) if own[0] is None]
+    normed = [nhwc(y) for y, own in with_own(ys, norms) if own[0] is not None]
+    plain = [nhwc(y) for y, own in with_own(ys, norms) if own[0] is None]
     kept = [norm for norm in norms if norm is not None]
     statistics, _ = norm_statistics("triton", normed, kept, len(plain))
     weights = [norm.weight for norm in kept], [norm.bias for norm in kept]

@@ -9,7 +9,7 @@ batch norms are updated by three multi-tensor launches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from torch.library import custom_op
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.constants import constant
 from lgcnet_fast.ops.maps import accumulator, dtype_refusal, empty_nhwc, nhwc, unstacked
+from lgcnet_fast.ops.products import grouped, with_own
 from lgcnet_fast.ops.recompute import recomputed
 from lgcnet_fast.ops.running_statistics import update_running_statistics
 from lgcnet_fast.ops.tuning import shape_key, tuned
@@ -46,7 +47,7 @@ def refuse(
             return refusal
     if all(norm is None for norm in norms):
         return "norms holds no batch norm"
-    if any(y.ndim == 5 and None in own for y, own in with_norms(ys, norms)):
+    if any(y.ndim == 5 and None in own for y, own in with_own(ys, norms)):
         return "norms is None for a map of a stack"
     return norm_refusal([norm for norm in norms if norm is not None], ys[0])
 
@@ -82,15 +83,11 @@ def run(
     options: Sequence[int],
 ) -> Tensor:
     """`mixed_norm_sum`, see there. The first call must come before capturing a CUDA graph."""
-    ys = [nhwc(y) for y in ys]
-    normed = [y for y, own in with_norms(ys, norms) if own[0] is not None]
-    plain = [y for y, own in with_norms(ys, norms) if own[0] is None]
-    kept = [norm for norm in norms if norm is not None]
-    statistics, training = norm_statistics(backend, normed, kept, len(plain))
-    picked = [o for o, norm in zip(options, norms, strict=True) if norm is not None]
-    picked += [o for o, norm in zip(options, norms, strict=True) if norm is None]
-    weights = _picked(z, tuple(picked))
-    result: Tensor = mixed_sum(normed, plain, weights, statistics, training, backend)
+    _, raw, plain = grouped(ys, norms, options)
+    normed, xs = ([nhwc(y) for y in group.entries] for group in (raw, plain))
+    statistics, training = norm_statistics(backend, normed, raw.norms, len(xs))
+    weights = picked_weights(z, (*raw.options, *plain.options))
+    result: Tensor = mixed_sum(normed, xs, weights, statistics, training, backend)
     return result
 
 
@@ -122,31 +119,21 @@ def norm_statistics(
     """(3, K, C) of the K maps of ys, beside `plain` others; and whether they are the batch's."""
     training, eps = norms[0].training, norms[0].eps
     if not training:
-        return _running_statistics(norms, eps), training
+        return running_statistics(norms, eps), training
     statistics: Tensor = _batch_statistics(ys, eps, plain, backend)
     images, _, height, width = ys[0].shape[-4:]
     update_running_statistics(norms, statistics[0], statistics[1], images * height * width)
     return statistics, training
 
 
-def _picked(z: Tensor, options: tuple[int, ...]) -> Tensor:
+def picked_weights(z: Tensor, options: tuple[int, ...]) -> Tensor:
+    """Those at these positions; z itself where it holds them in this order."""
     if options == tuple(range(len(z))):
         return z
     return z.index_select(0, constant(options, z.device))
 
 
-def with_norms(
-    ys: Sequence[Tensor], norms: Sequence[nn.Module | None]
-) -> Iterator[tuple[Tensor, Sequence[nn.Module | None]]]:
-    """Each map or stack with the norms of its maps."""
-    first = 0
-    for y in ys:
-        count = len(y) if y.ndim == 5 else 1
-        yield y, norms[first : first + count]
-        first += count
-
-
-def _running_statistics(norms: Sequence[Any], eps: float) -> Tensor:
+def running_statistics(norms: Sequence[Any], eps: float) -> Tensor:
     """(3, K, C): mean, variance and inverse deviation."""
     mean = torch.stack([norm.running_mean for norm in norms])
     variance = torch.stack([norm.running_var for norm in norms])
@@ -293,10 +280,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
 
 mixed_sum.register_autograd(_backward, setup_context=_keep)
-MIXED_NORM_SUM, NORMALISED = (
-    {
-        backend: Implementation(partial(run_form, backend), partial(refuse_form, backend))
-        for backend in ("triton", "cuda")
-    }
-    for run_form, refuse_form in ((run, refuse), (run_normalised, refuse_normalised))
-)
+NORMALISED = {
+    backend: Implementation(partial(run_normalised, backend), partial(refuse_normalised, backend))
+    for backend in ("triton", "cuda")
+}

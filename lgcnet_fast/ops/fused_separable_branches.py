@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.cast_together import gradient_owners
 from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, filtered_maps
 from lgcnet_fast.ops.lanes import settle, side_by_side
@@ -135,7 +134,7 @@ def _stacks(edges: Sequence[Tensor], stacks: Sequence[int]) -> Iterator[Tensor]:
             first += count
 
 
-def _by_edge(windows: Tensor, dilations: Sequence[int]) -> Tensor:
+def by_edge(windows: Tensor, dilations: Sequence[int]) -> Tensor:
     return windows.unflatten(0, (-1, len(dilations)))
 
 
@@ -159,7 +158,7 @@ def separable_branches_forward(
     backend: str,
 ) -> list[Tensor]:
     """depthwise: (B, 3, 3, C), pointwise: (B, C_out, C) like x; the maps of each edge."""
-    filtered = filtered_maps(backend, x, _by_edge(depthwise, dilations), dilations, stride)
+    filtered = filtered_maps(backend, x, by_edge(depthwise, dilations), dilations, stride)
     shape = (len(dilations), *_output_shape(x, pointwise, stride))
     edges = [empty_nhwc(x, shape) for _ in filtered]
     products = zip(filtered, pointwise.split(len(dilations)), edges, strict=True)
@@ -203,7 +202,7 @@ def separable_branches_backward(
 
     Those of the weights are in the accumulator's dtype.
     """
-    windows = _by_edge(depthwise, dilations)
+    windows = by_edge(depthwise, dilations)
     filtered = filtered_maps(backend, x, windows, dilations, stride)
     added_up = pointwise_gradients(backend, gradients, filtered.flatten(0, 1), pointwise)
     return depthwise_gradients(backend, filtered, x, windows, dilations, stride, added_up)
@@ -226,9 +225,3 @@ def _(
         x.new_empty(branches, channels, 3, 3, dtype=dtype),
         x.new_empty(branches, c_out, channels, dtype=dtype),
     )
-
-
-FORMS = {
-    backend: Implementation(partial(run, backend), partial(refuse, backend))
-    for backend in ("triton", "cuda")
-}

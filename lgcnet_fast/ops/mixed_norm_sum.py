@@ -18,32 +18,35 @@ from torch import Tensor, nn
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops import fused_affine_norm_sum
 from lgcnet_fast.ops.backend import Implementation, Operation
-from lgcnet_fast.ops.fused_mixed_norm_sum import MIXED_NORM_SUM, NORMALISED
+from lgcnet_fast.ops.fused_mixed_norm_sum import NORMALISED
+from lgcnet_fast.ops.fused_product_sum import FORMS
 from lgcnet_fast.ops.maps import unstacked
 from lgcnet_fast.ops.mixed_sum import mixed_sum
 from lgcnet_fast.ops.operands import check_beside, check_map, check_shape
+from lgcnet_fast.ops.products import Entry, Products, likenesses, multiplied
 
 T = TypeVar("T")
 
 
 def mixed_norm_sum(
-    ys: Sequence[Tensor],
+    ys: Sequence[Entry],
     z: Tensor,
     norms: Sequence[nn.Module | None],
     options: Sequence[int] | None = None,
 ) -> Tensor:
     """`sum_k z[options[k]] * norms[k](y_k)`: (N, C, H, W) in the maps' dtype.
 
-    ys: maps (N, C, H, W) of one shape, or stacks (B, N, C, H, W) of them; K maps in all. norms: K
-    of them in the order of the maps: `nn.BatchNorm2d`, or None where a map enters as it is. z:
-    vector of weights, float32 or the maps' dtype, of which options[k] is the k-th map's (K numbers;
-    the first K weights by default).
+    ys: maps (N, C, H, W) of one shape, stacks (B, N, C, H, W) of them, or `Products` that stand for
+    stacks; K maps in all. norms: K of them in the order of the maps: `nn.BatchNorm2d`, or None
+    where a map enters as it is. z: vector of weights, float32 or the maps' dtype, of which
+    options[k] is the k-th map's (K numbers; the first K weights by default).
 
-    Differentiable in the maps and z. The batch norms behave as when called: training mode updates
-    running mean, running variance (unbiased) and the count of batches. The fused form takes batch
-    norms without an affine part that agree in mode, eps and momentum, and maps in NHWC memory; it
-    keeps for the backward pass the maps themselves and 3 C numbers a map, and nothing of the
-    products. It does not wait for the device.
+    Differentiable in the maps, the weights of products and z. The batch norms behave as when
+    called: training mode updates running mean, running variance (unbiased) and the count of
+    batches. The fused form takes batch norms without an affine part that agree in mode, eps and
+    momentum, and maps in NHWC memory; it keeps for the backward pass the maps themselves and 3 C
+    numbers a map, of products their depthwise maps, covariances and copies of the weights. It does
+    not wait for the device.
 
     A weight that is NaN or infinite is refused where z lies on the CPU; on a GPU, where looking
     would stall the step, it spreads into the loss, which the training loop watches.
@@ -51,7 +54,8 @@ def mixed_norm_sum(
     Raises `OperandError` naming the argument at fault, `ValueError` for training statistics of a
     single value a channel, `BackendError` where the chosen backend cannot serve.
     """
-    maps = unstacked(ys)
+    _check_products(ys)
+    maps = unstacked(likenesses(ys))
     options = tuple(range(len(maps)) if options is None else options)
     _check(maps, z, norms, options)
     result: Tensor = _operation(tuple(ys), z, tuple(norms), options)
@@ -91,12 +95,13 @@ def normalised(ys: Sequence[Tensor], norm: nn.Module, function: Callable[[Tensor
 
 
 def _reference(
-    ys: Sequence[Tensor],
+    ys: Sequence[Entry],
     z: Tensor,
     norms: Sequence[nn.Module | None],
     options: Sequence[int],
 ) -> Tensor:
-    maps = [y if norm is None else norm(y) for y, norm in zip(unstacked(ys), norms, strict=True)]
+    raw = unstacked(multiplied(ys))
+    maps = [y if norm is None else norm(y) for y, norm in zip(raw, norms, strict=True)]
     weights = z.unbind()
     return mixed_sum(maps, [weights[option] for option in options])
 
@@ -142,6 +147,21 @@ def _check(
     _check_weights(z, options, maps[0])
 
 
+def _check_products(ys: Sequence[Entry]) -> None:
+    """Raises `OperandError`."""
+    for index, entry in enumerate(ys):
+        if not isinstance(entry, Products):
+            continue
+        name, shape = f"ys[{index}]", tuple(entry.maps.shape)
+        if len(shape) != 5 or not entry.maps.is_floating_point():
+            raise OperandError(f"{name}.maps: shape {shape}, need float maps (B, N, C, H, W)")
+        if len(entry.weights) != shape[0] or not shape[0]:
+            raise OperandError(f"{name}.weights: {len(entry.weights)} for {shape[0]} maps")
+        for weight in entry.weights:
+            check_shape(f"{name}.weights", weight, (len(entry.weights[0]), shape[2], 1, 1))
+            check_beside(f"{name}.weights", weight, f"{name}.maps", entry.maps)
+
+
 def _check_maps(maps: Sequence[Tensor]) -> None:
     """Raises `OperandError`."""
     if not maps:
@@ -170,7 +190,7 @@ def _check_weights(z: Tensor, options: Sequence[int], like: Tensor) -> None:
         raise OperandError(f"z: weights must be finite, got {z.tolist()}")
 
 
-_operation = Operation("mixed_norm_sum", _reference, **MIXED_NORM_SUM)
+_operation = Operation("mixed_norm_sum", _reference, **FORMS)
 _normalised = Operation(
     "normalised", _normalised_reference, **NORMALISED, tuned_as="mixed_norm_sum"
 )

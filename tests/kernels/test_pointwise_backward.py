@@ -182,7 +182,7 @@ def test_bad_arguments_are_named(device):
         ((dys, x, weights.half()), "weights: dtype"),
         ((dys, x, weights, x[:1]), "out: shape"),
         ((dys, x, weights, x.half()), "out: torch.float16"),
-        ((dys, x, weights, x.contiguous()), "out: torch.float32, strides"),
+        ((dys, x, weights, x.contiguous()), "out: strides"),
     ):
         with pytest.raises(ValueError, match=message):
             pointwise_backward(*arguments)
