@@ -18,7 +18,7 @@ from lgcnet_fast.ops.maps import computed_dtype
 
 T = TypeVar("T")
 MAX_CHANNELS = 256
-"""Of the maps on either side of a product that the kernels take."""
+"""Of maps that the kernels take, as they say themselves where Triton is there."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,11 @@ def multiplied(entries: Sequence[Entry]) -> list[Tensor]:
 def pay(x: Tensor, out_channels: int) -> bool:
     """Whether the backend `triton` had better leave products of maps like x to the node.
 
-    x: before autocast.
+    x: (N, C, H, W) or a stack, before autocast.
     """
-    if max(x.shape[-3], out_channels) > MAX_CHANNELS:
-        return False
+    channels, dtype = x.shape[-3], computed_dtype(x)
     if supposing():  # The device need not exist: one with matrix units.
-        return computed_dtype(x).itemsize == 2
-    from lgcnet_fast.kernels.common import has_matrix_units
+        return max(channels, out_channels) <= MAX_CHANNELS and dtype.itemsize == 2
+    from lgcnet_fast.kernels.product_sum import serves
 
-    return has_matrix_units(x.new_empty(0, dtype=computed_dtype(x)))
+    return serves(x.new_empty(0, channels, 1, 1, dtype=dtype), out_channels)
