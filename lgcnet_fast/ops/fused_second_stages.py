@@ -1,7 +1,8 @@
 """`second_stages` by the kernels of `mixed_norm_sum` and `separable_branches`.
 
 Two launches take the statistics of all edges. The rest of an edge is a job beside those of the
-others: normalise, depthwise, pointwise, and in the backward pass the same in reverse.
+others: normalise, depthwise, pointwise, and in the backward pass the same in reverse. Where
+products are left to the node (see products.py) the depthwise maps are the end of it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from lgcnet_fast.ops import fused_separable_branches
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.cast_together import gradient_owners
 from lgcnet_fast.ops.constants import constant
+from lgcnet_fast.ops.fused_depthwise_branches import depthwise_branches_backward, depthwise_maps
 from lgcnet_fast.ops.fused_mixed_norm_sum import mixed_sum, mixed_sum_backward, norm_statistics
 from lgcnet_fast.ops.fused_mixed_norm_sum import refuse as refuse_norms
 from lgcnet_fast.ops.fused_separable_branches import (
@@ -28,6 +30,7 @@ from lgcnet_fast.ops.fused_separable_branches import (
 )
 from lgcnet_fast.ops.lanes import settle, side_by_side
 from lgcnet_fast.ops.maps import computed_dtype, nhwc
+from lgcnet_fast.ops.products import Entry, Products, pay
 
 
 def refuse(
@@ -36,6 +39,7 @@ def refuse(
     norms: Sequence[nn.Module],
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
+    to_sum: bool,
 ) -> str | None:
     """Why the kernels of `backend` cannot serve these arguments of `second_stages`."""
     branches = (ys[0], depthwise, pointwise, (1,), 1, (1,) * len(ys))
@@ -49,12 +53,17 @@ def run(
     norms: Sequence[nn.Module],
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
-) -> list[list[Tensor]]:
-    """`second_stages`, see there: a stack of one map in each list."""
+    to_sum: bool,
+) -> list[list[Entry]]:
+    """`second_stages`, see there: a stack of one map, or products, in each list."""
+    later = to_sum and backend == "triton" and pay(ys[0], len(pointwise[0]))
     ys = [nhwc(y.to(computed_dtype(y))) for y in ys]
     statistics, training = norm_statistics(backend, ys, norms, plain=0)
     settings = Settings(training, backend)
-    maps = _SecondStages.apply(settings, statistics, len(ys), *ys, *depthwise, *pointwise)
+    own = () if later else pointwise
+    maps = _SecondStages.apply(settings, statistics, len(ys), *ys, *depthwise, *own)
+    if later:
+        return [[Products(d, [p])] for d, p in zip(maps, pointwise, strict=True)]
     return [[y] for y in maps]
 
 
@@ -71,19 +80,18 @@ class _SecondStages(torch.autograd.Function):
     def forward(
         ctx: Any, settings: Settings, statistics: Tensor, edges: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        """statistics: (3, edges, C)."""
+        """statistics: (3, edges, C); the last tensors: weights, without pointwise ones where the
+        depthwise maps are wanted."""
         ys, weights = tensors[:edges], tensors[edges:]
-        windows, matrices = (
-            stacked_windows(weights[:edges]),
-            stacked_matrices(weights[edges:], ys[0]),
-        )
+        windows, pointwise = stacked_windows(weights[:edges]), weights[edges:]
+        matrices = stacked_matrices(pointwise, ys[0]) if pointwise else ys[0].new_empty(edges, 0)
         one = constant((1.0,), statistics.device)
         kept = (*ys, windows, matrices, statistics, one)
         jobs = [partial(_stage, settings, *edge) for edge in _edges(kept)]
         maps = side_by_side(statistics.device, jobs)
         ctx.save_for_backward(*kept)
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
-        ctx.like = [(weight.dtype, weight.shape) for weight in (weights[0], weights[edges])]
+        ctx.like = [(weight.dtype, weight.shape) for weight in weights[::edges]]
         return tuple(maps)
 
     @staticmethod
@@ -93,11 +101,12 @@ class _SecondStages(torch.autograd.Function):
             partial(_stage_gradients, ctx.settings, nhwc(g), *edge)
             for g, edge in zip(gradients, _edges(kept), strict=True)
         ]
+        # Without pointwise weights, the last of found has nobody to go to.
         dys, *found = zip(*side_by_side(gradients[0].device, jobs), strict=True)
         settle(gradients[0].device, ctx.owners)
         weights = [
             gradient
-            for of_edges, like in zip(found, ctx.like, strict=True)
+            for of_edges, like in zip(found, ctx.like, strict=False)
             for of_edge in of_edges
             for gradient in weight_gradients(of_edge, *like)
         ]
@@ -105,7 +114,10 @@ class _SecondStages(torch.autograd.Function):
 
 
 def _edges(kept: Sequence[Tensor]) -> Sequence[tuple[Tensor, ...]]:
-    """(y, window, matrix, statistics, one) of each edge; one: its weight in the mixed sum."""
+    """(y, window, matrix, statistics, one) of each edge; one: its weight in the mixed sum.
+
+    A matrix is empty where products are left to the node.
+    """
     *ys, windows, matrices, statistics, one = kept
     every = zip(ys, windows.split(1), matrices.split(1), statistics.split(1, dim=1), strict=True)
     return [(*edge, one) for edge in every]
@@ -115,6 +127,8 @@ def _stage(
     settings: Settings, y: Tensor, window: Tensor, matrix: Tensor, statistics: Tensor, one: Tensor
 ) -> Tensor:
     x = mixed_sum([y], [], one, statistics, *settings)
+    if not matrix.numel():
+        return depthwise_maps(x, window, [1], 1)[0]
     (out,) = separable_branches_forward(x, window, matrix, [1], 1, settings.backend)
     return out
 
@@ -127,11 +141,14 @@ def _stage_gradients(
     matrix: Tensor,
     statistics: Tensor,
     one: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Of y, window and matrix."""
     training, backend = settings
     x = mixed_sum([y], [], one, statistics, training, backend)
-    dx, *weights = separable_branches_backward([g], x, window, matrix, [1], 1, backend)
+    if matrix.numel():
+        dx, *weights = separable_branches_backward([g], x, window, matrix, [1], 1, backend)
+    else:
+        dx, *weights = depthwise_branches_backward([g], x, matrix, window, matrix, [1], 1, [])
     (dy,) = mixed_sum_backward(dx, [y], [], one, statistics, training, False, backend)
     return dy, *weights
 

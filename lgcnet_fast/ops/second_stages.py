@@ -11,6 +11,7 @@ from lgcnet_fast.ops.backend import Operation
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.fused_second_stages import FORMS
 from lgcnet_fast.ops.maps import unstacked
+from lgcnet_fast.ops.products import Entry
 from lgcnet_fast.ops.separable_branches import check_branches
 
 
@@ -19,12 +20,15 @@ def second_stages(
     norms: Sequence[nn.Module],
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
-) -> list[list[Tensor]]:
+    to_sum: bool = False,
+) -> list[list[Entry]]:
     """`pointwise[e] * (depthwise[e] * relu(norms[e](y)))` of every edge e.
 
     ys: for each edge its raw first stage, as `separable_branches` gives it, all of one shape.
     norms: `nn.BatchNorm2d`, which behave as when called. depthwise: (C, 1, 3, 3), pointwise:
-    (C_out, C, 1, 1). Returns the raw maps of the second stages in the same form.
+    (C_out, C, 1, 1). to_sum: whether nobody but `mixed_norm_sum` takes the results. Returns the raw
+    maps of the second stages in the same form; what goes `to_sum` may be `Products` that are not
+    multiplied out.
 
     Differentiable in ys and the weights. The fused form takes norms as `mixed_norm_sum` does. Where
     a CUDA graph is captured it serves the edges side by side, and it keeps ys, copies of the
@@ -38,8 +42,8 @@ def second_stages(
         raise OperandError(f"ys: {len(maps)} maps, {len(norms)} norms for {len(ys)} edges")
     check_branches(maps, depthwise, pointwise, (1,), 1, (1,) * len(depthwise))
     entries = tuple(y for entry in ys for y in entry)
-    result: list[list[Tensor]] = _operation(
-        entries, tuple(norms), tuple(depthwise), tuple(pointwise)
+    result: list[list[Entry]] = _operation(
+        entries, tuple(norms), tuple(depthwise), tuple(pointwise), to_sum
     )
     return result
 
@@ -49,6 +53,7 @@ def _reference(
     norms: Sequence[nn.Module],
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
+    to_sum: bool,
 ) -> list[list[Tensor]]:
     normed = [norm(y) for y, norm in zip(unstacked(ys), norms, strict=True)]
     every = zip(normed, depthwise, pointwise, strict=True)

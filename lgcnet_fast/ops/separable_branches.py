@@ -11,8 +11,9 @@ from torch import Tensor
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Operation
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
-from lgcnet_fast.ops.fused_separable_branches import FORMS
+from lgcnet_fast.ops.fused_depthwise_branches import FORMS
 from lgcnet_fast.ops.operands import check_beside, check_map, check_shape
+from lgcnet_fast.ops.products import Entry
 
 MAX_DILATIONS = 7
 
@@ -24,22 +25,26 @@ def separable_branches(
     dilations: Sequence[int],
     stride: int = 1,
     stacks: Sequence[int] | None = None,
-) -> list[list[Tensor]]:
+    to_sum: Sequence[bool] | None = None,
+) -> list[list[Entry]]:
     """`pointwise[b] * (depthwise[b] * relu(x))` of every branch, without batch norms.
 
     x: (N, C, H, W). depthwise: weights (C, 1, 3, 3), pointwise: weights (C_out, C, 1, 1), one a
     branch; padding is the dilation. dilations: 1 to 7 of them, each 1 to 255; where there are more
     branches they repeat, so that edge after edge can list its branches. stacks: numbers of
-    neighbouring branches of an edge that go on together, all of the edge's by default.
+    neighbouring branches of an edge that go on together, all of the edge's by default. to_sum:
+    whether nobody but `mixed_norm_sum` takes the maps, for each of the dilations, the same for the
+    branches of a stack; by default others do.
 
     Returns the maps of each stack in a list: one map (N, C_out, ceil(H / stride), ceil(W / stride))
     a branch, or a single stack (B, N, C_out, ...) of them, as suits the backend. `mixed_norm_sum`
-    takes either. Under autocast x and the weights enter the products in its dtype, and the maps
-    come out in it.
+    takes either; what goes `to_sum` may be `Products` that are not multiplied out. Under autocast x
+    and the weights enter the products in its dtype, and the maps come out in it.
 
     Differentiable in x and the weights. The fused form reads x once for all branches; for the
-    backward pass it keeps x and copies of the weights, and computes the depthwise maps anew. The
-    reference keeps three maps a branch: the ReLU of x, the depthwise map and its result.
+    backward pass it keeps x and copies of the weights, and computes the depthwise maps anew; where
+    it hands on products it keeps the depthwise maps too. The reference keeps three maps a branch:
+    the ReLU of x, the depthwise map and its result.
 
     Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
     cannot serve.
@@ -47,8 +52,10 @@ def separable_branches(
     if stacks is None:
         stacks = [len(dilations)] * (len(depthwise) // max(1, len(dilations)))
     check_branches([x], depthwise, pointwise, dilations, stride, stacks)
+    to_sum = [False] * len(dilations) if to_sum is None else to_sum
+    _check_to_sum(to_sum, dilations, stacks)
     arguments = (x, tuple(depthwise), tuple(pointwise), tuple(dilations), stride, tuple(stacks))
-    result: list[list[Tensor]] = _operation(*arguments)
+    result: list[list[Entry]] = _operation(*arguments, tuple(to_sum))
     return result
 
 
@@ -59,6 +66,7 @@ def _reference(
     dilations: Sequence[int],
     stride: int,
     stacks: Sequence[int],
+    to_sum: Sequence[bool],
 ) -> list[list[Tensor]]:
     branches = iter(enumerate(zip(depthwise, pointwise, strict=True)))
     return [
@@ -117,6 +125,16 @@ def check_branches(
             check_beside(f"{name}[{index}]", weight, "x", x)
             if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
                 raise OperandError(f"{name}[{index}]: {weight.dtype}, x is {x.dtype}")
+
+
+def _check_to_sum(to_sum: Sequence[bool], dilations: Sequence[int], stacks: Sequence[int]) -> None:
+    """Raises `OperandError`."""
+    if len(to_sum) != len(dilations):
+        raise OperandError(f"to_sum: {len(to_sum)} for {len(dilations)} dilations")
+    for first, count in zip(accumulate(stacks, initial=0), stacks, strict=False):
+        branch = first % len(dilations)
+        if len(set(to_sum[branch : branch + count])) > 1:
+            raise OperandError(f"to_sum: {to_sum} divides a stack of {count} branches")
 
 
 _operation = Operation("separable_branches", _reference, **FORMS)

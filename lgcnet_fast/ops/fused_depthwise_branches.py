@@ -1,0 +1,229 @@
+"""Branches of which the backend `triton` hands on some as depthwise maps, for `mixed_norm_sum`.
+
+One launch makes the depthwise maps of all branches. Those that are multiplied here, first stages of
+pairs, are products of some of them. As the nodes keep their depthwise maps for the backward pass,
+all stay, and none is computed again. Their gradients are read where the nodes have put them.
+
+Traffic in maps of the output's size, with B branches, M of them multiplied here, C_out = C and
+stride 1: forward reads 1 + M and writes B + M, backward reads 2 B + 2 M + 2 and writes M + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from lgcnet_fast.ops import fused_separable_branches
+from lgcnet_fast.ops.backend import Implementation
+from lgcnet_fast.ops.cast_together import gradient_owners
+from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, filtered_maps
+from lgcnet_fast.ops.fused_separable_branches import (
+    by_edge,
+    stacked_matrices,
+    stacked_windows,
+    weight_gradients,
+)
+from lgcnet_fast.ops.lanes import settle
+from lgcnet_fast.ops.maps import accumulator, computed_dtype, empty_nhwc, nhwc, unstacked
+from lgcnet_fast.ops.pointwise_kernels import kept_maps_gradients, matrices
+from lgcnet_fast.ops.products import Entry, Products, pay
+
+
+class Settings(NamedTuple):
+    """Of the branches of a map."""
+
+    dilations: list[int]
+    stride: int
+    multiplied: list[int]
+    """The branches of an edge whose products are made here."""
+
+
+def refuse(
+    backend: str,
+    x: Tensor,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    dilations: Sequence[int],
+    stride: int,
+    stacks: Sequence[int],
+    to_sum: Sequence[bool],
+) -> str | None:
+    """Why the kernels of `backend` cannot serve these arguments of `separable_branches`."""
+    branches = (x, depthwise, pointwise, dilations, stride, stacks)
+    return fused_separable_branches.refuse(backend, *branches)
+
+
+def run(
+    backend: str,
+    x: Tensor,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    dilations: Sequence[int],
+    stride: int,
+    stacks: Sequence[int],
+    to_sum: Sequence[bool],
+) -> list[list[Entry]]:
+    """`separable_branches`, see there: a stack of maps, or products, in each list."""
+    if backend != "triton" or not any(to_sum) or not pay(x, len(pointwise[0])):
+        branches = (x, depthwise, pointwise, dilations, stride, stacks)
+        return fused_separable_branches.run(backend, *branches)
+    x = nhwc(x.to(computed_dtype(x)))
+    here = [branch for branch, later in enumerate(to_sum) if not later]
+    own = [weight for at, weight in enumerate(pointwise) if at % len(dilations) in here]
+    settings = Settings(list(dilations), stride, here)
+    maps = _DepthwiseBranches.apply(settings, stacks, len(depthwise), x, *depthwise, *own)
+    entries: list[list[Entry]] = []
+    first = 0
+    for stack, count in zip(maps, stacks, strict=True):
+        later = to_sum[first % len(dilations)]
+        entries.append([Products(stack, pointwise[first : first + count]) if later else stack])
+        first += count
+    return entries
+
+
+class _DepthwiseBranches(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        settings: Settings,
+        stacks: Sequence[int],
+        branches: int,
+        x: Tensor,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """weights: depthwise of all branches, pointwise of those multiplied here."""
+        depthwise, pointwise = weights[:branches], weights[branches:]
+        windows = stacked_windows(depthwise)
+        products = stacked_matrices(pointwise, x) if pointwise else x.new_empty(0)
+        filtered = depthwise_maps(x, windows, settings.dilations, settings.stride)
+        raw = _multiplied(filtered, products, settings.multiplied)
+        ctx.save_for_backward(x, filtered if pointwise else products, windows, products)
+        ctx.settings, ctx.owners = settings, gradient_owners(weights)
+        groups = [group for group in (depthwise, pointwise) if group]
+        ctx.like = [(group[0].dtype, group[0].shape) for group in groups]
+        return tuple(_stacks(filtered, raw, settings.multiplied, stacks))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors
+        dx, *found = depthwise_branches_backward(list(map(nhwc, gradients)), *kept, *ctx.settings)
+        settle(dx.device, ctx.owners)
+        weights = [
+            gradient
+            for of_kind, like in zip(found, ctx.like, strict=False)
+            for gradient in weight_gradients(of_kind, *like)
+        ]
+        return None, None, None, dx, *weights
+
+
+def _multiplied(filtered: Tensor, products: Tensor, here: Sequence[int]) -> Tensor:
+    """(edges, branches here, N, C_out, H', W')."""
+    edges, _, images, _, height, width = filtered.shape
+    if not here:
+        return filtered[:, :0]
+    weights = products.unflatten(0, (edges, len(here)))
+    out = empty_nhwc(filtered, (edges, len(here), images, products.shape[1], height, width))
+    for at, branch in enumerate(here):
+        maps, found = matrices(filtered[:, branch]), matrices(out[:, at])
+        torch.bmm(maps, weights[:, at].transpose(1, 2), out=found)
+    return out
+
+
+def _stacks(
+    filtered: Tensor, raw: Tensor, here: Sequence[int], stacks: Sequence[int]
+) -> Iterator[Tensor]:
+    """Views, in order."""
+    branches, first = filtered.shape[1], 0
+    for count in stacks:
+        edge, branch = divmod(first, branches)
+        if branch in here:
+            at = here.index(branch)
+            yield raw[edge, at : at + count]
+        else:
+            yield filtered[edge, branch : branch + count]
+        first += count
+
+
+@custom_op("lgcnet_fast::depthwise_maps", mutates_args=())
+def depthwise_maps(x: Tensor, windows: Tensor, dilations: list[int], stride: int) -> Tensor:
+    """(edges, B, N, C, H', W') of B dilations; windows: (edges * B, 3, 3, C)."""
+    return filtered_maps("triton", x, by_edge(windows, dilations), dilations, stride)
+
+
+@depthwise_maps.register_fake
+def _(x: Tensor, windows: Tensor, dilations: list[int], stride: int) -> Tensor:
+    images, channels, height, width = x.shape
+    size = (-(-height // stride), -(-width // stride))
+    edges = len(windows) // len(dilations)
+    return empty_nhwc(x, (edges, len(dilations), images, channels, *size))
+
+
+@custom_op("lgcnet_fast::depthwise_branches_backward", mutates_args=())
+def depthwise_branches_backward(
+    gradients: list[Tensor],
+    x: Tensor,
+    filtered: Tensor,
+    windows: Tensor,
+    products: Tensor,
+    dilations: list[int],
+    stride: int,
+    multiplied: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of the windows as (edges * B, C, 3, 3), and of the products.
+
+    gradients: stacks of them, of the raw maps of branches that are multiplied here and of the
+    depthwise maps of the others; filtered, products: empty where none is multiplied. Gradients of
+    weights are in the accumulator's dtype.
+    """
+    maps = unstacked(gradients)
+    of_products: list[Callable[[], Tensor]] = []
+    for at, branch in enumerate(multiplied):
+        weights = products.unflatten(0, (len(filtered), -1))[:, at].contiguous()
+        own = slice(branch, None, len(dilations))
+        found, total = kept_maps_gradients(maps[own], filtered[:, branch], weights)
+        maps[own] = found.unbind()
+        of_products.append(total)
+    launch = (x, by_edge(windows, dilations), dilations, stride)
+    return depthwise_gradients("triton", maps, *launch, _together(of_products, products))
+
+
+def _together(
+    of_products: Sequence[Callable[[], Tensor]], products: Tensor
+) -> Callable[[], Tensor]:
+    """What adds up the gradients of all products; of one branch an edge as a single sum."""
+    if len(of_products) == 1:
+        return of_products[0]
+    totals = [total() for total in of_products]
+    if not totals:
+        return lambda: products.new_empty(0, dtype=accumulator(products.dtype))
+    return lambda: torch.stack(totals, 1).flatten(0, 1)
+
+
+@depthwise_branches_backward.register_fake
+def _(
+    gradients: list[Tensor],
+    x: Tensor,
+    filtered: Tensor,
+    windows: Tensor,
+    products: Tensor,
+    dilations: list[int],
+    stride: int,
+    multiplied: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulator(x.dtype)
+    return (
+        empty_nhwc(x, x.shape),
+        x.new_empty(len(windows), x.shape[1], 3, 3, dtype=dtype),
+        x.new_empty(products.shape, dtype=dtype),
+    )
+
+
+FORMS = {
+    backend: Implementation(partial(run, backend), partial(refuse, backend))
+    for backend in ("triton", "cuda")
+}
