@@ -6,6 +6,7 @@ What is computed alike is computed together, and what is not side by side (see t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import cast
@@ -25,7 +26,8 @@ from lgcnet_fast.nn.primitives import (
     raw_convolutions,
 )
 from lgcnet_fast.nn.together import Part, together
-from lgcnet_fast.ops import second_stages, separable_branches
+from lgcnet_fast.ops import Products, second_stages, separable_branches
+from lgcnet_fast.ops.products import Entry
 
 Run = Sequence[nn.Module]
 """A candidate, or neighbouring depthwise-separable ones, which go on as one stack."""
@@ -33,8 +35,18 @@ Edges = Sequence[Sequence[Run]]
 """The candidates of each edge."""
 
 
-def raw_maps(source: Source, edges: Edges, *inputs: object) -> dict[nn.Module, list[Tensor]]:
-    """By the first candidate of a run: its maps, or a stack of them. Identities have none.
+@dataclass(frozen=True)
+class Raw:
+    """Of a run of candidates: what the norms receive, or the depthwise maps before that."""
+
+    maps: list[Tensor]
+    """One a candidate, or a stack of all."""
+    multiplied: bool
+    """Whether they have been through the last pointwise convolutions."""
+
+
+def raw_maps(source: Source, edges: Edges, *inputs: object) -> dict[nn.Module, Raw]:
+    """By the first candidate of a run. Identities have none.
 
     source: the map of the node; edges: they have the same candidates; inputs: what candidates take
     beside the map.
@@ -42,7 +54,7 @@ def raw_maps(source: Source, edges: Edges, *inputs: object) -> dict[nn.Module, l
     works = [_Work(source, edges, inputs, *kind) for kind in _KINDS]
     works = [work for work in works if work.candidates]
     found = together([Part(work, [source.plain()], work.candidates) for work in works])
-    computed: dict[nn.Module, list[Tensor]] = {}
+    computed: dict[nn.Module, Raw] = {}
     for work, maps in zip(works, found, strict=True):
         computed |= work.by_candidate(maps)
     return computed
@@ -57,30 +69,32 @@ class _Work:
         edges: Edges,
         inputs: Sequence[object],
         kinds: tuple[type[nn.Module], ...],
-        compute: Callable[[Source, Edges, Sequence[object]], list[list[Tensor]]],
+        compute: Callable[[Source, Edges, Sequence[object]], Sequence[Sequence[Entry]]],
     ) -> None:
         self._source, self._inputs, self._compute = source, inputs, compute
         self._edges = [[run for run in edge if isinstance(run[0], kinds)] for edge in edges]
         self.candidates = [candidate for edge in self._edges for run in edge for candidate in run]
-        self._counts: list[int] = []
+        self._multiplied: list[list[bool]] = []
+        """Of each run's maps."""
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """The maps of all runs."""
+        """The maps of all runs: parts hand on tensors, and no parameters."""
         own = Source(x)
         found = self._compute(own, self._edges, self._inputs)
         self._source.recomputable += own.recomputable
-        self._counts = [len(maps) for maps in found]
-        return [y for maps in found for y in maps]
+        self._multiplied = [[isinstance(y, Tensor) for y in maps] for maps in found]
+        every = [y for maps in found for y in maps]
+        return [y.maps if isinstance(y, Products) else y for y in every]
 
-    def by_candidate(self, maps: Sequence[Tensor]) -> Iterator[tuple[nn.Module, list[Tensor]]]:
+    def by_candidate(self, maps: Sequence[Tensor]) -> Iterator[tuple[nn.Module, Raw]]:
         """maps: what the call has given."""
         rest = iter(maps)
         runs = (run for edge in self._edges for run in edge)
-        for run, count in zip(runs, self._counts, strict=True):
-            yield run[0], list(islice(rest, count))
+        for run, multiplied in zip(runs, self._multiplied, strict=True):
+            yield run[0], Raw(list(islice(rest, len(multiplied))), all(multiplied))
 
 
-def _separable(source: Source, edges: Edges, inputs: Sequence[object]) -> list[list[Tensor]]:
+def _separable(source: Source, edges: Edges, inputs: Sequence[object]) -> list[list[Entry]]:
     """Depthwise-separable candidates and pairs of them."""
     runs = [run for edge in edges for run in edge]
     firsts = [_first_stages(run) for run in runs]
@@ -92,16 +106,18 @@ def _separable(source: Source, edges: Edges, inputs: Sequence[object]) -> list[l
         [branch.depthwise.dilation[0] for branch in branches[: len(branches) // len(edges)]],
         branches[0].depthwise.stride[0],
         [len(first) for first in firsts],
+        [_ends_in_a_node(run) for run in edges[0] for _ in run],
     )
     pairs = {
         at: run[0].stages() for at, run in enumerate(runs) if isinstance(run[0], SeparablePair)
     }
     if pairs:
         seconds = second_stages(
-            [stacks[at] for at in pairs],
+            [cast(list[Tensor], stacks[at]) for at in pairs],
             [first.norm for first, _ in pairs.values()],
             [second.depthwise.weight for _, second in pairs.values()],
             [second.pointwise.weight for _, second in pairs.values()],
+            to_sum=True,
         )
         for at, maps in zip(pairs, seconds, strict=True):
             stacks[at] = maps
@@ -145,6 +161,18 @@ def _raw(candidate: nn.Module, source: Source, inputs: Sequence[object]) -> Tens
 def _single(edges: Edges) -> list[nn.Module]:
     """The candidates of runs of one."""
     return [candidate for edge in edges for (candidate,) in edge]
+
+
+def _ends_in_a_node(run: Run) -> bool:
+    """Whether what reads the edge's input goes to the node alone, in a way that kernels serve."""
+    shared = any(isinstance(one.norm, nn.SyncBatchNorm) for one in run)
+    return not isinstance(run[0], SeparablePair) and not shared
+
+
+def last_pointwise(candidate: nn.Module) -> nn.Conv2d:
+    """The pointwise convolution that ends a depthwise-separable candidate or a pair of them."""
+    one = candidate.stages()[1] if isinstance(candidate, SeparablePair) else candidate
+    return cast(DepthwiseSeparable, one).pointwise
 
 
 def _first_stages(run: Run) -> list[DepthwiseSeparable]:

@@ -143,8 +143,9 @@ class SearchCell(Cell[dict[int, Terms]]):
             x2 = node_sum([arriving[edge] for edge in _EDGES_INTO["x2"]], weights2)
             return [x1.plain(), x2]
 
-        modules = [self.preprocess1, *self._leaving("i2"), *self._leaving("x1")]
-        return Work(Part(halves, [x, *weights, *maps], modules), ways)
+        # Those that leave i1 for the products that `begin` has left to the nodes.
+        leaving = [edge for node in ("i1", "i2", "x1") for edge in self._leaving(node)]
+        return Work(Part(halves, [x, *weights, *maps], [self.preprocess1, *leaving]), ways)
 
     def nodes(self) -> list[list[MixedOp]]:
         """The edges that end in x1, and those that end in x2."""

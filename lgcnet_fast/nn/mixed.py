@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lgcnet_fast.nn.candidates import raw_maps
-from lgcnet_fast.nn.primitives import DepthwiseSeparable, Source
-from lgcnet_fast.ops import Recomputable, mixed_norm_sum, recomputed
+from lgcnet_fast.nn.candidates import Raw, last_pointwise, raw_maps
+from lgcnet_fast.nn.primitives import DepthwiseSeparable, SeparablePair, Source
+from lgcnet_fast.ops import Products, Recomputable, mixed_norm_sum, recomputed
 from lgcnet_fast.ops.constants import constant
+from lgcnet_fast.ops.products import Entry
 
+_SEPARABLE = (DepthwiseSeparable, SeparablePair)
 ALIGNMENT = 8
 """Numbers: at least 16 bytes."""
 
@@ -30,8 +32,12 @@ class Terms:
 
     maps: list[Tensor]
     """(N, C, H, W), or stacks (B, N, C, H, W) of neighbouring candidates."""
+    pointwise: list[Sequence[nn.Conv2d]]
+    """Of each of the maps: convolutions that are yet to come, one a candidate; mostly none."""
     norms: list[nn.Module | None]
     """One a candidate; none where its map counts as it is."""
+    kinds: list[int]
+    """One a candidate, see `MixedOp.kinds`."""
     recomputable: list[Recomputable]
     """Those of the maps that the node need not keep."""
 
@@ -56,18 +62,30 @@ class MixedOp(nn.Module):
         """The batch norm of each candidate; None where its map counts as it is."""
         return [getattr(candidate, "norm", None) for candidate in self.candidates.values()]
 
+    def kinds(self) -> list[int]:
+        """Of each candidate: 0 where it ends in a pointwise product, so that nodes can take it as a
+        depthwise map, 2 where its map counts as it is, else 1. Nodes order their weights so."""
+        return [
+            2 if norm is None else 0 if isinstance(candidate, _SEPARABLE) else 1
+            for candidate, norm in zip(self.candidates.values(), self.norms(), strict=True)
+        ]
+
     def runs(self) -> Iterator[list[nn.Module]]:
         """The candidates, those of a stack together."""
         for names in self._runs:
             yield [self.candidates[name] for name in names]
 
-    def terms(self, source: Source, computed: Mapping[nn.Module, list[Tensor]]) -> Terms:
-        """computed: the raw maps of the candidates, as `raw_maps` gives them."""
+    def terms(self, source: Source, computed: Mapping[nn.Module, Raw]) -> Terms:
+        """computed: of the candidates, as `raw_maps` gives it."""
         maps: list[Tensor] = []
+        pointwise: list[Sequence[nn.Conv2d]] = []
         for run in self.runs():
             is_identity = isinstance(run[0], nn.Identity)
-            maps += [source.plain()] if is_identity else computed[run[0]]
-        return Terms(maps, self.norms(), source.recomputable)
+            raw = Raw([source.plain()], True) if is_identity else computed[run[0]]
+            maps += raw.maps
+            layers = [] if raw.multiplied else [last_pointwise(one) for one in run]
+            pointwise += [layers] * len(raw.maps)
+        return Terms(maps, pointwise, self.norms(), self.kinds(), source.recomputable)
 
 
 def edge_terms(source: Source, edges: Sequence[MixedOp], *inputs: object) -> list[Terms]:
@@ -88,9 +106,9 @@ def node_weights(nodes: Sequence[Sequence[MixedOp]], z: Tensor) -> list[Tensor]:
     first = 0
     for edges in nodes:
         found = [
-            (norm is None, row * z.shape[1] + option)
+            (kind, row * z.shape[1] + option)
             for row, edge in enumerate(edges, start=first)
-            for option, norm in zip(edge.options, edge.norms(), strict=True)
+            for option, kind in zip(edge.options, edge.kinds(), strict=True)
         ]
         picked.append(tuple(position for _, position in sorted(found)))
         first += len(edges)
@@ -121,17 +139,25 @@ class _Picked(torch.autograd.Function):
 def node_sum(edges: Sequence[Terms], weights: Tensor) -> Tensor:
     """The map of a node: all terms of the edges that end there.
 
-    weights: one a term, first of those with a batch norm, which is how they are summed.
+    weights: one a term, by their kinds, which is how they are summed.
     """
-    norms = [norm for terms in edges for norm in terms.norms]
-    with_norm, plain = count(), count(sum(norm is not None for norm in norms))
+    kinds = [kind for terms in edges for kind in terms.kinds]
+    positions = [count(sum(other < kind for other in kinds)) for kind in range(3)]
     with recomputed(*(one for terms in edges for one in terms.recomputable)):
         return mixed_norm_sum(
-            [y for terms in edges for y in terms.maps],
+            [y for terms in edges for y in _entries(terms)],
             weights,
-            norms,
-            [next(plain if norm is None else with_norm) for norm in norms],
+            [norm for terms in edges for norm in terms.norms],
+            [next(positions[kind]) for kind in kinds],
         )
+
+
+def _entries(terms: Terms) -> list[Entry]:
+    """The maps, with the weights of the convolutions that are yet to come."""
+    return [
+        Products(y, [layer.weight for layer in layers]) if layers else y
+        for y, layers in zip(terms.maps, terms.pointwise, strict=True)
+    ]
 
 
 def _is_branch(candidate: nn.Module) -> bool:
