@@ -143,6 +143,11 @@ def test_depthwise_maps_inside_a_fused_operation_count():
     assert scratch(forward, (x, *weights, [3])) == expected
     backward = torch.ops.lgcnet_fast.separable_branches_backward.default
     assert scratch(backward, ([x], x, *weights)) == expected
+    backward = torch.ops.lgcnet_fast.depthwise_branches_backward.default
+    maps = torch.empty(2, 3, 2, 8, 3, 4, dtype=torch.bfloat16)
+    expected = 2 * 2 * 8 * 3 * 4 * 2
+    assert scratch(backward, ([], x, maps, *weights[:2], [1, 2, 4], 2, [0])) == expected
+    assert scratch(backward, ([], x, maps[:0], *weights[:2], [1, 2, 4], 2, [])) == 0
     assert scratch(torch.ops.aten.add.Tensor, (x, x)) == 0
 
 
