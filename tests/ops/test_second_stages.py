@@ -143,5 +143,5 @@ def test_affine_norms_are_refused(device: torch.device) -> None:
     norms = [nn.BatchNorm2d(4).to(device)]
     with use_backend("triton"), pytest.raises(BackendError, match="affine"):
         second_stages(edges.ys, norms, edges.depthwise, edges.pointwise)
-    arguments = (edges.ys[0], norms, edges.depthwise, edges.pointwise)
+    arguments = (edges.ys[0], norms, edges.depthwise, edges.pointwise, False)
     assert "affine" in explain("second_stages", *arguments)["triton"]
