@@ -37,9 +37,9 @@ from lgcnet_fast.kernels.slabs import pointer_of
 
 TILES = 4
 """The fewest of a share, where a map has so many: a share writes about as much as a tile reads."""
-MERGED = 128
-"""Entries of a matrix that a program merges, and the most shares of them at once: less spills."""
-SHARES_AT_ONCE = 8
+MERGED = 64
+"""Entries of a matrix that a program merges."""
+SHARES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)

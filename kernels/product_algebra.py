@@ -18,8 +18,9 @@ where a vector over the output channels multiplies rows of a (C_out, C) matrix, 
 rounded before c_k is taken. Given statistics, as in evaluation, do not depend on the maps: then
 dP_k = z_k r_k T_k, B_k = 0 and c_k = 0.
 
-All is small, some 100 KB a product: a program takes a block of rows of one product, and sums over
-all output channels are formed by every program that needs them.
+All is small, some 100 KB a product, so that latencies count: a program takes a block of rows of one
+product, and forms the sums over all output channels itself. Matrix units multiply float32 as three
+products of parts of it, which costs about two of its 24 bits.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ from lgcnet_fast.kernels.common import (
 )
 from lgcnet_fast.kernels.product_sum import MAX_CHANNELS, block_of, check_sums
 
-BLOCK = 16
-"""Rows of a program, and terms of a product of float32 matrices that it holds at once."""
-WARPS = 4
+ROWS = 16
+"""Of a program: the fewest that matrix units take."""
+TERMS = 32
+"""Of a product of matrices that a program holds at once."""
 
 
 class ProductWeights(NamedTuple):
@@ -79,42 +81,42 @@ def _block(matrix_ptr, row, column, ROWS, COLUMNS, ACC: tl.constexpr):
 @triton.jit
 def _times_covariance(
     matrix_ptr, covariance_ptr, row, c, C, CO,
-    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, TERMS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of P V: (ROWS, BLOCK_C)."""
+    """Rows of P V: (ROWS, BLOCK_C)."""
     product = tl.zeros((ROWS, BLOCK_C), dtype=ACC)
-    for first in range(0, C, BLOCK):
-        terms = first + tl.arange(0, BLOCK)
+    for first in range(0, C, TERMS):
+        terms = first + tl.arange(0, TERMS)
         left = _block(matrix_ptr, row, terms[None, :], CO, C, ACC)
         right = _block(covariance_ptr, terms[:, None], c, C, C, ACC)
-        product = tl.dot(left, right, product, input_precision="ieee", out_dtype=ACC)
+        product = tl.dot(left, right, product, input_precision="tf32x3", out_dtype=ACC)
     return product
 
 
 @triton.jit
 def _weights_kernel(
-    mean_ptr, covariance_ptr, matrix_ptr, z_ptr, statistics_ptr, weight_ptr, shift_ptr, C, CO,
+    mean_ptr, covariance_ptr, matrix_ptr, z_ptr, statistics_ptr, weighted_ptr, shift_ptr, C, CO,
     K: tl.constexpr, ACC: tl.constexpr, EPS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr, TERMS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Statistics, W and W md of BLOCK output channels of product k."""
+    """Statistics, W and W md of ROWS output channels of product k."""
     k = tl.program_id(1)
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK_C)[None, :]
     row = o[:, None]
     matrix_ptr += k * CO * C
     mean = tl.load(mean_ptr + k * C + c, mask=c < C, other=0.0)
     matrix = _block(matrix_ptr, row, c, CO, C, ACC)
     product = _times_covariance(
-        matrix_ptr, covariance_ptr + k * C * C, row, c, C, CO, ACC, BLOCK, BLOCK, BLOCK_C
+        matrix_ptr, covariance_ptr + k * C * C, row, c, C, CO, ACC, ROWS, TERMS, BLOCK_C
     )
     variance = tl.sum(product * matrix, axis=1)
     # Rounding may take it below zero; NaN stays.
     variance = tl.where(variance < 0, 0.0, variance)
     r = 1.0 / tl.sqrt(variance + EPS)
     scale = tl.load(z_ptr + k).to(ACC) * r
-    weight = (scale[:, None] * matrix).to(weight_ptr.dtype.element_ty)
-    tl.store(weight_ptr + k * CO * C + row * C + c, weight, mask=(row < CO) & (c < C))
+    weight = (scale[:, None] * matrix).to(weighted_ptr.dtype.element_ty)
+    tl.store(weighted_ptr + k * CO * C + row * C + c, weight, mask=(row < CO) & (c < C))
     entry = k * CO + o
     tl.store(shift_ptr + entry, tl.sum(weight.to(ACC) * mean, axis=1), mask=o < CO)
     tl.store(statistics_ptr + entry, tl.sum(matrix * mean, axis=1), mask=o < CO)
@@ -137,12 +139,12 @@ def _coefficients_kernel(
     sums_ptr, s0_ptr, mean_ptr, covariance_ptr, matrix_ptr, statistics_ptr, z_ptr,
     dz_ptr, matrix_gradient_ptr, from_gradient_ptr, from_map_ptr, shift_ptr, M, C, CO,
     K: tl.constexpr, TRAINING: tl.constexpr, ACC: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr, TERMS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK rows of dP, A, B and c of product k, and dz of it by its first program."""
+    """ROWS rows of dP, A, B and c of product k, and dz of it by its first program."""
     k = tl.program_id(1)
-    first_row = tl.program_id(0) * BLOCK
-    lane = tl.arange(0, BLOCK)
+    first_row = tl.program_id(0) * ROWS
+    lane = tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK_C)[None, :]
     matrix_ptr += k * CO * C
     sums_ptr += k * CO * C
@@ -154,11 +156,11 @@ def _coefficients_kernel(
 
     # Rows n of A, B and c.
     n = (first_row + lane)[None, :]
-    dz = tl.zeros((BLOCK,), dtype=ACC)
-    shift = tl.zeros((BLOCK,), dtype=ACC)
-    from_map = tl.zeros((BLOCK, BLOCK_C), dtype=ACC)
-    for first in range(0, CO, BLOCK):
-        o = first + lane
+    dz = tl.zeros((TERMS,), dtype=ACC)
+    shift = tl.zeros((ROWS,), dtype=ACC)
+    from_map = tl.zeros((ROWS, BLOCK_C), dtype=ACC)
+    for first in range(0, CO, TERMS):
+        o = first + tl.arange(0, TERMS)
         row = o[:, None]
         matrix = _block(matrix_ptr, row, c, CO, C, ACC)
         sums = _block(sums_ptr, row, c, CO, C, ACC)
@@ -172,7 +174,7 @@ def _coefficients_kernel(
             s0 = tl.load(s0_ptr + o, mask=o < CO, other=0.0)
             shift -= tl.sum(from_gradient.to(ACC) * (s0 * share)[:, None], axis=0)
             left = tl.trans(columns * (z * r * r * s1 * share)[:, None])
-            from_map = tl.dot(left, matrix, from_map, input_precision="ieee", out_dtype=ACC)
+            from_map = tl.dot(left, matrix, from_map, input_precision="tf32x3", out_dtype=ACC)
     tl.store(dz_ptr + k, tl.sum(dz, axis=0), mask=first_row == 0)
     n = first_row + lane
     if TRAINING:
@@ -191,7 +193,7 @@ def _coefficients_kernel(
     if TRAINING:
         s0 = tl.load(s0_ptr + n, mask=n < CO, other=0.0)
         product = _times_covariance(
-            matrix_ptr, covariance_ptr + k * C * C, row, c, C, CO, ACC, BLOCK, BLOCK, BLOCK_C
+            matrix_ptr, covariance_ptr + k * C * C, row, c, C, CO, ACC, ROWS, TERMS, BLOCK_C
         )
         gradient -= s0[:, None] * mean + (s1 * r)[:, None] * product
     gradient *= (z * r)[:, None]
@@ -215,10 +217,10 @@ def product_weights(
     statistics = mean.new_empty(3, products, out_channels)
     weights = matrices.new_empty(products, out_channels, channels)
     shift = mean.new_empty(products, out_channels)
-    _weights_kernel[(triton.cdiv(out_channels, BLOCK), products)](
+    _weights_kernel[(triton.cdiv(out_channels, ROWS), products)](
         mean, covariance, matrices, z, statistics, weights, shift, channels, out_channels,
         K=products, ACC=accumulator(matrices.dtype), EPS=eps,
-        BLOCK=BLOCK, BLOCK_C=block_of(channels), num_warps=WARPS,
+        ROWS=ROWS, TERMS=TERMS, BLOCK_C=block_of(channels), num_warps=_warps(channels),
     )  # fmt: skip
     return ProductWeights(statistics, weights, shift)
 
@@ -258,13 +260,18 @@ def product_coefficients(
     from_gradient = matrices.new_empty(products, channels, out_channels)
     from_map = matrices.new_empty(products, channels, channels) if training else None
     shift = sums.new_empty(products, channels) if training else None
-    _coefficients_kernel[(triton.cdiv(max(channels, out_channels), BLOCK), products)](
+    _coefficients_kernel[(triton.cdiv(max(channels, out_channels), ROWS), products)](
         sums, s0, mean, covariance, matrices, statistics, z,
         dz, matrix_gradients, from_gradient, from_map, shift, positions, channels, out_channels,
         K=products, TRAINING=training, ACC=accumulator(matrices.dtype),
-        BLOCK=BLOCK, BLOCK_C=block_of(channels), num_warps=WARPS,
+        ROWS=ROWS, TERMS=TERMS, BLOCK_C=block_of(channels), num_warps=_warps(channels),
     )  # fmt: skip
     return ProductCoefficients(dz, matrix_gradients, from_gradient, from_map, shift)
+
+
+def _warps(channels: int) -> int:
+    """So that none spills: each program holds whole rows."""
+    return 4 if channels <= 64 else 8
 
 
 def _check_matrices(matrices: Tensor) -> tuple[int, int, int]:

@@ -42,6 +42,7 @@ from lgcnet_fast.kernels.product_sum import (
     check_gradient,
     check_products,
     check_sums,
+    has_large_cores,
 )
 from lgcnet_fast.kernels.slabs import pointer_of
 
@@ -70,15 +71,22 @@ class ProductSumsConfig:
 
     @classmethod
     def default(
-        cls, maps: int, positions: int, channels: int, out_channels: int, dtype: torch.dtype
-    ) -> ProductSumsConfig:
-        """As many programs as run at once; two maps to a program where both sums fit."""
+        cls, maps: int, positions: int, channels: int, out_channels: int, dtype: torch.dtype,
+        large: bool = True,
+    ) -> ProductSumsConfig:  # fmt: skip
+        """As many programs as run at once; two maps to a program where both sums fit.
+
+        large: see `has_large_cores`.
+        """
         if dtype.itemsize > 2:
             block_m, block_c, together, warps, stages, resident = 16, 32, 1, 8, 1, 2
         elif max(channels, out_channels) <= 32:
             block_m, block_c, together, warps, stages, resident = 128, 32, 2, 4, 3, 4
         elif out_channels <= 64:
             block_m, block_c, together, warps, stages, resident = 64, 64, 2, 4, 3, 3
+            together = 2 if large else 1
+        elif not large:
+            block_m, block_c, together, warps, stages, resident = 64, 64, 2, 8, 2, 1
         else:
             block_m, block_c, together, warps, stages, resident = 64, 64, 2, 8, 3, 1
         block_c, together = min(block_c, block_of(channels)), min(together, maps)
@@ -101,9 +109,10 @@ class InputGradientsConfig:
 
     @classmethod
     def default(
-        cls, maps: int, positions: int, channels: int, out_channels: int, dtype: torch.dtype
-    ) -> InputGradientsConfig:
-        """As many programs as run at once, each with its matrices."""
+        cls, maps: int, positions: int, channels: int, out_channels: int, dtype: torch.dtype,
+        large: bool = True,
+    ) -> InputGradientsConfig:  # fmt: skip
+        """As many programs as run at once, each with its matrices; large: see `has_large_cores`."""
         widest = max(channels, out_channels)
         if dtype.itemsize > 2:
             block_m, block_n, warps, stages, resident = 16, 32, 8, 1, 2
@@ -111,10 +120,12 @@ class InputGradientsConfig:
             block_m, block_n, warps, stages, resident = 128, 32, 4, 3, 4
         elif widest <= 64:
             block_m, block_n, warps, stages, resident = 64, 64, 4, 3, 3
-        elif widest <= 128:
+        elif widest <= 128 and large:
             block_m, block_n, warps, stages, resident = 64, 128, 8, 3, 1
+        elif widest <= 128:
+            block_m, block_n, warps, stages, resident = 32, 128, 8, 1, 2
         else:
-            block_m, block_n, warps, stages, resident = 64, 64, 8, 1, 1
+            block_m, block_n, warps, stages, resident = 64, 32, 8, 1, 1
         block_n = min(block_n, block_of(channels))
         tiles = triton.cdiv(positions, block_m)
         return cls(block_m, block_n, warps, stages, _programs(tiles, resident * CORES // maps))
@@ -238,7 +249,9 @@ def product_sums(
     maps, (_, channels, _, _) = len(ds), check_products("ds", ds)
     out_channels, dtype = check_gradient("g", g, ds), g.dtype
     positions = g.numel() // out_channels
-    config = config or ProductSumsConfig.default(maps, positions, channels, out_channels, dtype)
+    config = config or ProductSumsConfig.default(
+        maps, positions, channels, out_channels, dtype, has_large_cores(g)
+    )
     products = maps * out_channels * channels
     shares = g.new_empty(config.programs, products + out_channels, dtype=accumulator_dtype(dtype))
     groups = triton.cdiv(channels, config.block_c) * triton.cdiv(maps, config.maps)
@@ -290,7 +303,9 @@ def product_input_gradients(
     if len(outs) != maps:
         raise ValueError(f"outs: {len(outs)} maps, need {maps}")
     positions = g.numel() // out_channels
-    config = config or InputGradientsConfig.default(maps, positions, channels, out_channels, dtype)
+    config = config or InputGradientsConfig.default(
+        maps, positions, channels, out_channels, dtype, has_large_cores(g)
+    )
     _input_gradients_kernel[(maps * config.programs,)](
         g, tuple(ds), tuple(outs), from_gradient, from_gradient if from_map is None else from_map,
         from_gradient if shift is None else shift, positions, channels, out_channels,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -24,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import (
+    INTERPRETED,
     accumulator,
     accumulator_dtype,
     check_dense,
@@ -40,6 +42,10 @@ MAX_CHANNELS = 256
 """Of any map: programs hold all channels of their positions."""
 
 
+LARGE = 220 * 1024
+"""Bytes of shared memory for a program; an H200 has 227 KB."""
+
+
 @dataclass(frozen=True)
 class ProductSumConfig:
     """Tile: `block_m` positions, `block_c` input channels at once, `stages` of them in flight."""
@@ -51,17 +57,19 @@ class ProductSumConfig:
 
     @classmethod
     def default(
-        cls, positions: int, channels: int, out_channels: int, dtype: torch.dtype
+        cls, channels: int, out_channels: int, dtype: torch.dtype, large: bool = True
     ) -> ProductSumConfig:
-        """Small tiles for 32-bit products, which hold their operands in registers."""
+        """Of wide maps there are few positions, and one program to a core, `large` where its shared
+        memory is. Small tiles for 32-bit products, which hold their operands in registers."""
         if dtype.itemsize > 2:
             return cls(16, 16, 4, 1)
-        block_c = min(128, max(16, triton.next_power_of_2(channels)))
         if max(channels, out_channels) <= 32:
-            return cls(128, block_c, 4, 4)
+            return cls(128, block_of(channels), 4, 4)
         if max(channels, out_channels) <= 64:
-            return cls(64, block_c, 4, 4)
-        return cls(64, min(64, block_c), 8, 4)
+            return cls(64, block_of(channels), 4, 4)
+        if large and max(channels, out_channels) <= 128:
+            return cls(64, block_of(channels), 4, 3)
+        return cls(64, min(64, block_of(channels)), 8, 3)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -146,7 +154,9 @@ def product_sum(
     check_dense("weights", weights, (len(xs),), ds[0])
     check_sums("shift", shift, (out_channels,), ds[0])
     positions = images * height * width
-    config = config or ProductSumConfig.default(positions, channels, out_channels, out.dtype)
+    config = config or ProductSumConfig.default(
+        channels, out_channels, out.dtype, has_large_cores(out)
+    )
     _product_sum_kernel[(triton.cdiv(positions, config.block_m),)](
         tuple(ds), matrices, (*ys, *xs), scales, weights, shift, out,
         positions, channels, out_channels,
@@ -156,6 +166,20 @@ def product_sum(
         STAGES=config.stages, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out
+
+
+def has_large_cores(x: Tensor) -> bool:
+    """Whether a program may have as much shared memory as on an H200."""
+    if INTERPRETED or not x.is_cuda:
+        return True
+    return _shared_memory(x.device.index) >= LARGE
+
+
+@cache
+def _shared_memory(device: int) -> int:
+    """Bytes that one program may have."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(device)
+    return int(properties["max_shared_mem"])
 
 
 def block_of(channels: int) -> int:

@@ -31,6 +31,7 @@ from lgcnet_fast.kernels import (
     concat_pointwise_backward,
     concat_upsample_backward,
     conv3_backward,
+    covariance,
     depthwise,
     depthwise_backward,
     depthwise_input_grad,
@@ -40,18 +41,24 @@ from lgcnet_fast.kernels import (
     mixed_sum,
     mixed_sum_backward,
     pointwise_backward,
+    product_algebra,
+    product_gradients,
+    product_sum,
     weight_stacks,
 )
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 BRANCHES, PLAIN, READERS = 18, 3, 8
 MAPS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "g_ptr", "out_ptr", "matrices_out_ptr"}
+MAPS |= {"matrix_ptr", "weighted_ptr", "from_gradient_ptr", "from_map_ptr"}
 MAPS |= {f"{name}{index}_ptr" for name in ("x", "y", "dx") for index in range(4)}
 LISTS = {
     "y_ptrs": BRANCHES,
     "dy_ptrs": BRANCHES,
     "x_ptrs": PLAIN,
     "dx_ptrs": PLAIN,
+    "d_ptrs": BRANCHES,
+    "dd_ptrs": BRANCHES,
     "map_ptrs": BRANCHES + PLAIN,
     "g_ptrs": READERS,
 }
@@ -132,10 +139,11 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield average_pool._spread_kernel, tile | spans | {"ROWS": 4}, average_pool.WARPS
 
 
-def products(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
+def products(storage: str, arch: int) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
     """As `kernels`, and stages: those with matrix products, which need compute capability 8.0."""
-    yield from product_gradients(storage)
+    yield from gradients_of_products(storage)
     yield from products_of_concatenations(storage)
+    yield from nodes_of_products(storage, large=arch == 90)
 
 
 def products_of_concatenations(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
@@ -159,7 +167,42 @@ def products_of_concatenations(storage: str) -> Iterator[tuple[Any, dict[str, An
         yield kernel, shared | tile | {"RESIZES": resizes}, backward.warps, backward.stages
 
 
-def product_gradients(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
+def nodes_of_products(storage: str, large: bool) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
+    """As `products`, one for each width of the cells."""
+    dtype, acc = DTYPES[storage], {"K": BRANCHES, "ACC": tl.float32}
+    shared: dict[str, Any] = acc | {"OPERAND": OPERANDS[storage]}
+    for channels in (32, 48, 64, 128):
+        block, positions = product_sum.block_of(channels), 2**22 // channels
+        statistics = covariance.CovarianceConfig.default(channels, dtype)
+        tile = {"BLOCK_M": statistics.block_m, "BLOCK_C": statistics.block_c, "BLOCKS": 1}
+        kernel: Any = covariance._shares_kernel
+        yield kernel, shared | tile, statistics.warps, statistics.stages
+        entries = {"BLOCK_S": covariance.SHARES_AT_ONCE, "BLOCK": covariance.MERGED}
+        entries |= {"K": BRANCHES, "BLOCK_C": statistics.block_c}
+        yield covariance._merge_kernel, entries, 4, 3
+        forward = product_sum.ProductSumConfig.default(channels, channels, dtype, large)
+        tile = {"BLOCK_M": forward.block_m, "BLOCK_C": forward.block_c, "BLOCK_O": block}
+        tile |= {"R": BRANCHES, "J": PLAIN, "STAGES": forward.stages}
+        tile |= {"BLOCKS": triton.cdiv(channels, forward.block_c)}
+        yield product_sum._product_sum_kernel, shared | tile, forward.warps, forward.stages
+        arguments = (BRANCHES, positions, channels, channels, dtype, large)
+        sums = product_gradients.ProductSumsConfig.default(*arguments)
+        tile = {"BLOCK_M": sums.block_m, "BLOCK_C": sums.block_c, "BLOCK_O": block}
+        kernel = product_gradients._sums_kernel
+        yield kernel, shared | tile | {"MAPS": sums.maps}, sums.warps, sums.stages
+        backward = product_gradients.InputGradientsConfig.default(*arguments)
+        tile = {"BLOCK_M": backward.block_m, "BLOCK_N": backward.block_n, "BLOCKS": 1}
+        tile |= {"BLOCK_C": block, "BLOCK_O": block, "FROM_MAP": True, "SHIFTED": True}
+        kernel = product_gradients._input_gradients_kernel
+        yield kernel, shared | tile, backward.warps, backward.stages
+        rows = acc | {"ROWS": product_algebra.ROWS, "TERMS": product_algebra.TERMS}
+        rows |= {"BLOCK_C": block}
+        warps = product_algebra._warps(channels)
+        yield product_algebra._weights_kernel, rows | {"EPS": 1e-5}, warps, 3
+        yield product_algebra._coefficients_kernel, rows | {"TRAINING": True}, warps, 3
+
+
+def gradients_of_products(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
     """As `products`, one for each width of the cells."""
     dtype = DTYPES[storage]
     for channels in (32, 64, 128):
@@ -240,7 +283,7 @@ def main() -> None:
     arch, storage = int(sys.argv[1]), sys.argv[2]
     chosen = [(*each, 3) for each in kernels()]
     if arch >= 80:
-        chosen += products(storage)
+        chosen += products(storage, arch)
     for kernel, constants, warps, stages in chosen:
         compiled = compile_for(kernel, constants, warps, arch, storage, stages)
         shown = {name: constants[name] for name in SHOWN if name in constants}

@@ -27,6 +27,7 @@ from lgcnet_fast.kernels import (
     concat_upsample,
     concat_upsample_backward,
     conv3_backward,
+    covariance,
     depthwise,
     depthwise_backward,
     depthwise_input_grad,
@@ -36,6 +37,9 @@ from lgcnet_fast.kernels import (
     mixed_sum,
     mixed_sum_backward,
     pointwise_backward,
+    product_algebra,
+    product_gradients,
+    product_sum,
     upsample_argmax,
     upsample_loss,
     weight_stacks,
@@ -113,6 +117,24 @@ def products(x: Tensor) -> None:
         conv3_backward.conv3_weight_grad([x] * stride, [x] * stride)
 
 
+def nodes_of_products(x: Tensor) -> None:
+    channels = x.shape[1]
+    for maps in (1, 2):
+        ds, z, p = [x] * maps, torch.zeros(maps), torch.zeros(maps, channels, channels)
+        mean, matrices = covariance.covariance(ds)
+        statistics, weights, _ = product_algebra.product_weights(mean, matrices, p, z, 1e-5)
+        for others in ([], [x]):
+            scales, shift = z.new_zeros(len(others), channels), z.new_zeros(channels)
+            plain = z.new_zeros(len(others))
+            product_sum.product_sum(ds, weights, others, scales, others, plain, shift)
+        sums, s0 = product_gradients.product_sums(x, ds)
+        for training in (True, False):
+            _, _, *coefficients = product_algebra.product_coefficients(
+                sums, s0, mean, matrices, p, statistics, z, 2, training
+            )
+            product_gradients.product_input_gradients(x, ds, *coefficients, ds)
+
+
 def resizes(x: Tensor) -> None:
     size, channels = (x.shape[2], x.shape[3]), x.shape[1]
     for target in TARGETS:
@@ -149,7 +171,9 @@ def hard_examples(x: Tensor) -> None:
 FAMILIES: tuple[Launch, ...] = (
     pool, means, depthwise_filters, stacked_weights, mixture, resizes, losses,
 )  # fmt: skip
-FLOAT32_FAMILIES: tuple[Launch, ...] = (products, products_of_concatenations, hard_examples)
+FLOAT32_FAMILIES: tuple[Launch, ...] = (
+    products, products_of_concatenations, nodes_of_products, hard_examples,
+)  # fmt: skip
 """Products are not compiled for float64, and losses are ranked in float32."""
 
 

@@ -15,6 +15,8 @@ from tests.kernels.carried_bounds import carried_bounds
 
 MOST_SHARED = {75: 48 * 1024, 80: 80 * 1024, 90: 112 * 1024}
 """Bytes a block: without an opt-in, and for two blocks a multiprocessor."""
+ALONE = {"_product_sum_kernel", "_input_gradients_kernel"}
+"""Of wide maps, one block to a multiprocessor of an H200, which has 227 KB."""
 HANDING_OVER = {"_slab_statistics_kernel", "_gradient_sums_kernel"}
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 ROOT = Path(__file__).parents[2]
@@ -24,14 +26,19 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(("arch", "storage"), [(75, "fp16"), (80, "bf16"), (90, "bf16")])
 def test_kernels_compile_without_spills(arch: int, storage: str) -> None:
     rows = compiled(str(SCRIPT), str(arch), storage)
-    assert [row for row in rows if row["stack"] > 0 or row["shared"] > MOST_SHARED[arch]] == []
+    assert [row for row in rows if row["stack"] > 0 or row["shared"] > most_shared(arch, row)] == []
     assert [row for row in rows if row["atomics"] != row["handovers"]] == []
     assert {row["kernel"] for row in rows if row["handovers"]} == HANDING_OVER
 
 
+def most_shared(arch: int, row: dict[str, Any]) -> int:
+    alone = arch == 90 and row["kernel"] in ALONE
+    return 227 * 1024 if alone else MOST_SHARED[arch]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arch", "dtype", "kernels"), [(80, "float32", 20), (90, "float32", 20), (90, "bfloat16", 15)]
+    ("arch", "dtype", "kernels"), [(80, "float32", 25), (90, "float32", 25), (90, "bfloat16", 15)]
 )
 def test_smallest_maps_compile(arch: int, dtype: str, kernels: int) -> None:
     rows = compiled("-m", "tests.kernels.compile_launches", str(arch), dtype)
