@@ -138,6 +138,17 @@ def test_gradients(case: Case, dtype: torch.dtype, device: torch.device, guarded
     assert_close(dw, truth[1], magnitude[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_of_maps_apart(case: Case, dtype: torch.dtype, device: torch.device) -> None:
+    """dy in parts, as several nodes give it, which the kernels read where they lie."""
+    x, weights, dy = inputs(case, dtype, device)
+    apart = [part.clone() for part in dy.flatten(0, 1)]
+    arguments = (x, weights, case.dilations, case.stride, case.relu)
+    for gradient in (depthwise_multi_input_grad, depthwise_multi_weight_grad):
+        assert torch.equal(gradient(apart, *arguments), gradient(dy, *arguments))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [c for c in CASES if len(c.dilations) == c.edges == 1], ids=str)
 def test_both_gradients_of_one_branch(
@@ -300,6 +311,8 @@ def test_bad_gradients_are_named(device: torch.device) -> None:
             gradient(dy.half(), x, weights, (1,))
         with pytest.raises(ValueError, match="dy: strides"):
             gradient(dy.contiguous(), x, weights, (1,))
+        with pytest.raises(ValueError, match="dy: 2 maps, need 1"):
+            gradient([dy[0, 0]] * 2, x, weights, (1,))
 
 
 @pytest.mark.gpu
