@@ -145,8 +145,7 @@ class _ProductSum(torch.autograd.Function):
         """statistics: of the raw maps; z: weights of products, raw and plain maps."""
         ds, weights, ys, xs = _parted(tensors, settings.counts)
         count, raw = len(weights), statistics.shape[1]
-        scales = z[count : count + raw, None] * statistics[2]
-        shift = branches.shift.sum(0) + (scales * statistics[0]).sum(0)
+        scales, shift = product_scales(branches.shift, z[count : count + raw], statistics)
         ctx.save_for_backward(*ds, *ys, *xs, z, statistics, *branches[:4])
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
         ctx.like = (weights[0].dtype, weights[0].shape)
@@ -226,6 +225,19 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     statistics = mean.new_empty(3, *matrices.shape[:2])
     return statistics, torch.empty_like(matrices), mean.new_empty(matrices.shape[:2])
+
+
+@custom_op("lgcnet_fast::product_scales", mutates_args=())
+def product_scales(shift: Tensor, z: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales (R, C_out) of the raw maps, and the shift (C_out,) of the whole sum."""
+    from lgcnet_fast.kernels import product_scales as kernel
+
+    return kernel.product_scales(shift, z, statistics)
+
+
+@product_scales.register_fake
+def _(shift: Tensor, z: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+    return statistics.new_empty(statistics.shape[1:]), shift.new_empty(shift.shape[1])
 
 
 @custom_op("lgcnet_fast::product_sum", mutates_args=())

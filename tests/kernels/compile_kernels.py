@@ -43,6 +43,7 @@ from lgcnet_fast.kernels import (
     pointwise_backward,
     product_algebra,
     product_gradients,
+    product_scales,
     product_sum,
     weight_stacks,
 )
@@ -85,13 +86,15 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         tile = {"BLOCK_P": 8, "BLOCK_C": 64}
         for edges in (1, 2):
             yield depthwise._forward_kernel, shared | tile | {"EDGES": edges}, 4
-        for parts in (1, 2):
-            sums = shared | {"PARTS": parts, "BLOCK_P": 32, "BLOCK_C": 16}
-            yield depthwise_weight_grad._weight_grad_kernel, sums, 4
+        for apart in (1, BRANCHES):
+            sums = shared | {"APART": apart, "BLOCK_P": 32, "BLOCK_C": 16}
+            for parts in (1, 2):
+                yield depthwise_weight_grad._weight_grad_kernel, sums | {"PARTS": parts}, 4
         yield depthwise_backward._backward_kernel, shared | tile | {"ROWS": 8}, 4
         for rows in (2, 4, 8) if stride == 1 else (2,):
             tile = {"BLOCK_P": 32, "BLOCK_C": 16, "ROWS": rows}
-            yield depthwise_input_grad._input_grad_kernel, shared | tile, 2
+            for apart in (1, BRANCHES):
+                yield depthwise_input_grad._input_grad_kernel, shared | tile | {"APART": apart}, 2
     counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}
     streaming = {"AHEAD": 2, "LOADS": 2, "GROUPS": 128, "VECTOR": 8}
     statistics = {"K": BRANCHES, "ACC": tl.float32, "EPS": 1e-5}
@@ -195,6 +198,8 @@ def nodes_of_products(storage: str, large: bool) -> Iterator[tuple[Any, dict[str
         tile |= {"BLOCK_C": block, "BLOCK_O": block, "FROM_MAP": True, "SHIFTED": True}
         kernel = product_gradients._input_gradients_kernel
         yield kernel, shared | tile, backward.warps, backward.stages
+        scales = {"BLOCK": product_scales.BLOCK}
+        yield product_scales._scales_kernel, scales, product_scales.WARPS, 3
         rows = acc | {"ROWS": product_algebra.ROWS, "TERMS": product_algebra.TERMS}
         rows |= {"BLOCK_C": block}
         warps = product_algebra._warps(channels)

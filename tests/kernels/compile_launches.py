@@ -39,6 +39,7 @@ from lgcnet_fast.kernels import (
     pointwise_backward,
     product_algebra,
     product_gradients,
+    product_scales,
     product_sum,
     upsample_argmax,
     upsample_loss,
@@ -77,8 +78,9 @@ def depthwise_filters(x: Tensor) -> None:
             weights = x.new_zeros(1, len(dilations), 3, 3, x.shape[1])
             arguments = (x, weights, dilations, stride)
             dy = depthwise.depthwise_multi(*arguments)
-            depthwise_input_grad.depthwise_multi_input_grad(dy, *arguments)
-            depthwise_weight_grad.depthwise_multi_weight_grad(dy, *arguments)
+            for maps in (dy, dy.flatten(0, 1).unbind()):
+                depthwise_input_grad.depthwise_multi_input_grad(maps, *arguments)
+                depthwise_weight_grad.depthwise_multi_weight_grad(maps, *arguments)
         weight = x.new_zeros(3, 3, x.shape[1])
         dy = depthwise.depthwise(x, weight, 2, stride)
         depthwise_backward.depthwise_backward(dy, x, weight, 2, stride)
@@ -122,10 +124,10 @@ def nodes_of_products(x: Tensor) -> None:
     for maps in (1, 2):
         ds, z, p = [x] * maps, torch.zeros(maps), torch.zeros(maps, channels, channels)
         mean, matrices = covariance.covariance(ds)
-        statistics, weights, _ = product_algebra.product_weights(mean, matrices, p, z, 1e-5)
+        statistics, weights, shifts = product_algebra.product_weights(mean, matrices, p, z, 1e-5)
         for others in ([], [x]):
-            scales, shift = z.new_zeros(len(others), channels), z.new_zeros(channels)
-            plain = z.new_zeros(len(others))
+            plain, of_raw = z.new_zeros(len(others)), z.new_zeros(3, len(others), channels)
+            scales, shift = product_scales.product_scales(shifts, plain, of_raw)
             product_sum.product_sum(ds, weights, others, scales, others, plain, shift)
         sums, s0 = product_gradients.product_sums(x, ds)
         for training in (True, False):

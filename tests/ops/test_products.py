@@ -413,6 +413,7 @@ def test_registration(device: torch.device) -> None:
     mean, covariance = fused.product_statistics(ds)
     check(fused.product_weights, (mean, covariance, matrices, z, 1e-5))
     statistics, weights, shift = fused.product_weights(mean, covariance, matrices, z, 1e-5)
+    check(fused.product_scales, (shift, z[:1], statistics[:, :1].contiguous()))
     check(fused.product_sum, (ds, weights, [y], statistics[0, :1], [x], z[:1], shift[0]))
     for training in (True, False):
         known = (matrices, mean, covariance, statistics, z, training)
