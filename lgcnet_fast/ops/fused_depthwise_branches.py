@@ -1,16 +1,16 @@
 """Branches of which the backend `triton` hands on some as depthwise maps, for `mixed_norm_sum`.
 
-One launch makes the depthwise maps of all branches. Those that are multiplied here, first stages of
-pairs, are products of some of them. As the nodes keep their depthwise maps for the backward pass,
-all stay, and none is computed again. Their gradients are read where the nodes have put them.
+One launch makes the depthwise maps that are handed on, another those that are multiplied here,
+first stages of pairs. The nodes keep theirs for the backward pass; those of first stages, whose
+products are kept, are computed again. Gradients are read where the nodes have put them.
 
 Traffic in maps of the output's size, with B branches, M of them multiplied here, C_out = C and
-stride 1: forward reads 1 + M and writes B + M, backward reads 2 B + 2 M + 2 and writes M + 1.
+stride 1: forward reads 2 + M and writes B + M, backward reads 2 B + 2 M + 3 and writes 2 M + 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from lgcnet_fast.ops.fused_separable_branches import (
 )
 from lgcnet_fast.ops.lanes import settle
 from lgcnet_fast.ops.maps import accumulator, computed_dtype, empty_nhwc, nhwc, unstacked
-from lgcnet_fast.ops.pointwise_kernels import kept_maps_gradients, matrices
+from lgcnet_fast.ops.pointwise_kernels import matrices, pointwise_gradients
 from lgcnet_fast.ops.products import Entry, Products, pay
 
 
@@ -74,8 +74,8 @@ def run(
         return fused_separable_branches.run(backend, *branches)
     x = nhwc(x.to(computed_dtype(x)))
     here = [branch for branch, later in enumerate(to_sum) if not later]
-    own = [weight for at, weight in enumerate(pointwise) if at % len(dilations) in here]
     settings = Settings(list(dilations), stride, here)
+    own = _of_branches(pointwise, here, len(dilations))
     maps = _DepthwiseBranches.apply(settings, stacks, len(depthwise), x, *depthwise, *own)
     entries: list[list[Entry]] = []
     first = 0
@@ -98,15 +98,21 @@ class _DepthwiseBranches(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """weights: depthwise of all branches, pointwise of those multiplied here."""
         depthwise, pointwise = weights[:branches], weights[branches:]
-        windows = stacked_windows(depthwise)
-        products = stacked_matrices(pointwise, x) if pointwise else x.new_empty(0)
-        filtered = depthwise_maps(x, windows, settings.dilations, settings.stride)
-        raw = _multiplied(filtered, products, settings.multiplied)
-        ctx.save_for_backward(x, filtered if pointwise else products, windows, products)
+        dilations, stride, here = settings
+        later = [branch for branch in range(len(dilations)) if branch not in here]
+        filtered = _filtered(x, depthwise, dilations, stride, later)
+        windows = products = x.new_empty(0)
+        raw = filtered[:, :0]
+        if here:
+            windows = stacked_windows(_of_branches(depthwise, here, len(dilations)))
+            products = stacked_matrices(pointwise, x)
+            maps = depthwise_maps(x, windows, [dilations[branch] for branch in here], stride)
+            raw = _multiplied(maps, products)
+        ctx.save_for_backward(x, stacked_windows(depthwise), windows, products)
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
         groups = [group for group in (depthwise, pointwise) if group]
         ctx.like = [(group[0].dtype, group[0].shape) for group in groups]
-        return tuple(_stacks(filtered, raw, settings.multiplied, stacks))
+        return tuple(_stacks(filtered, raw, here, stacks))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -121,16 +127,30 @@ class _DepthwiseBranches(torch.autograd.Function):
         return None, None, None, dx, *weights
 
 
-def _multiplied(filtered: Tensor, products: Tensor, here: Sequence[int]) -> Tensor:
+def _of_branches(
+    weights: Sequence[Tensor], branches: Sequence[int], of_an_edge: int
+) -> list[Tensor]:
+    """Edge after edge."""
+    return [weight for at, weight in enumerate(weights) if at % of_an_edge in branches]
+
+
+def _filtered(
+    x: Tensor,
+    depthwise: Sequence[Tensor],
+    dilations: Sequence[int],
+    stride: int,
+    branches: Sequence[int],
+) -> Tensor:
+    """(edges, branches, N, C, H', W')."""
+    windows = stacked_windows(_of_branches(depthwise, branches, len(dilations)))
+    return depthwise_maps(x, windows, [dilations[branch] for branch in branches], stride)
+
+
+def _multiplied(maps: Tensor, products: Tensor) -> Tensor:
     """(edges, branches here, N, C_out, H', W')."""
-    edges, _, images, _, height, width = filtered.shape
-    if not here:
-        return filtered[:, :0]
-    weights = products.unflatten(0, (edges, len(here)))
-    out = empty_nhwc(filtered, (edges, len(here), images, products.shape[1], height, width))
-    for at, branch in enumerate(here):
-        maps, found = matrices(filtered[:, branch]), matrices(out[:, at])
-        torch.bmm(maps, weights[:, at].transpose(1, 2), out=found)
+    edges, here, images, _, height, width = maps.shape
+    out = empty_nhwc(maps, (edges, here, images, products.shape[1], height, width))
+    torch.bmm(matrices(maps), products.transpose(1, 2), out=matrices(out))
     return out
 
 
@@ -138,14 +158,14 @@ def _stacks(
     filtered: Tensor, raw: Tensor, here: Sequence[int], stacks: Sequence[int]
 ) -> Iterator[Tensor]:
     """Views, in order."""
-    branches, first = filtered.shape[1], 0
+    branches, first = filtered.shape[1] + len(here), 0
     for count in stacks:
         edge, branch = divmod(first, branches)
+        before = sum(other < branch for other in here)
         if branch in here:
-            at = here.index(branch)
-            yield raw[edge, at : at + count]
+            yield raw[edge, before : before + count]
         else:
-            yield filtered[edge, branch : branch + count]
+            yield filtered[edge, branch - before : branch - before + count]
         first += count
 
 
@@ -167,8 +187,8 @@ def _(x: Tensor, windows: Tensor, dilations: list[int], stride: int) -> Tensor:
 def depthwise_branches_backward(
     gradients: list[Tensor],
     x: Tensor,
-    filtered: Tensor,
     windows: Tensor,
+    own_windows: Tensor,
     products: Tensor,
     dilations: list[int],
     stride: int,
@@ -177,39 +197,32 @@ def depthwise_branches_backward(
     """Gradients of x, of the windows as (edges * B, C, 3, 3), and of the products.
 
     gradients: stacks of them, of the raw maps of branches that are multiplied here and of the
-    depthwise maps of the others; filtered, products: empty where none is multiplied. Gradients of
-    weights are in the accumulator's dtype.
+    depthwise maps of the others; own_windows, products: of those, empty where there are none.
+    Gradients of weights are in the accumulator's dtype.
     """
     maps = unstacked(gradients)
-    of_products: list[Callable[[], Tensor]] = []
-    for at, branch in enumerate(multiplied):
-        weights = products.unflatten(0, (len(filtered), -1))[:, at].contiguous()
-        own = slice(branch, None, len(dilations))
-        found, total = kept_maps_gradients(maps[own], filtered[:, branch], weights)
-        maps[own] = found.unbind()
-        of_products.append(total)
+
+    def of_products() -> Tensor:
+        return products.new_empty(0, dtype=accumulator(products.dtype))
+
+    if multiplied:
+        again = [dilations[branch] for branch in multiplied]
+        own = filtered_maps("triton", x, by_edge(own_windows, again), again, stride).flatten(0, 1)
+        places = [at for at in range(len(maps)) if at % len(dilations) in multiplied]
+        raw = [maps[at][None] for at in places]
+        of_products = pointwise_gradients("triton", raw, own, products)
+        for at, found in zip(places, own, strict=True):
+            maps[at] = found
     launch = (x, by_edge(windows, dilations), dilations, stride)
-    return depthwise_gradients("triton", maps, *launch, _together(of_products, products))
-
-
-def _together(
-    of_products: Sequence[Callable[[], Tensor]], products: Tensor
-) -> Callable[[], Tensor]:
-    """What adds up the gradients of all products; of one branch an edge as a single sum."""
-    if len(of_products) == 1:
-        return of_products[0]
-    totals = [total() for total in of_products]
-    if not totals:
-        return lambda: products.new_empty(0, dtype=accumulator(products.dtype))
-    return lambda: torch.stack(totals, 1).flatten(0, 1)
+    return depthwise_gradients("triton", maps, *launch, of_products)
 
 
 @depthwise_branches_backward.register_fake
 def _(
     gradients: list[Tensor],
     x: Tensor,
-    filtered: Tensor,
     windows: Tensor,
+    own_windows: Tensor,
     products: Tensor,
     dilations: list[int],
     stride: int,

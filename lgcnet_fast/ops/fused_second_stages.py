@@ -148,7 +148,7 @@ def _stage_gradients(
     if matrix.numel():
         dx, *weights = separable_branches_backward([g], x, window, matrix, [1], 1, backend)
     else:
-        dx, *weights = depthwise_branches_backward([g], x, matrix, window, matrix, [1], 1, [])
+        dx, *weights = depthwise_branches_backward([g], x, window, matrix, matrix, [1], 1, [])
     (dy,) = mixed_sum_backward(dx, [y], [], one, statistics, training, False, backend)
     return dy, *weights
 

@@ -36,19 +36,6 @@ def pointwise_gradients(
     return _by_library(gradients, maps, weights)
 
 
-def kept_maps_gradients(
-    gradients: Sequence[Tensor], maps: Tensor, weights: Tensor
-) -> tuple[Tensor, Callable[[], Tensor]]:
-    """As `pointwise_gradients`, but the maps stay as they are: theirs, and the same as there.
-
-    By Triton's kernel. maps: whole maps apart.
-    """
-    from lgcnet_fast.kernels.pointwise_backward import summed
-
-    out, shares = _by_kernel(gradients, maps, weights, empty_nhwc(maps, maps.shape))
-    return out, partial(summed, shares)
-
-
 @custom_op(
     "lgcnet_fast::pointwise_convolution_backward",
     mutates_args=(),

@@ -92,11 +92,14 @@ def multiplied(entries: Sequence[Entry]) -> list[Tensor]:
 def pay(x: Tensor, out_channels: int) -> bool:
     """Whether the backend `triton` had better leave products of maps like x to the node.
 
-    x: (N, C, H, W) or a stack, before autocast.
+    x: (N, C, H, W) or a stack, before autocast. Wider maps than their products would take more
+    memory until the backward pass, and as long to read twice as to multiply out.
     """
     channels, dtype = x.shape[-3], computed_dtype(x)
+    if channels > out_channels:
+        return False
     if supposing():  # The device need not exist: one with matrix units.
-        return max(channels, out_channels) <= MAX_CHANNELS and dtype.itemsize == 2
+        return out_channels <= MAX_CHANNELS and dtype.itemsize == 2
     from lgcnet_fast.kernels.product_sum import serves
 
     return serves(x.new_empty(0, channels, 1, 1, dtype=dtype), out_channels)

@@ -13,13 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 ROUNDING = 512
 """Bytes: torch's CUDA allocator hands out multiples of them."""
-WITH_DEPTHWISE_MAPS = (
-    "lgcnet_fast::separable_branches",
-    "lgcnet_fast::separable_branches_backward",
-)
-"""Operations inside which the depthwise maps of all branches exist at once."""
-WITH_FIRST_STAGES = "lgcnet_fast::depthwise_branches_backward"
-"""Inside which gradients of the depthwise maps exist that are multiplied there."""
+WITH_DEPTHWISE_MAPS = {
+    "lgcnet_fast::separable_branches": "depthwise",
+    "lgcnet_fast::separable_branches_backward": "depthwise",
+    "lgcnet_fast::depthwise_branches_backward": "own_windows",
+}
+"""Operations inside which depthwise maps exist, one for each of these windows."""
 WITH_CONCATENATIONS = {
     "lgcnet_fast::concat_upsample_pointwise": 1,
     "lgcnet_fast::concat_upsample_pointwise_backward": 2,
@@ -92,16 +91,13 @@ def rounded(size: int) -> int:
 def scratch(operation: Any, args: Any) -> int:
     """Bytes of maps that an operation of this package makes inside and frees before it ends."""
     name = operation.name()
-    if name not in (*WITH_DEPTHWISE_MAPS, *WITH_CONCATENATIONS, WITH_FIRST_STAGES):
+    if name not in WITH_DEPTHWISE_MAPS and name not in WITH_CONCATENATIONS:
         return 0
     names = (argument.name for argument in operation._schema.arguments)
     given = dict(zip(names, args, strict=False))
     if name in WITH_CONCATENATIONS:
         return WITH_CONCATENATIONS[name] * _concatenation(given)
-    if name == WITH_FIRST_STAGES:
-        maps, stages = given["filtered"], len(given["multiplied"])
-        return stages * maps[:, 0].numel() * maps.element_size() if stages else 0
-    x, branches = given["x"], len(given["depthwise"])
+    x, branches = given["x"], len(given[WITH_DEPTHWISE_MAPS[name]])
     images, channels, *size = x.shape
     positions = math.prod(-(-side // given["stride"]) for side in size)
     return branches * images * channels * positions * x.element_size()

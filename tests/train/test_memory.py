@@ -144,10 +144,11 @@ def test_depthwise_maps_inside_a_fused_operation_count():
     backward = torch.ops.lgcnet_fast.separable_branches_backward.default
     assert scratch(backward, ([x], x, *weights)) == expected
     backward = torch.ops.lgcnet_fast.depthwise_branches_backward.default
-    maps = torch.empty(2, 3, 2, 8, 3, 4, dtype=torch.bfloat16)
-    expected = 2 * 2 * 8 * 3 * 4 * 2
-    assert scratch(backward, ([], x, maps, *weights[:2], [1, 2, 4], 2, [0])) == expected
-    assert scratch(backward, ([], x, maps[:0], *weights[:2], [1, 2, 4], 2, [])) == 0
+    expected = 2 * 2 * 8 * 5 * 7 * 2
+    for own, scratched in ((depthwise[:2], expected), (depthwise[:0], 0)):
+        assert (
+            scratch(backward, ([], x, depthwise, own, weights[1], [1, 2, 4], 1, [0])) == scratched
+        )
     assert scratch(torch.ops.aten.add.Tensor, (x, x)) == 0
 
 
