@@ -4,8 +4,8 @@ One launch makes the depthwise maps of all branches. Those that are multiplied h
 pairs, are products of some of them. As the nodes keep their depthwise maps for the backward pass,
 all stay, and none is computed again. Their gradients are read where the nodes have put them.
 
-Traffic in maps of the output's size, with B branches, M of them multiplied here, C_out = C and
-stride 1: forward reads 1 + M and writes B + M, backward reads 2 B + 2 M + 2 and writes M + 1.
+Traffic in maps of the output's size, with B branches, F of them multiplied here, C_out = C and
+stride 1: forward reads F + 1 and writes B + F, backward reads 2 B + 2 F + 2 and writes F + 1.
 """
 
 from __future__ import annotations
