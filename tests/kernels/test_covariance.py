@@ -14,6 +14,9 @@ from tests.kernels.products import CUDA, DTYPES, random_map
 
 TILE = CovarianceConfig(block_m=16, block_c=16, warps=1, stages=2, programs=12)
 
+ACCUMULATED = 2**-15 if CUDA else 2**-18
+"""Relative error of sums of many squares: matrix units cut off what float32 cannot hold."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -56,7 +59,7 @@ def assert_right(ds: list[Tensor], mean: Tensor, matrices: Tensor, rounding: flo
         assert not mean[k].isnan().any() and not matrices[k].isnan().any()
         bound = 2**-21 * (true_mean.abs() + deviation) + rounding * deviation + 1e-9
         assert ((mean[k] - true_mean).abs() <= bound).all()
-        bound = (2**-18 + rounding) * (deviation[:, None] * deviation) + 1e-9
+        bound = (ACCUMULATED + rounding) * (deviation[:, None] * deviation) + 1e-9
         assert ((matrices[k] - truth).abs() <= bound).all()
 
 
