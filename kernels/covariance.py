@@ -33,7 +33,7 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, operand
 from lgcnet_fast.kernels.product_sum import block_of, check_products
-from lgcnet_fast.kernels.slabs import pointer_of
+from lgcnet_fast.kernels.slabs import MOST_ELEMENTS, pointer_of
 
 TILES = 4
 """The fewest of a share, where a map has so many: a share writes about as much as a tile reads."""
@@ -65,10 +65,11 @@ class CovarianceConfig:
             return cls(64, 64, 4, 4, 264)
         return cls(64, 128 if channels <= 128 else 64, 8, 3, 132)
 
-    def share(self, maps: int, positions: int) -> int:
+    def share(self, maps: int, positions: int, channels: int) -> int:
         """Positions of a program, whole tiles."""
         tiles = triton.cdiv(positions, self.block_m)
         shares = max(1, min(self.programs // maps, tiles // TILES))
+        shares = max(shares, triton.cdiv(positions * channels, MOST_ELEMENTS))
         return triton.cdiv(tiles, shares) * self.block_m
 
 
@@ -235,7 +236,7 @@ def covariance(
     positions, maps, dtype = images * height * width, len(ds), ds[0].dtype
     config = config or CovarianceConfig.default(channels, dtype)
     blocks = triton.cdiv(channels, config.block_c)
-    share = config.share(maps, positions)
+    share = config.share(maps, positions, channels)
     shares = triton.cdiv(positions, share)
     partial = ds[0].new_empty(shares, maps, 1 + channels, channels, dtype=accumulator_dtype(dtype))
     _shares_kernel[(shares * maps * (blocks * (blocks + 1) // 2),)](

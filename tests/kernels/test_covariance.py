@@ -143,10 +143,12 @@ def test_float64_through_the_interpreter(device):
 @pytest.mark.parametrize("maps", [1, 8, 25])
 def test_shares_are_whole_tiles_of_about_as_many_programs(maps, channels, positions, dtype):
     config = CovarianceConfig.default(channels, dtype)
-    share = config.share(maps, positions)
+    share = config.share(maps, positions, channels)
     shares = -(-positions // share)
     assert share % config.block_m == 0 and (shares == 1 or share >= TILES * config.block_m)
     assert shares == 1 or shares * maps <= config.programs
+    longest = config.share(1000, 2**31, channels)
+    assert (longest - config.block_m) * channels <= 2**30
 
 
 def test_bad_arguments_are_named(device):
