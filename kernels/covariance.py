@@ -87,11 +87,11 @@ def _pivot(start, count, channel, C, ACC: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _distances(start, position, count, channel, pivot, C, ACC: tl.constexpr, MASKED: tl.constexpr):
-    """d - p of a tile; where MASKED, zero past the end of the share and of the channels."""
-    place = start + (position * C + channel)
+def _distances(start, left, lane, channel, pivot, C, ACC: tl.constexpr, MASKED: tl.constexpr):
+    """d - p of a tile; where MASKED, zero past the positions that are left and the channels."""
+    place = start + (lane * C + channel)
     if MASKED:
-        mask = (position < count) & (channel < C)
+        mask = (lane < left) & (channel < C)
         distance = tl.where(mask, tl.load(place, mask=mask, other=0.0).to(ACC) - pivot, 0.0)
     else:
         distance = tl.load(place).to(ACC) - pivot
@@ -100,20 +100,20 @@ def _distances(start, position, count, channel, pivot, C, ACC: tl.constexpr, MAS
 
 @triton.jit
 def _add_tile(
-    start, position, count, row, row_pivot, column, pivot, row_total, total, product, C,
+    start, left, lane, row, row_pivot, column, pivot, row_total, total, product, C,
     ACC: tl.constexpr, OPERAND: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The three sums with a tile added; with a single block, whose rows are its columns, two."""
     storage = start.dtype.element_ty
-    distance = _distances(start, position, count, column, pivot, C, ACC, MASKED)
+    distance = _distances(start, left, lane, column, pivot, C, ACC, MASKED)
     total += distance
     e = distance.to(storage).to(OPERAND)
-    left = e
+    rows = e
     if BLOCKS > 1:
-        distance = _distances(start, position, count, row, row_pivot, C, ACC, MASKED)
+        distance = _distances(start, left, lane, row, row_pivot, C, ACC, MASKED)
         row_total += distance
-        left = distance.to(storage).to(OPERAND)
-    product = tl.dot(tl.trans(left), e, product, input_precision="ieee", out_dtype=ACC)
+        rows = distance.to(storage).to(OPERAND)
+    product = tl.dot(tl.trans(rows), e, product, input_precision="ieee", out_dtype=ACC)
     return row_total, total, product
 
 
@@ -158,13 +158,13 @@ def _shares_kernel(
     whole = count // BLOCK_M * BLOCK_M
     for begin in range(0, whole, BLOCK_M):
         row_total, total, product = _add_tile(
-            start, begin + lane, count, row, row_pivot, column, pivot, row_total, total, product,
-            C, ACC, OPERAND, BLOCKS, CHANNELS_MASKED,
+            start + begin * C, count - begin, lane, row, row_pivot, column, pivot,
+            row_total, total, product, C, ACC, OPERAND, BLOCKS, CHANNELS_MASKED,
         )  # fmt: skip
     if whole < count:
         row_total, total, product = _add_tile(
-            start, whole + lane, count, row, row_pivot, column, pivot, row_total, total, product,
-            C, ACC, OPERAND, BLOCKS, True,
+            start + whole * C, count - whole, lane, row, row_pivot, column, pivot,
+            row_total, total, product, C, ACC, OPERAND, BLOCKS, True,
         )  # fmt: skip
 
     if BLOCKS == 1:

@@ -132,6 +132,12 @@ class InputGradientsConfig:
 
 
 @triton.jit
+def _present(lane, left, BLOCK_M: tl.constexpr):
+    """Which lanes of a tile are positions, of which so many are left; compared in 32 bits."""
+    return lane < tl.minimum(left, BLOCK_M).to(tl.int32)
+
+
+@triton.jit
 def _sum_gradient(
     g_ptr, s0_ptr, M, CO, number, programs,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, STAGES: tl.constexpr,
@@ -142,7 +148,7 @@ def _sum_gradient(
     # By the position in a tile: threads pass one another nothing until the end.
     total = tl.zeros((BLOCK_M, BLOCK_O), dtype=ACC)
     for first in tl.range(number * BLOCK_M, M, programs * BLOCK_M, num_stages=STAGES):
-        mask = (lane < M - first) & (o < CO)
+        mask = _present(lane, M - first, BLOCK_M) & (o < CO)
         total += tl.load(g_ptr + first * CO + (lane * CO + o), mask=mask, other=0.0).to(ACC)
     tl.store(s0_ptr + o, tl.sum(total, axis=0, keep_dims=True), mask=o < CO)
 
@@ -163,14 +169,15 @@ def _sum_products(
         d_starts = d_starts + (pointer_of(d_ptrs, tl.minimum(group * MAPS + i, K - 1), K),)
         totals = totals + (tl.zeros((BLOCK_O, BLOCK_C), dtype=ACC),)
     for first in range(number * BLOCK_M, M, programs * BLOCK_M):
-        within = lane < M - first
+        within = _present(lane, M - first, BLOCK_M)
         g_start = g_ptr + first * CO + (lane * CO + o[None, :])
         g = tl.load(g_start, mask=within & (o < CO)[None, :], other=0.0).to(OPERAND)
-        offset = first * C + (lane * C + c)
+        transposed = tl.trans(g)
         sums = ()
         for i in tl.static_range(MAPS):
-            d = tl.load(d_starts[i] + offset, mask=within & (c < C), other=0.0).to(OPERAND)
-            total = tl.dot(tl.trans(g), d, totals[i], input_precision="ieee", out_dtype=ACC)
+            d_start = d_starts[i] + first * C + (lane * C + c)
+            d = tl.load(d_start, mask=within & (c < C), other=0.0).to(OPERAND)
+            total = tl.dot(transposed, d, totals[i], input_precision="ieee", out_dtype=ACC)
             sums = sums + (total,)
         totals = sums
 
@@ -243,7 +250,7 @@ def _input_gradients_kernel(
         if FROM_MAP:
             from_map = _matrix(from_map_ptr, lanes[:, None], c, C, C, OPERAND)
     for first in range(program * BLOCK_M, M, programs * BLOCK_M):
-        within = lane < M - first
+        within = _present(lane, M - first, BLOCK_M)
         g_start = g_ptr + first * CO + (lane * CO + o)
         g = tl.load(g_start, mask=within & (o < CO), other=0.0).to(OPERAND)
         if FROM_MAP:
