@@ -71,7 +71,7 @@ def run(
     """`separable_branches`, see there: a stack of maps, or products, in each list."""
     if backend != "triton" or not any(to_sum) or not pay(x, len(pointwise[0])):
         branches = (x, depthwise, pointwise, dilations, stride, stacks)
-        return fused_separable_branches.run(backend, *branches)
+        return [list[Entry](maps) for maps in fused_separable_branches.run(backend, *branches)]
     x = nhwc(x.to(computed_dtype(x)))
     here = [branch for branch, later in enumerate(to_sum) if not later]
     own = [weight for at, weight in enumerate(pointwise) if at % len(dilations) in here]
