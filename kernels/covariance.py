@@ -33,7 +33,7 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, operand
 from lgcnet_fast.kernels.product_sum import block_of, check_products
-from lgcnet_fast.kernels.slabs import pointer_of
+from lgcnet_fast.kernels.slabs import MOST_ELEMENTS, pointer_of
 
 TILES = 4
 """The fewest of a share, where a map has so many: a share writes about as much as a tile reads."""
@@ -65,10 +65,11 @@ class CovarianceConfig:
             return cls(64, 64, 4, 4, 264)
         return cls(64, 128 if channels <= 128 else 64, 8, 3, 132)
 
-    def share(self, maps: int, positions: int) -> int:
+    def share(self, maps: int, positions: int, channels: int) -> int:
         """Positions of a program, whole tiles."""
         tiles = triton.cdiv(positions, self.block_m)
         shares = max(1, min(self.programs // maps, tiles // TILES))
+        shares = max(shares, triton.cdiv(positions * channels, MOST_ELEMENTS))
         return triton.cdiv(tiles, shares) * self.block_m
 
 
@@ -86,17 +87,34 @@ def _pivot(start, count, channel, C, ACC: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _distances(start, position, count, channel, pivot, C, ACC: tl.constexpr, OPERAND: tl.constexpr):
-    """d - p of a tile, zero past the end of the share."""
-    mask = (position < count) & (channel < C)
-    value = tl.load(start + (position * C + channel), mask=mask, other=0.0).to(ACC)
-    return tl.where(mask, value - pivot, 0.0).to(start.dtype.element_ty).to(OPERAND)
+def _distances(start, left, lane, channel, pivot, C, ACC: tl.constexpr, MASKED: tl.constexpr):
+    """d - p of a tile; where MASKED, zero past the positions that are left and the channels."""
+    place = start + (lane * C + channel)
+    if MASKED:
+        mask = (lane < left) & (channel < C)
+        distance = tl.where(mask, tl.load(place, mask=mask, other=0.0).to(ACC) - pivot, 0.0)
+    else:
+        distance = tl.load(place).to(ACC) - pivot
+    return distance
 
 
 @triton.jit
-def _sum_of(total, ACC: tl.constexpr):
-    """(channels,) from 16 equal rows."""
-    return tl.sum(total, axis=0) * 0.0625
+def _add_tile(
+    start, left, lane, row, row_pivot, column, pivot, row_total, total, product, C,
+    ACC: tl.constexpr, OPERAND: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The three sums with a tile added; with a single block, whose rows are its columns, two."""
+    storage = start.dtype.element_ty
+    distance = _distances(start, left, lane, column, pivot, C, ACC, MASKED)
+    total += distance
+    e = distance.to(storage).to(OPERAND)
+    rows = e
+    if BLOCKS > 1:
+        distance = _distances(start, left, lane, row, row_pivot, C, ACC, MASKED)
+        row_total += distance
+        rows = distance.to(storage).to(OPERAND)
+    product = tl.dot(tl.trans(rows), e, product, input_precision="ieee", out_dtype=ACC)
+    return row_total, total, product
 
 
 @triton.jit(do_not_specialize=["M", "share"])
@@ -104,12 +122,13 @@ def _shares_kernel(
     d_ptrs, partial_ptr, M, share, C,
     K: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr,
+    CHANNELS_MASKED: tl.constexpr,
 ):  # fmt: skip
     """partial[s, k] = (mean, M2) of share s of the positions: (1 + C, C).
 
     A program has one of the pairs of BLOCKS blocks of channels, of (i, j) and (j, i) that with
     i <= j, which is the only one to be written. Maps and pairs of the same positions are neighbours
-    in launch order.
+    in launch order. CHANNELS_MASKED: the blocks are more than C channels.
     """
     pairs: tl.constexpr = BLOCKS * (BLOCKS + 1) // 2
     pair = tl.program_id(0) % pairs
@@ -132,25 +151,26 @@ def _shares_kernel(
     if BLOCKS > 1:
         row_pivot = _pivot(start, count, row, C, ACC, BLOCK_M)
     lane = tl.arange(0, BLOCK_M)[:, None]
-    # Matrix units add up the columns too, exactly and with nothing passed between threads.
-    ones = tl.full((16, BLOCK_M), 1.0, dtype=OPERAND)
-    total = tl.zeros((16, BLOCK_C), dtype=ACC)
-    row_total = tl.zeros((16, BLOCK_C), dtype=ACC)
+    # By the position in a tile: threads pass one another nothing until the end.
+    total = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
+    row_total = tl.zeros((BLOCK_M if BLOCKS > 1 else 1, BLOCK_C), dtype=ACC)
     product = tl.zeros((BLOCK_C, BLOCK_C), dtype=ACC)
-    for begin in range(0, count, BLOCK_M):
-        e = _distances(start, begin + lane, count, column, pivot, C, ACC, OPERAND)
-        total = tl.dot(ones, e, total, input_precision="ieee", out_dtype=ACC)
-        left = e
-        if BLOCKS > 1:
-            left = _distances(start, begin + lane, count, row, row_pivot, C, ACC, OPERAND)
-            row_total = tl.dot(ones, left, row_total, input_precision="ieee", out_dtype=ACC)
-        product = tl.dot(tl.trans(left), e, product, input_precision="ieee", out_dtype=ACC)
+    whole = count // BLOCK_M * BLOCK_M
+    for begin in range(0, whole, BLOCK_M):
+        row_total, total, product = _add_tile(
+            start + begin * C, count - begin, lane, row, row_pivot, column, pivot,
+            row_total, total, product, C, ACC, OPERAND, BLOCKS, CHANNELS_MASKED,
+        )  # fmt: skip
+    if whole < count:
+        row_total, total, product = _add_tile(
+            start + whole * C, count - whole, lane, row, row_pivot, column, pivot,
+            row_total, total, product, C, ACC, OPERAND, BLOCKS, True,
+        )  # fmt: skip
 
     if BLOCKS == 1:
         row_total = total
-    scale = 1 / count.to(ACC)
-    mean = _sum_of(total, ACC)[None, :] * scale
-    product -= _sum_of(row_total, ACC)[:, None] * mean
+    mean = tl.sum(total, axis=0)[None, :] / count.to(ACC)
+    product -= tl.sum(row_total, axis=0)[:, None] * mean
     i = row_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     partial = partial_ptr + (number * K + k) * (1 + C) * C + column
     tl.store(partial, pivot + mean, mask=(column < C) & (beyond == 0))
@@ -216,13 +236,14 @@ def covariance(
     positions, maps, dtype = images * height * width, len(ds), ds[0].dtype
     config = config or CovarianceConfig.default(channels, dtype)
     blocks = triton.cdiv(channels, config.block_c)
-    share = config.share(maps, positions)
+    share = config.share(maps, positions, channels)
     shares = triton.cdiv(positions, share)
     partial = ds[0].new_empty(shares, maps, 1 + channels, channels, dtype=accumulator_dtype(dtype))
     _shares_kernel[(shares * maps * (blocks * (blocks + 1) // 2),)](
         tuple(ds), partial, positions, share, channels,
         K=maps, ACC=accumulator(dtype), OPERAND=operand(dtype),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCKS=blocks,
+        CHANNELS_MASKED=channels < blocks * config.block_c,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     mean = partial.new_empty(maps, channels)

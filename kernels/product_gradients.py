@@ -81,7 +81,7 @@ class ProductSumsConfig:
         if dtype.itemsize > 2:
             block_m, block_c, together, warps, stages, resident = 16, 32, 1, 8, 1, 2
         elif max(channels, out_channels) <= 32:
-            block_m, block_c, together, warps, stages, resident = 128, 32, 2, 4, 3, 4
+            block_m, block_c, together, warps, stages, resident = 128, 32, 2, 4, 3, 3
         elif out_channels <= 64:
             block_m, block_c, together, warps, stages, resident = 64, 64, 2, 4, 3, 3
             together = 2 if large else 1
@@ -90,9 +90,9 @@ class ProductSumsConfig:
         else:
             block_m, block_c, together, warps, stages, resident = 64, 64, 2, 8, 3, 1
         block_c, together = min(block_c, block_of(channels)), min(together, maps)
-        groups = triton.cdiv(maps, together) * triton.cdiv(channels, block_c)
+        parts = triton.cdiv(maps, together) * triton.cdiv(channels, block_c) + 1
         tiles = triton.cdiv(positions, block_m)
-        most = min(resident * CORES // groups, triton.cdiv(tiles, TILES))
+        most = min(resident * CORES // parts, triton.cdiv(tiles, TILES))
         return cls(block_m, block_c, together, warps, stages, _programs(tiles, most))
 
 
@@ -117,7 +117,7 @@ class InputGradientsConfig:
         if dtype.itemsize > 2:
             block_m, block_n, warps, stages, resident = 16, 32, 8, 1, 2
         elif widest <= 32:
-            block_m, block_n, warps, stages, resident = 128, 32, 4, 3, 4
+            block_m, block_n, warps, stages, resident = 128, 32, 4, 3, 3
         elif widest <= 64:
             block_m, block_n, warps, stages, resident = 64, 64, 4, 3, 3
         elif widest <= 128 and large:
@@ -131,22 +131,35 @@ class InputGradientsConfig:
         return cls(block_m, block_n, warps, stages, _programs(tiles, resident * CORES // maps))
 
 
-@triton.jit(do_not_specialize=["M", "programs"])
-def _sums_kernel(
-    g_ptr, d_ptrs, share_ptr, M, C, CO, programs,
+@triton.jit
+def _present(lane, left, BLOCK_M: tl.constexpr):
+    """Which lanes of a tile are positions, of which so many are left; compared in 32 bits."""
+    return lane < tl.minimum(left, BLOCK_M).to(tl.int32)
+
+
+@triton.jit
+def _sum_gradient(
+    g_ptr, s0_ptr, M, CO, number, programs,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """S0 of every `programs`-th tile from `number` on."""
+    lane = tl.arange(0, BLOCK_M)[:, None]
+    o = tl.arange(0, BLOCK_O)[None, :]
+    # By the position in a tile: threads pass one another nothing until the end.
+    total = tl.zeros((BLOCK_M, BLOCK_O), dtype=ACC)
+    for first in tl.range(number * BLOCK_M, M, programs * BLOCK_M, num_stages=STAGES):
+        mask = _present(lane, M - first, BLOCK_M) & (o < CO)
+        total += tl.load(g_ptr + first * CO + (lane * CO + o), mask=mask, other=0.0).to(ACC)
+    tl.store(s0_ptr + o, tl.sum(total, axis=0, keep_dims=True), mask=o < CO)
+
+
+@triton.jit
+def _sum_products(
+    g_ptr, d_ptrs, share, M, C, CO, group, block, number, programs,
     K: tl.constexpr, MAPS: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """share[program] = T_1 to T_K, S0 of every `programs`-th tile; BLOCK_O >= CO.
-
-    A program has BLOCK_C channels of MAPS maps, the first one of all also S0.
-    """
-    groups: tl.constexpr = (K + MAPS - 1) // MAPS
-    blocks = tl.cdiv(C, BLOCK_C)
-    block = tl.program_id(0) % blocks
-    group = tl.program_id(0) // blocks % groups
-    # 64 bits, as are the offsets into maps that come of it.
-    program = (tl.program_id(0) // blocks // groups).to(tl.int64)
+    """T of MAPS maps and BLOCK_C channels, of the same tiles."""
     lane = tl.arange(0, BLOCK_M)[:, None]
     o = tl.arange(0, BLOCK_O)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -155,30 +168,50 @@ def _sums_kernel(
     for i in tl.static_range(MAPS):
         d_starts = d_starts + (pointer_of(d_ptrs, tl.minimum(group * MAPS + i, K - 1), K),)
         totals = totals + (tl.zeros((BLOCK_O, BLOCK_C), dtype=ACC),)
-    # Matrix units add up g too, with nothing passed between threads.
-    ones = tl.full((16, BLOCK_M), 1.0, dtype=OPERAND)
-    gradient = tl.zeros((16, BLOCK_O), dtype=ACC)
-    for first in range(program * BLOCK_M, M, programs * BLOCK_M):
-        within = lane < M - first
+    for first in range(number * BLOCK_M, M, programs * BLOCK_M):
+        within = _present(lane, M - first, BLOCK_M)
         g_start = g_ptr + first * CO + (lane * CO + o[None, :])
         g = tl.load(g_start, mask=within & (o < CO)[None, :], other=0.0).to(OPERAND)
-        gradient = tl.dot(ones, g, gradient, input_precision="ieee", out_dtype=ACC)
-        offset = first * C + (lane * C + c)
+        transposed = tl.trans(g)
         sums = ()
         for i in tl.static_range(MAPS):
-            d = tl.load(d_starts[i] + offset, mask=within & (c < C), other=0.0).to(OPERAND)
-            total = tl.dot(tl.trans(g), d, totals[i], input_precision="ieee", out_dtype=ACC)
+            d_start = d_starts[i] + first * C + (lane * C + c)
+            d = tl.load(d_start, mask=within & (c < C), other=0.0).to(OPERAND)
+            total = tl.dot(transposed, d, totals[i], input_precision="ieee", out_dtype=ACC)
             sums = sums + (total,)
         totals = sums
 
-    share = share_ptr + program * (K * CO * C + CO)
     entry = o[:, None] * C + c
     inside = (o < CO)[:, None] & (c < C)
     for i in tl.static_range(MAPS):
         k = group * MAPS + i
         tl.store(share + k * CO * C + entry, totals[i], mask=inside & (k < K))
-    alone = (o < CO) & (group == 0) & (block == 0)
-    tl.store(share + K * CO * C + o, tl.sum(gradient, axis=0) * 0.0625, mask=alone)
+
+
+@triton.jit(do_not_specialize=["M", "programs"])
+def _sums_kernel(
+    g_ptr, d_ptrs, share_ptr, M, C, CO, programs,
+    K: tl.constexpr, MAPS: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """share[number] = T_1 to T_K, S0 of every `programs`-th tile; BLOCK_O >= CO.
+
+    A program has BLOCK_C channels of MAPS maps, or S0.
+    """
+    blocks = tl.cdiv(C, BLOCK_C)
+    parts = blocks * ((K + MAPS - 1) // MAPS) + 1
+    part = tl.program_id(0) % parts
+    # 64 bits, as are the offsets into maps that come of it.
+    number = (tl.program_id(0) // parts).to(tl.int64)
+    share = share_ptr + number * (K * CO * C + CO)
+    if part == parts - 1:
+        s0_ptr = share + K * CO * C
+        _sum_gradient(g_ptr, s0_ptr, M, CO, number, programs, ACC, BLOCK_M, BLOCK_O, STAGES)
+    else:
+        _sum_products(
+            g_ptr, d_ptrs, share, M, C, CO, part // blocks, part % blocks, number, programs,
+            K, MAPS, ACC, OPERAND, BLOCK_M, BLOCK_C, BLOCK_O,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -217,7 +250,7 @@ def _input_gradients_kernel(
         if FROM_MAP:
             from_map = _matrix(from_map_ptr, lanes[:, None], c, C, C, OPERAND)
     for first in range(program * BLOCK_M, M, programs * BLOCK_M):
-        within = lane < M - first
+        within = _present(lane, M - first, BLOCK_M)
         g_start = g_ptr + first * CO + (lane * CO + o)
         g = tl.load(g_start, mask=within & (o < CO), other=0.0).to(OPERAND)
         if FROM_MAP:
@@ -255,11 +288,11 @@ def product_sums(
     products = maps * out_channels * channels
     shares = g.new_empty(config.programs, products + out_channels, dtype=accumulator_dtype(dtype))
     groups = triton.cdiv(channels, config.block_c) * triton.cdiv(maps, config.maps)
-    _sums_kernel[(groups * config.programs,)](
+    _sums_kernel[((groups + 1) * config.programs,)](
         g, tuple(ds), shares, positions, channels, out_channels, config.programs,
         K=maps, MAPS=config.maps, ACC=accumulator(dtype), OPERAND=operand(dtype),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_O=block_of(out_channels),
-        num_warps=config.warps, num_stages=config.stages,
+        STAGES=config.stages, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     sums = _summed(shares)
     return sums[:products].view(maps, out_channels, channels), sums[products:]

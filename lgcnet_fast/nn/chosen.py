@@ -7,7 +7,7 @@ and the batch norms that end in a node are part of its sum.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -89,7 +89,7 @@ def _separable(source: Source, operations: Sequence[nn.Module]) -> Iterator[Work
     layers = [first.depthwise for first in firsts]
 
     def compute(x: Tensor) -> list[Tensor]:
-        stacks = separable_branches(
+        stacks: list[list[Any]] = separable_branches(
             x,
             [layer.weight for layer in layers],
             [first.pointwise.weight for first in firsts],

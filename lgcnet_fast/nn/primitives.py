@@ -223,7 +223,7 @@ class DepthwiseSeparable(nn.Module):
         weights = [self.depthwise.weight], [self.pointwise.weight]
         layer = self.depthwise
         ((y,),) = separable_branches(x, *weights, (layer.dilation[0],), layer.stride[0])
-        return y
+        return cast(Tensor, y)
 
 
 class SeparablePair(nn.Sequential):

@@ -4,8 +4,8 @@ One launch makes the depthwise maps that are handed on, another those that are m
 first stages of pairs. The nodes keep theirs for the backward pass; those of first stages, whose
 products are kept, are computed again. Gradients are read where the nodes have put them.
 
-Traffic in maps of the output's size, with B branches, M of them multiplied here, C_out = C and
-stride 1: forward reads 2 + M and writes B + M, backward reads 2 B + 2 M + 3 and writes 2 M + 1.
+Traffic in maps of the output's size, with B branches, F of them multiplied here, C_out = C and
+stride 1: forward reads 2 + F and writes B + F, backward reads 2 B + 2 F + 3 and writes 2 F + 1.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def run(
     """`separable_branches`, see there: a stack of maps, or products, in each list."""
     if backend != "triton" or not any(to_sum) or not pay(x, len(pointwise[0])):
         branches = (x, depthwise, pointwise, dilations, stride, stacks)
-        return fused_separable_branches.run(backend, *branches)
+        return [list[Entry](maps) for maps in fused_separable_branches.run(backend, *branches)]
     x = nhwc(x.to(computed_dtype(x)))
     here = [branch for branch, later in enumerate(to_sum) if not later]
     settings = Settings(list(dilations), stride, here)

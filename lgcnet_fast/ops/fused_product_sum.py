@@ -8,7 +8,7 @@ algebra. Raw maps beside them are added by the same launch, and differentiated a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -85,7 +85,7 @@ def run(
     pointwise = [weight for entry in products.entries for weight in entry.weights]
     ys, xs = ([nhwc(y) for y in group.entries] for group in (raw, plain))
     with torch.no_grad():
-        jobs = [
+        jobs: list[Callable[[], Any]] = [
             partial(_branches, ds, pointwise, products.norms, weights),
             partial(_raw_statistics, ys, raw.norms, len(xs), products.entries[0]),
         ]

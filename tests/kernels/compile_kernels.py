@@ -178,6 +178,7 @@ def nodes_of_products(storage: str, large: bool) -> Iterator[tuple[Any, dict[str
         block, positions = product_sum.block_of(channels), 2**22 // channels
         statistics = covariance.CovarianceConfig.default(channels, dtype)
         tile = {"BLOCK_M": statistics.block_m, "BLOCK_C": statistics.block_c, "BLOCKS": 1}
+        tile |= {"CHANNELS_MASKED": channels < statistics.block_c}
         kernel: Any = covariance._shares_kernel
         yield kernel, shared | tile, statistics.warps, statistics.stages
         entries = {"BLOCK_S": covariance.SHARES_AT_ONCE, "BLOCK": covariance.MERGED}
@@ -192,7 +193,12 @@ def nodes_of_products(storage: str, large: bool) -> Iterator[tuple[Any, dict[str
         sums = product_gradients.ProductSumsConfig.default(*arguments)
         tile = {"BLOCK_M": sums.block_m, "BLOCK_C": sums.block_c, "BLOCK_O": block}
         kernel = product_gradients._sums_kernel
-        yield kernel, shared | tile | {"MAPS": sums.maps}, sums.warps, sums.stages
+        yield (
+            kernel,
+            shared | tile | {"MAPS": sums.maps, "STAGES": sums.stages},
+            sums.warps,
+            sums.stages,
+        )
         backward = product_gradients.InputGradientsConfig.default(*arguments)
         tile = {"BLOCK_M": backward.block_m, "BLOCK_N": backward.block_n, "BLOCKS": 1}
         tile |= {"BLOCK_C": block, "BLOCK_O": block, "FROM_MAP": True, "SHIFTED": True}

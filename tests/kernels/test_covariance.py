@@ -14,6 +14,9 @@ from tests.kernels.products import CUDA, DTYPES, random_map
 
 TILE = CovarianceConfig(block_m=16, block_c=16, warps=1, stages=2, programs=12)
 
+ACCUMULATED = 2**-15 if CUDA else 2**-18
+"""Relative error of sums of many squares: matrix units cut off what float32 cannot hold."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -56,7 +59,7 @@ def assert_right(ds: list[Tensor], mean: Tensor, matrices: Tensor, rounding: flo
         assert not mean[k].isnan().any() and not matrices[k].isnan().any()
         bound = 2**-21 * (true_mean.abs() + deviation) + rounding * deviation + 1e-9
         assert ((mean[k] - true_mean).abs() <= bound).all()
-        bound = (2**-18 + rounding) * (deviation[:, None] * deviation) + 1e-9
+        bound = (ACCUMULATED + rounding) * (deviation[:, None] * deviation) + 1e-9
         assert ((matrices[k] - truth).abs() <= bound).all()
 
 
@@ -140,10 +143,12 @@ def test_float64_through_the_interpreter(device):
 @pytest.mark.parametrize("maps", [1, 8, 25])
 def test_shares_are_whole_tiles_of_about_as_many_programs(maps, channels, positions, dtype):
     config = CovarianceConfig.default(channels, dtype)
-    share = config.share(maps, positions)
+    share = config.share(maps, positions, channels)
     shares = -(-positions // share)
     assert share % config.block_m == 0 and (shares == 1 or share >= TILES * config.block_m)
     assert shares == 1 or shares * maps <= config.programs
+    longest = config.share(1000, 2**31, channels)
+    assert (longest - config.block_m) * channels <= 2**30
 
 
 def test_bad_arguments_are_named(device):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lgcnet_fast.nn.mixed
 from lgcnet_fast.nn.cell import SearchCell
 from lgcnet_fast.nn.fusion import FUSION_WIDTH, derived_fusion_cell, search_fusion_cell
 from lgcnet_fast.nn.fusion_graphs import FUSION_GRAPHS
@@ -24,7 +25,15 @@ from lgcnet_fast.nn.primitives import (
     ReLUConvBN,
     Source,
 )
-from lgcnet_fast.ops import Recomputable, gathered_running_statistics, use_backend
+from lgcnet_fast.ops import (
+    Products,
+    Recomputable,
+    fused_depthwise_branches,
+    fused_second_stages,
+    gathered_running_statistics,
+    mixed_norm_sum,
+    use_backend,
+)
 
 
 def random_map(*shape: int, device: torch.device) -> Tensor:
@@ -60,9 +69,17 @@ def assert_same(
         assert (found - wanted).abs().max() <= 1e-3 * scale + 1e-5, name
 
 
+@pytest.fixture(params=[True, False], ids=["products", "multiplied out"])
+def pay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether products are left to the nodes: the interpreter takes any dtype either way."""
+    for module in (fused_depthwise_branches, fused_second_stages):
+        monkeypatch.setattr(module, "pay", lambda x, channels: request.param)
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("reduction", [False, True])
-def test_search_cell(reduction: bool, training: bool, device: torch.device) -> None:
+def test_search_cell(reduction: bool, training: bool, pay: bool, device: torch.device) -> None:
     torch.manual_seed(0)
     cell = SearchCell(3, 4, 4, reduction, reduce_first=False)
     cell = cell.to(device, memory_format=torch.channels_last).train(training)
@@ -72,7 +89,7 @@ def test_search_cell(reduction: bool, training: bool, device: torch.device) -> N
 
 
 @pytest.mark.parametrize("name", ["mscell"])
-def test_fusion_cell(name: str, device: torch.device) -> None:
+def test_fusion_cell(name: str, pay: bool, device: torch.device) -> None:
     torch.manual_seed(0)
     graph = FUSION_GRAPHS[name]
     cell = search_fusion_cell(graph, (4, 6)).to(device, memory_format=torch.channels_last)
@@ -86,6 +103,24 @@ def test_fusion_cell(name: str, device: torch.device) -> None:
         for edge, options in edges.items()
     }
     assert_same(cell, lambda cell: cell(features, z), [*features, *z.values()])
+
+
+def test_depthwise_separable_candidates_reach_the_node_as_products(
+    pay: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    def watched(ys: Sequence[Tensor | Products], *arguments: Any) -> Tensor:
+        seen.append([len(y.weights) for y in ys if isinstance(y, Products)])
+        return mixed_norm_sum(ys, *arguments)
+
+    monkeypatch.setattr(lgcnet_fast.nn.mixed, "mixed_norm_sum", watched)
+    cell = SearchCell(3, 4, 4, reduction=False, reduce_first=False).to(device)
+    z = torch.rand(5, 8, device=device)
+    with use_backend("triton"):
+        cell(random_map(2, 3, 5, 6, device=device), random_map(2, 4, 5, 6, device=device), z)
+    # sep3 and three dilations of each edge.
+    assert seen == ([[1, 3] * 2, [1, 3] * 3] if pay else [[], []])
 
 
 @pytest.mark.parametrize("name", ["grid13", "mscell"])
