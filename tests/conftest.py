@@ -5,6 +5,7 @@ Also fixtures that tests of several folders share.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -48,6 +49,15 @@ def pytest_runtest_call() -> Generator[None, object, object]:
         if gap is None:
             raise
         pytest.skip(f"the interpreter of Triton 3.3: {gap}")
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: no collection of garbage looks through it again.
+
+    Measurements collect garbage around each of their hundreds of entries.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
