@@ -56,13 +56,9 @@ def rehearse(cache, kernels="copy", last="compile_ahead(rehearsal)"):
     )
 
 
-def test_what_is_not_on_disk_is_compiled_by_others(tmp_path):
+def test_what_is_not_on_disk_is_compiled_by_others_once(tmp_path):
     assert rehearse(tmp_path).stdout == "compiling 3 kernels in 1 processes\n"
     assert [path.name for path in tmp_path.rglob("*.cubin")] == 4 * ["copy.cubin"]
-
-
-def test_what_is_on_disk_is_not_compiled_again(tmp_path):
-    rehearse(tmp_path)
     assert rehearse(tmp_path).stdout == ""
 
 
