@@ -5,12 +5,18 @@ Also fixtures that tests of several folders share.
 
 from __future__ import annotations
 
+import gc
+import importlib
+import os
 import sys
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
+
+from tests.interpreter import patch_once_a_launch
 
 GAPS = ("'InterpreterBuilder' object has no attribute", "Unsupported lhs dtype fp64")
 """Of the interpreter of Triton 3.3, that of torch 2.7: it misses operations of one bit, and
@@ -43,6 +49,22 @@ def pytest_runtest_call() -> Generator[None, object, object]:
         if gap is None:
             raise
         pytest.skip(f"the interpreter of Triton 3.3: {gap}")
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: no collection of garbage looks through it again.
+
+    Measurements collect garbage around each of their hundreds of entries.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        with suppress(ImportError, AttributeError):
+            patch_once_a_launch(importlib.import_module("triton.runtime.interpreter"))
 
 
 @pytest.fixture(autouse=True)

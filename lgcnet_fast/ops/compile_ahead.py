@@ -2,9 +2,9 @@
 
 Triton compiles a kernel when it is launched for the first time, so one after another: more than a
 hundred for a training step, minutes on one core. `compile_ahead` runs a rehearsal of what will be
-launched, in which kernels that are not compiled yet are noted instead. Processes then compile them
-(see compile_worker.py) into Triton's cache on disk, where the launches find them. `compile_all`
-does so for many rehearsals, of which processes compile what is noted while the next one runs.
+launched, in which kernels that are not compiled yet are noted instead. Processes (see
+compile_worker.py) compile them meanwhile into Triton's cache on disk, where the launches find them.
+`compile_all` does so for many rehearsals.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from queue import Empty, PriorityQueue
+from threading import Thread
 from typing import Any, TypeVar
 
 from lgcnet_fast.ops.availability import is_interpreted
+from lgcnet_fast.ops.compile_worker import DONE
 from lgcnet_fast.parallel import Enough, all_of_them, cores, process_pool
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,9 @@ KERNELS_A_PROCESS = 4
 """A process takes as long to start as it takes to compile so many."""
 PATIENCE = 1.0
 """Seconds between two looks whether enough is compiled."""
+LEFT = "kernels left to their first launch: %d"
+END = (1, "")
+"""Behind every kernel in the queue of those that wait."""
 _in_turn: ContextVar[bool] = ContextVar("one_after_another", default=False)
 Item = TypeVar("Item")
 
@@ -44,11 +50,15 @@ def compile_ahead(rehearsal: Callable[[], object]) -> None:
     """
     if _in_turn.get() or not can_take_notes():
         return
-    notes = _Notes()
-    with notes.of_launches():
-        rehearsal()
-    if notes.kernels:
-        compile_together(list(notes.kernels))
+    with _Compilers() as compilers:
+        notes = _Notes(found=compilers.add)
+        with notes.of_launches():
+            rehearsal()
+        if notes.kernels:
+            log.info("compiling %d kernels in %d processes", len(notes.kernels), len(compilers))
+        failed = compilers.finish()
+    if failed:
+        log.warning(LEFT, failed)
 
 
 def can_take_notes() -> bool:
@@ -92,7 +102,7 @@ def compile_all(
             while ready < len(compiling) and all(kernel.done() for kernel in compiling[ready]):
                 failed = sum(not kernel.result() for kernel in compiling[ready])
                 if failed:
-                    log.warning("kernels left to their first launch: %d", failed)
+                    log.warning(LEFT, failed)
                 ready += 1
                 progress(ready, len(items))
     return ready
@@ -116,10 +126,12 @@ class _Notes:
     The one that was missing first has been compiled by then. cold: takes notes from the start.
     """
 
-    def __init__(self, cold: bool = False) -> None:
+    def __init__(
+        self, cold: bool = False, found: Callable[[str], object] = lambda kernel: None
+    ) -> None:
         self.kernels: dict[str, None] = {}
         """As lines of JSON for compile_worker.py, in order."""
-        self._cold = cold
+        self._cold, self._found = cold, found
 
     @contextmanager
     def of_launches(self) -> Iterator[None]:
@@ -134,8 +146,11 @@ class _Notes:
     def before(self, *, fn: Any, compile: dict[str, Any], **others: Any) -> bool:
         """Whether Triton shall neither compile nor launch the kernel."""
         if self._cold:
-            kernel = {"module": fn.module, "name": fn.name, "data": compile["specialization_data"]}
-            self.kernels[json.dumps(kernel)] = None
+            about = {"module": fn.module, "name": fn.name, "data": compile["specialization_data"]}
+            kernel = json.dumps(about)
+            if kernel not in self.kernels:
+                self.kernels[kernel] = None
+                self._found(kernel)
         return self._cold
 
     def compiled(self, *, cache_hit: bool, **others: Any) -> None:
@@ -143,35 +158,77 @@ class _Notes:
         self._cold = self._cold or not cache_hit
 
 
-def compile_together(kernels: list[str]) -> None:
-    """Compiles kernels for the current GPU, in as many processes as pay."""
+class _Compilers:
+    """Processes that compile kernels for the current GPU, as many as pay for what is added."""
+
+    def __init__(self) -> None:
+        self._waiting: PriorityQueue[tuple[int, str]] = PriorityQueue()
+        self._added = 0
+        self._compiled: list[str] = []
+        self._threads: list[Thread] = []
+
+    def __len__(self) -> int:
+        return len(self._threads)
+
+    def __enter__(self) -> _Compilers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """What no process has begun is left."""
+        with suppress(Empty):
+            while True:
+                self._waiting.get_nowait()
+        self.finish()
+
+    def add(self, kernel: str) -> None:
+        # Those with the most arguments take longest, and are taken first.
+        self._waiting.put((-len(kernel), kernel))
+        self._added += 1
+        if len(self) < min(cores(), -(-self._added // KERNELS_A_PROCESS)):
+            self._threads.append(Thread(target=self._compile, args=(_target(),)))
+            self._threads[-1].start()
+
+    def finish(self) -> int:
+        """Waits until the processes are done; how many kernels are not compiled."""
+        for _ in self._threads:
+            self._waiting.put(END)
+        for thread in self._threads:
+            thread.join()
+        return self._added - len(self._compiled)
+
+    def _compile(self, target: str) -> None:
+        """One process, until nothing is left or it dies."""
+        with _worker() as process:
+            answer = _ask(process, target)
+            while answer and (kernel := self._waiting.get()[1]):
+                answer = _ask(process, kernel)
+                if answer == DONE:
+                    self._compiled.append(kernel)
+
+
+def _target() -> str:
+    """The current GPU, as the first line for compile_worker.py."""
     from triton.runtime import driver
 
     target = driver.active.get_current_target()
-    count = min(cores(), -(-len(kernels) // KERNELS_A_PROCESS))
-    log.info("compiling %d kernels in %d processes", len(kernels), count)
-    # Those with the most arguments take longest.
-    kernels = sorted(kernels, key=len, reverse=True)
-    first = json.dumps([target.backend, target.arch, target.warp_size])
-    processes = [_start("\n".join([first, *kernels[i::count]]) + "\n") for i in range(count)]
-    failed = [process for process in processes if process.wait() != 0]
-    if failed:
-        log.warning(
-            "%d of %d processes that compile kernels ahead failed: "
-            "what is missing is compiled at its first launch, one kernel after another",
-            len(failed),
-            count,
-        )
+    return json.dumps([target.backend, target.arch, target.warp_size])
 
 
-def _start(kernels: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
+def _worker() -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, "-m", "lgcnet_fast.ops.compile_worker"],
         stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
-    assert process.stdin is not None
-    process.stdin.write(kernels)
-    process.stdin.close()
-    return process
+
+
+def _ask(process: subprocess.Popen[str], line: str) -> str:
+    """The answer of compile_worker.py; nothing if it has died."""
+    assert process.stdin is not None and process.stdout is not None
+    with suppress(BrokenPipeError):
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        return process.stdout.readline().strip()
+    return ""

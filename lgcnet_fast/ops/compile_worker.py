@@ -1,8 +1,9 @@
 """A process that compiles Triton kernels into the cache on disk, without touching a GPU.
 
 `python -m lgcnet_fast.ops.compile_worker` reads lines of JSON: the target as [backend, arch,
-warp_size], then kernels as compile_ahead.py notes them. Exit code 1 if one could not be compiled.
-Processes of a pool call `start` with the target, then `compiled` with each kernel.
+warp_size], then kernels as compile_ahead.py notes them, and answers each with a line: `DONE`, or
+something else where the kernel could not be compiled. Processes of a pool call `start` with the
+target, then `compiled` with each kernel.
 """
 
 from __future__ import annotations
@@ -30,10 +31,17 @@ class CompilingDriver:
         return 0
 
 
-def main() -> int:
-    first, *kernels = sys.stdin.read().splitlines()
-    start(json.loads(first))
-    return int(not all([compiled(kernel) for kernel in kernels]))
+DONE = "done"
+
+
+def main() -> None:
+    answers = sys.stdout
+    # What compilers print is no answer.
+    sys.stdout = sys.stderr
+    start(json.loads(sys.stdin.readline()))
+    print(DONE, file=answers, flush=True)
+    for kernel in sys.stdin:
+        print(DONE if compiled(kernel) else "failed", file=answers, flush=True)
 
 
 def start(target: Sequence[Any]) -> None:
@@ -65,4 +73,4 @@ def _compiled(module: str, name: str, data: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -22,6 +23,13 @@ SMALLEST = ("--preset", "smoke", "--classes", "3", "--set", "space.widths=[2, 4,
 def little_effort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "FULL_FIT", FitEffort(networks=12))
     monkeypatch.setattr(tables, "FULL_EFFORT", Effort(1, 2, 10.0, 0.01))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage() -> None:
+    """No measurement looks for garbage among what earlier tests have left or imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -168,22 +168,24 @@ def test_both_gradients_of_one_branch(
 def test_tiles_of_other_sizes_agree(stride: int, device: torch.device, guarded: None) -> None:
     case = Case((2, 5, 7, 4), (1, 2), stride)
     x, weights, dy = inputs(case, torch.float32, device)
-    arguments: tuple[Any, ...] = (case.dilations, stride, True)
+    forward: tuple[Any, ...] = (x, weights, case.dilations, stride, True)
+    single = (dy[0, 1], x, weights[0, 1], 2, stride, True)
+    plain = (
+        depthwise_multi(*forward),
+        depthwise_multi_input_grad(dy, *forward),
+        depthwise_multi_weight_grad(dy, *forward),
+        *depthwise_backward(*single),
+    )
     for rows, block_p in ((1, 8), (3, 16)):
-        forward = ForwardConfig(rows, block_p, block_c=4, warps=1)
-        y = depthwise_multi(x, weights, *arguments, config=forward)
-        torch.testing.assert_close(y, depthwise_multi(x, weights, *arguments))
-        config = InputGradConfig(rows, block_p, block_c=4, warps=1)
-        dx = depthwise_multi_input_grad(dy, x, weights, *arguments, config=config)
-        torch.testing.assert_close(dx, depthwise_multi_input_grad(dy, x, weights, *arguments))
-        config = WeightGradConfig(rows, block_p, block_c=4, warps=1, programs=3)
-        dw = depthwise_multi_weight_grad(dy, x, weights, *arguments, config=config)
-        torch.testing.assert_close(dw, depthwise_multi_weight_grad(dy, x, weights, *arguments))
-        single = (dy[0, 1], x, weights[0, 1], 2, stride, True)
-        for tiled, plain in zip(
-            depthwise_backward(*single, config=config), depthwise_backward(*single), strict=True
-        ):
-            torch.testing.assert_close(tiled, plain)
+        tile = (rows, block_p, 4, 1)
+        sums = WeightGradConfig(*tile, programs=3)
+        tiled = (
+            depthwise_multi(*forward, config=ForwardConfig(*tile)),
+            depthwise_multi_input_grad(dy, *forward, config=InputGradConfig(*tile)),
+            depthwise_multi_weight_grad(dy, *forward, config=sums),
+            *depthwise_backward(*single, config=sums),
+        )
+        torch.testing.assert_close(tiled, plain)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -225,7 +227,8 @@ def test_same_inputs_same_bits(device: torch.device) -> None:
     case = LARGE[-2] if torch.cuda.is_available() else Case((2, 3, 6, 5), (1, 2))
     x, weights, dy = inputs(case, torch.bfloat16, device)
     arguments = (case.dilations, case.stride, case.relu)
-    for _ in range(3):
+    # The interpreter runs programs one by one: only memory that nobody wrote can differ.
+    for _ in range(3 if torch.cuda.is_available() else 1):
         runs = [
             (
                 depthwise_multi(x, weights, *arguments),

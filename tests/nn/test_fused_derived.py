@@ -54,18 +54,17 @@ def random_map(*shape: int, device: torch.device) -> Tensor:
     return values.movedim(-1, 1).requires_grad_()
 
 
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("reduction", [False, True])
-@pytest.mark.parametrize("operations", CELLS.values(), ids=CELLS)
-def test_derived_cell(
-    operations: tuple[str, ...], reduction: bool, training: bool, device: torch.device
-) -> None:
+@pytest.mark.parametrize("name", CELLS)
+def test_derived_cell(name: str, reduction: bool, device: torch.device) -> None:
+    """Every cell in both modes, both modes with reductions and without."""
     torch.manual_seed(0)
-    cell = DerivedCell(3, 4, 4, reduction, False, operations).double().train(training)
+    training = reduction == bool(list(CELLS).index(name) % 2)
+    cell = DerivedCell(3, 4, 4, reduction, False, CELLS[name]).double().train(training)
     for parameter in cell.parameters():
         nn.init.normal_(parameter)
     cell = cell.to(device, memory_format=torch.channels_last)
-    inputs = [random_map(2, channels, 5, 6, device=device) for channels in (3, 4)]
+    inputs = [random_map(2, channels, 3, 6, device=device) for channels in (3, 4)]
     assert_same(cell, inputs)
 
 

@@ -1,5 +1,7 @@
 """Kernels in a module of their own, which other processes can import."""
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -17,3 +19,13 @@ def copy(x, y, size, BLOCK: tl.constexpr):
 @triton.jit
 def unfit(x, y, size, BLOCK: tl.constexpr):
     tl.store(y + tl.arange(0, BLOCK + 1), 0.0)
+
+
+@triton.constexpr_function
+def end_the_process():
+    os._exit(1)
+
+
+@triton.jit
+def deadly(x, y, size, BLOCK: tl.constexpr):
+    tl.store(y, end_the_process())

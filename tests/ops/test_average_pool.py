@@ -20,6 +20,7 @@ from lgcnet_fast.ops.average_pool import (
 from lgcnet_fast.ops.constants import separate_constants
 
 SHAPES = [(2, 3, 8, 10), (1, 17, 7, 11), (2, 8, 5, 3), (1, 4, 1, 1), (3, 1, 1, 6)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def case(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -44,13 +45,14 @@ def outcome(form: str, x: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     return y, *torch.autograd.grad(y, x, g)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bins", [1, 2, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("form", ["triton", "products"])
 def test_fused_equals_float64(
-    form: str, shape: tuple[int, ...], bins: int, dtype: torch.dtype, device: torch.device
+    form: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
+    # Of shapes, dtypes and bins every two meet.
+    bins = (1, 2, 5)[(SHAPES.index(shape) + DTYPES.index(dtype)) % 3]
     x = case(shape, device, dtype)
     found = outcome(form, x, bins)
     exact = outcome("reference", x.detach().double().requires_grad_(), bins)

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from lgcnet_fast.ops.compile_ahead import compile_ahead, compile_all, one_after_another
 from lgcnet_fast.ops.compile_worker import CompilingDriver
-from tests.ops.kernels_to_compile import copy, unfit
+from tests.ops.kernels_to_compile import copy, deadly, unfit
 
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 CompilingDriver.get_current_stream = lambda self, device: 0
@@ -56,21 +56,34 @@ def rehearse(cache, kernels="copy", last="compile_ahead(rehearsal)"):
     )
 
 
-def test_what_is_not_on_disk_is_compiled_by_others(tmp_path):
+def test_what_is_not_on_disk_is_compiled_by_others_once(tmp_path):
     assert rehearse(tmp_path).stdout == "compiling 3 kernels in 1 processes\n"
     assert [path.name for path in tmp_path.rglob("*.cubin")] == 4 * ["copy.cubin"]
-
-
-def test_what_is_on_disk_is_not_compiled_again(tmp_path):
-    rehearse(tmp_path)
     assert rehearse(tmp_path).stdout == ""
 
 
 def test_a_kernel_that_cannot_be_compiled_is_named_and_left_to_the_step(tmp_path):
     done = rehearse(tmp_path, "copy, unfit")
-    assert "2 of 2 processes that compile kernels ahead failed" in done.stdout
+    assert "kernels left to their first launch: 4" in done.stdout
     assert "tests.ops.kernels_to_compile.unfit: " in done.stderr
     assert [path.name for path in tmp_path.rglob("*.cubin")] == 4 * ["copy.cubin"]
+
+
+def test_a_process_that_dies_leaves_its_kernels_to_the_step(tmp_path):
+    done = rehearse(tmp_path, "copy, deadly")
+    assert "kernels left to their first launch: " in done.stdout
+    assert [path.name for path in tmp_path.rglob("*.cubin")].count("copy.cubin") >= 1
+
+
+def test_a_rehearsal_that_fails_waits_for_nothing(tmp_path):
+    last = """
+try:
+    compile_ahead(lambda: (rehearsal(), 1 / 0))
+except ZeroDivisionError:
+    print("told")
+"""
+    assert rehearse(tmp_path, last=last).stdout == "told\n"
+    assert len(list(tmp_path.rglob("copy.cubin"))) < 4
 
 
 def test_a_process_among_others_that_compile_leaves_it_to_its_launches(tmp_path):

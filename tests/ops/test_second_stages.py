@@ -17,7 +17,7 @@ BACKENDS = ["reference", "triton"]
 
 
 class Edges:
-    """Maps, norms and weights of some edges: 4 channels in, 3 out."""
+    """Maps of `size`, norms and weights of some edges: 4 channels in, 3 out."""
 
     def __init__(
         self,
@@ -25,13 +25,14 @@ class Edges:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         stack: bool = True,
+        size: tuple[int, int] = (5, 3),
     ) -> None:
         torch.manual_seed(0)
 
         def leaf(*shape: int) -> Tensor:
             return torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_()
 
-        maps = [leaf(2, 5, 3, 4) for _ in range(count)]
+        maps = [leaf(2, *size, 4) for _ in range(count)]
         self.ys = [[y.movedim(-1, 1)[None] if stack else y.movedim(-1, 1)] for y in maps]
         self.norms = [nn.BatchNorm2d(4, affine=False).to(device) for _ in range(count)]
         if dtype == torch.float64:
@@ -98,7 +99,7 @@ def test_autocast(device: torch.device) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_by_finite_differences(backend: str, device: torch.device) -> None:
-    edges = Edges(2, device, torch.float64)
+    edges = Edges(2, device, torch.float64, size=(2, 3))
 
     def joined(*leaves: Tensor) -> Tensor:
         maps, depthwise, pointwise = leaves[:2], leaves[2:4], leaves[4:]

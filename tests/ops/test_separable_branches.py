@@ -182,8 +182,10 @@ def test_a_stack_that_nothing_reads(device: torch.device) -> None:
 
 
 def test_same_inputs_same_bits(device: torch.device) -> None:
-    x, depthwise, pointwise = CASES[0].build(device)
-    once, twice = (results(CASES[0], [x, *depthwise, *pointwise], "triton") for _ in range(2))
+    # The interpreter runs programs one by one: only memory that nobody wrote can differ.
+    case = CASES[8 if CPU else 0]
+    x, depthwise, pointwise = case.build(device)
+    once, twice = (results(case, [x, *depthwise, *pointwise], "triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
