@@ -82,16 +82,15 @@ class ProductGradientsConfig:
         return cls(block_m, block_c, warps, stages, programs)
 
 
-@triton.jit(do_not_specialize=["x_step", "dx_step", "M", "programs"])
+@triton.jit(do_not_specialize=["M", "programs"])
 def _product_gradients_kernel(
-    dy_ptrs, x_ptr, w_ptr, dx_ptr, share_ptr, x_step, dx_step, M, C, CO, programs,
+    dy_ptrs, x_ptr, w_ptr, dx_ptr, share_ptr, M, C, CO, programs,
     BRANCHES: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """One program: every `programs`-th tile of a product, BLOCK_C input channels; BLOCK_O >= CO.
 
-    Blocks of channels of the same positions are neighbours in launch order. The map of a product
-    lies x_step maps after that of the one before.
+    Blocks of channels of the same positions are neighbours in launch order.
     """
     blocks = tl.cdiv(C, BLOCK_C)
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -103,8 +102,8 @@ def _product_gradients_kernel(
         if branch == k:
             dy_ptr = dy_ptrs[k]
     branch = branch.to(tl.int64)
-    x_ptr += branch * x_step * M * C
-    dx_ptr += branch * dx_step * M * C
+    x_ptr += branch * M * C
+    dx_ptr += branch * M * C
 
     lane = tl.arange(0, BLOCK_M)[:, None]
     o = tl.arange(0, BLOCK_O)
@@ -146,15 +145,15 @@ def pointwise_backward(
     """dx, and the shares (programs, B, C_out, C) of dw, in the accumulator's dtype, for `summed`.
 
     dys: the gradients of B products, (N, C_out, H, W), channels_last, up to 256 channels; x: their
-    maps (B, N, C, H, W), each channels_last, whole maps apart; weights: (B, C_out, C), contiguous;
-    all of one dtype. out: for dx, like x, or x itself. float64 is for the interpreter only. Raises
-    `ValueError` naming the argument at fault.
+    maps (B, N, C, H, W), each channels_last, one after the other; weights: (B, C_out, C),
+    contiguous; all of one dtype. out: for dx, like x, or x itself. float64 is for the interpreter
+    only. Raises `ValueError` naming the argument at fault.
     """
     branches, channels, out_channels = _check_arguments(dys, x, weights)
     out = _like(x) if out is None else out
     check_like("out", out, tuple(x.shape), x)
-    if out.dtype != x.dtype:
-        raise ValueError(f"out: {out.dtype}, x has {x.dtype}")
+    if out.dtype != x.dtype or not out.movedim(2, -1).is_contiguous():
+        raise ValueError(f"out: {out.dtype}, strides {out.stride()}, need a stack like x")
     positions = dys[0].numel() // out_channels
     config = config or ProductGradientsConfig.default(
         branches, positions, channels, out_channels, x.dtype
@@ -163,8 +162,7 @@ def pointwise_backward(
     shares = x.new_empty(shape, dtype=accumulator_dtype(x.dtype))
     blocks = triton.cdiv(channels, config.block_c)
     _product_gradients_kernel[(branches * config.programs * blocks,)](
-        tuple(dys), x, weights, out, shares, _step("x", x), _step("out", out), positions, channels,
-        out_channels, config.programs,
+        tuple(dys), x, weights, out, shares, positions, channels, out_channels, config.programs,
         BRANCHES=branches, ACC=accumulator(x.dtype), OPERAND=operand(x.dtype),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c,
         BLOCK_O=max(16, triton.next_power_of_2(out_channels)),
@@ -186,15 +184,6 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.movedim(2, -1).shape).movedim(-1, 2)
 
 
-def _step(name: str, stack: Tensor) -> int:
-    """Maps from one of a stack to the next; raises `ValueError` where they are not dense."""
-    apart = stack.stride(0) if len(stack) > 1 else stack[0].numel()
-    if not stack[0].movedim(1, -1).is_contiguous() or apart % stack[0].numel():
-        strides = stack.stride()
-        raise ValueError(f"{name}: strides {strides}, need dense channels_last maps, whole apart")
-    return apart // stack[0].numel()
-
-
 def _check_arguments(dys: Sequence[Tensor], x: Tensor, weights: Tensor) -> tuple[int, int, int]:
     """Products, channels and output channels; raises `ValueError`."""
     check_maps("dys", dys, dys[0] if len(dys) else None)
@@ -206,6 +195,8 @@ def _check_arguments(dys: Sequence[Tensor], x: Tensor, weights: Tensor) -> tuple
         raise ValueError(f"x: shape {tuple(x.shape)}, need maps (B, N, C, H, W)")
     channels = x.shape[2]
     check_like("x", x, (branches, images, channels, height, width), dys[0])
+    if not x.movedim(2, -1).is_contiguous():
+        raise ValueError(f"x: strides {x.stride()}, need dense channels_last maps")
     check_dense("weights", weights, (branches, out_channels, channels), x)
     for name, tensor in (("x", x), ("weights", weights)):
         if tensor.dtype != dys[0].dtype:

@@ -107,19 +107,6 @@ def test_dys_may_be_parts_of_stacks(device):
         assert torch.equal(found, wanted)
 
 
-def test_maps_may_be_whole_maps_apart(device):
-    dys, x, weights = SMALL[3].inputs(torch.bfloat16, device)
-    beside = torch.full_like(x, torch.nan)
-    among = torch.stack((x.movedim(2, -1), beside.movedim(2, -1)), 1).movedim(-1, 3)
-    assert among[:, 0].stride(0) == 2 * x.stride(0)
-    for found, wanted in zip(
-        pointwise_backward(dys, among[:, 0], weights, torch.empty_like(x)),
-        pointwise_backward(dys, x, weights),
-        strict=True,
-    ):
-        assert torch.equal(found, wanted)
-
-
 def test_a_product_alone_has_the_same_bits(device):
     dys, x, weights = SMALL[2].inputs(torch.float32, device)
     dx, shares = pointwise_backward(dys, x, weights, config=TILE)
@@ -195,7 +182,7 @@ def test_bad_arguments_are_named(device):
         ((dys, x, weights.half()), "weights: dtype"),
         ((dys, x, weights, x[:1]), "out: shape"),
         ((dys, x, weights, x.half()), "out: torch.float16"),
-        ((dys, x, weights, x.contiguous()), "out: strides"),
+        ((dys, x, weights, x.contiguous()), "out: torch.float32, strides"),
     ):
         with pytest.raises(ValueError, match=message):
             pointwise_backward(*arguments)
