@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.device import require_gpu
 from bench.genotypes import RANDOM, expanded
@@ -31,6 +32,7 @@ STOCK = tuple(
     f"{kind}-{layout}" for kind in ("eager", "graph", "autotuned") for layout in ("nchw", "nhwc")
 )
 
+T = TypeVar("T")
 TIMING_SECONDS = 120
 """A comparison that is built and takes longer hangs."""
 
@@ -59,15 +61,13 @@ class Comparison:
     subject: Subject
     stock: str
     ours: str
-    check: bool
-    """Whether labels are compared before, which once a subject is enough."""
 
     def __str__(self) -> str:
         return f"{self.subject}: {self.stock}"
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {**self.subject.arguments, "ours": self.ours}
+        return {**self.subject.arguments, "ours": self.ours, "stock": self.stock}
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -80,68 +80,70 @@ def main() -> None:
     deadline = Deadline(options.seconds)
     rows = Rows(options.out, provenance(options.commit), _identity)
     subjects = _subjects(options)
+    for some in _groups(subjects, options.jobs):
+        _check(some, options.ours, options.build_seconds, rows)
     comparisons = [
-        Comparison(subject, stock, options.ours, check=stock == options.stock[0])
-        for stock in options.stock
-        for subject in subjects
+        Comparison(subject, stock, options.ours) for stock in options.stock for subject in subjects
     ]
-    for first in range(0, len(comparisons), options.jobs):
+    for group in _groups(comparisons, options.jobs):
         if deadline.over:
-            print(f"out of time: {comparisons[first]} and what follows left out")
+            print(f"out of time: {group[0]} and what follows left out")
             return
-        within = min(options.build_seconds, deadline.left)
-        _compare(comparisons[first : first + options.jobs], within, rows)
+        _compare(group, min(options.build_seconds, deadline.left), rows)
+
+
+def _groups(items: list[T], size: int) -> Iterator[list[T]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
+
+
+def _check(subjects: list[Subject], ours: str, within: float, rows: Rows) -> None:
+    """Side by side, each in a process of its own."""
+    arguments = [{**subject.arguments, "ours": ours} for subject in subjects]
+    with _asked("check", arguments, within) as answers:
+        for subject, (_, found) in zip(subjects, answers, strict=True):
+            if isinstance(found, WorkerFailed):
+                raise SystemExit(f"{ours} {subject}: {found}")
+            rows.add({**subject.columns, "subject": f"{ours} labels", **found})
+            print(f"{subject} {ours}: {found['differs']:.2e} of the labels differ", flush=True)
+            if not found["right"]:
+                raise SystemExit(f"WRONG RESULT: {ours} {subject}: {found}")
 
 
 def _compare(comparisons: list[Comparison], within: float, rows: Rows) -> None:
     """Built side by side, each in a process of its own; then timed one after the other."""
-    with ExitStack() as stack:
-        built = [Built(comparison, Worker(TARGET)) for comparison in comparisons]
-        for each in built:
-            stack.callback(each.worker.end)
-        with ThreadPoolExecutor(len(built)) as pool:
-            list(pool.map(lambda each: each.build(within), built))
-        for each in built:
-            _time(each, rows)
+    arguments = [comparison.arguments for comparison in comparisons]
+    with _asked("build", arguments, within) as answers:
+        for comparison, (worker, failure) in zip(comparisons, answers, strict=True):
+            found = failure or _answer(worker, "compare", TIMING_SECONDS)
+            if isinstance(found, WorkerFailed):
+                found = {"failed": str(found)}
+            worker.end()
+            rows.add({**comparison.columns, **found})
+            print(f"{comparison}: {_told(comparison, found)}", flush=True)
 
 
-class Built:
-    """A comparison in its process."""
-
-    def __init__(self, comparison: Comparison, worker: Worker) -> None:
-        self.comparison, self.worker = comparison, worker
-        self.labels: dict[str, Any] | None = None
-        self.failure = ""
-
-    def build(self, within: float) -> None:
-        """Compares labels, if that is asked for, and builds both."""
-        deadline = Deadline(within)
-        try:
-            if self.comparison.check:
-                self.labels = self.worker.ask("check", within, **self.comparison.arguments)
-            self.worker.ask(
-                "build", deadline.left, stock=self.comparison.stock, **self.comparison.arguments
-            )
-        except WorkerFailed as error:
-            self.failure = str(error)
+@contextmanager
+def _asked(
+    call: str, every: list[dict[str, Any]], within: float
+) -> Iterator[list[tuple[Worker, Any]]]:
+    """Workers that live as long as the `with` block, and what each has answered."""
+    with ExitStack() as stack, ThreadPoolExecutor(len(every)) as pool:
+        workers = [Worker(TARGET) for _ in every]
+        for worker in workers:
+            stack.callback(worker.end)
+        answers = pool.map(
+            lambda pair: _answer(pair[0], call, within, **pair[1]), zip(workers, every, strict=True)
+        )
+        yield list(zip(workers, answers, strict=True))
 
 
-def _time(built: Built, rows: Rows) -> None:
-    comparison, labels = built.comparison, built.labels
-    if labels is not None:
-        rows.add({**comparison.columns, "subject": f"{comparison.ours} labels", **labels})
-        print(f"{comparison.subject}: {labels['differs']:.2e} of the labels differ", flush=True)
-        if not labels["right"]:
-            raise SystemExit(f"WRONG RESULT: {comparison.ours} {comparison.subject}: {labels}")
-    found: dict[str, Any] = {"failed": built.failure}
-    if not built.failure:
-        try:
-            found = built.worker.ask("compare", TIMING_SECONDS)
-        except WorkerFailed as error:
-            found = {"failed": str(error)}
-    built.worker.end()
-    rows.add({**comparison.columns, **found})
-    print(f"{comparison}: {_told(comparison, found)}", flush=True)
+def _answer(worker: Worker, call: str, within: float, **arguments: Any) -> Any:
+    """Or why there is none."""
+    try:
+        return worker.ask(call, within, **arguments)
+    except WorkerFailed as error:
+        return error
 
 
 def _told(comparison: Comparison, found: dict[str, Any]) -> str:

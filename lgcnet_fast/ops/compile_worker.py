@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from triton.backends.compiler import GPUTarget
 
+DONE = "done"
+
 
 class CompilingDriver:
     """All that Triton asks of a driver when it compiles for a GPU that may be elsewhere."""
@@ -29,9 +31,6 @@ class CompilingDriver:
 
     def get_current_device(self) -> int:
         return 0
-
-
-DONE = "done"
 
 
 def main() -> None:

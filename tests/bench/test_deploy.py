@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import deploy, deploy_server
 from bench.deploy_server import DeployServer
@@ -25,6 +26,18 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert labels["right"] and labels["differs_where_certain"] == 0
     assert eager["fps"] > 0 and eager["ours_fps"] > 0 and eager["speed_up"] > 0
     assert "CUDA graphs need a GPU" in graph["failed"]
+
+
+def test_labels_that_cannot_be_compared_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["bench", "--dry", "--ours", "cuda", "--out", str(out)])
+    if torch.cuda.is_available():
+        pytest.skip("the backend is there")
+    with pytest.raises(SystemExit, match="cuda random-0 .*: BackendError: .*NVIDIA GPU"):
+        deploy.main()
+    assert not out.exists()
 
 
 def test_wrong_labels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
