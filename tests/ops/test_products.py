@@ -15,11 +15,20 @@ from lgcnet_fast.kernels import product_sum as kernel
 from lgcnet_fast.ops import Products, mixed_norm_sum, products, separable_branches, use_backend
 from lgcnet_fast.ops import fused_depthwise_branches as branches
 from lgcnet_fast.ops import fused_product_sum as fused
+from lgcnet_fast.ops import fused_second_stages
 from lgcnet_fast.ops.fused_separable_branches import stacked_matrices, stacked_windows
 from lgcnet_fast.ops.second_stages import second_stages
 
 RAW, PLAIN = 0, -1
 CPU = not torch.cuda.is_available()
+pytestmark = pytest.mark.usefixtures("without_tf32")
+
+
+@pytest.fixture
+def left_to_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of maps of any size and dtype."""
+    for module in (branches, fused_second_stages):
+        monkeypatch.setattr(module, "pay", lambda *arguments: True)
 
 
 def random_map(*shape: int, dtype: torch.dtype, device: torch.device, mean: float = 1.0) -> Tensor:
@@ -305,6 +314,7 @@ LEAVING = [
 ]
 
 
+@pytest.mark.usefixtures("left_to_nodes")
 @pytest.mark.parametrize("case", LEAVING, ids=str)
 def test_branches_that_end_in_a_node(
     case: Leaving, device: torch.device, precise: torch.dtype
@@ -320,6 +330,7 @@ def test_branches_that_end_in_a_node(
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("left_to_nodes")
 @pytest.mark.parametrize("stride", [1, 2])
 def test_branches_by_finite_differences(stride: int, device: torch.device) -> None:
     if not CPU:
@@ -330,6 +341,7 @@ def test_branches_by_finite_differences(stride: int, device: torch.device) -> No
         assert torch.autograd.gradcheck(case, leaves, fast_mode=True)
 
 
+@pytest.mark.usefixtures("left_to_nodes")
 def test_stacks_are_products_only_where_they_end_in_a_node(device: torch.device) -> None:
     case = LEAVING[0]
     x, *weights = case.leaves(device, torch.float32)
@@ -342,6 +354,7 @@ def test_stacks_are_products_only_where_they_end_in_a_node(device: torch.device)
         assert not any(isinstance(stack, Products) for (stack,) in separable_branches(*arguments))
 
 
+@pytest.mark.usefixtures("left_to_nodes")
 def test_a_stack_that_nothing_reads(device: torch.device, precise: torch.dtype) -> None:
     case = LEAVING[0]
     leaves = case.leaves(device, precise)
@@ -358,6 +371,7 @@ def test_a_stack_that_nothing_reads(device: torch.device, precise: torch.dtype) 
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.usefixtures("left_to_nodes")
 @pytest.mark.parametrize("training", [True, False])
 def test_second_stages_that_end_in_a_node(
     training: bool, device: torch.device, precise: torch.dtype
