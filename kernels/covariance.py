@@ -37,9 +37,12 @@ from lgcnet_fast.kernels.slabs import MOST_ELEMENTS, pointer_of
 
 TILES = 4
 """The fewest of a share, where a map has so many: a share writes about as much as a tile reads."""
-MERGED = 64
-"""Entries of a matrix that a program merges."""
-SHARES_AT_ONCE = 16
+ROWS = 4
+"""Of a matrix, that a program merges."""
+SHARES_AT_ONCE = 64
+"""At most: their loads are all under way together, and more programs are of no use."""
+MERGED = 16384
+"""Values at once: so many shares of so many rows."""
 
 
 @dataclass(frozen=True)
@@ -180,48 +183,55 @@ def _shares_kernel(
 @triton.jit(do_not_specialize=["M", "share", "shares"])
 def _merge_kernel(
     partial_ptr, mean_ptr, covariance_ptr, M, share, shares, C,
-    K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK entries of the covariance of map k, and of its mean; sums are about the first share's.
+    """ROWS rows of the covariance of map k, and its mean; sums are about the first share's.
 
     As in `merge_tiles`, with a_s = mean_s - mean_1 and S = sum_s n_s a_s:
 
         mean = mean_1 + S / M,   M V = sum_s M2_s + n_s a_s a_s^T - S S^T / M
+
+    Tiles are (shares, rows, columns); BLOCKS of BLOCK_C channels as in `_shares_kernel`.
     """
     k = tl.program_id(1)
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = entry < C * C
-    i, j = entry // C, entry % C
-    # Of what is the same, (i, j) and (j, i), the one that there is.
-    swapped = i // BLOCK_C > j // BLOCK_C
-    stored = tl.where(swapped, j * C + i, entry)
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :, None]
+    j = tl.arange(0, COLUMNS)[None, None, :]
+    lane = tl.arange(0, BLOCK_S)[:, None, None]
+    inside = (i < C) & (j < C)
+    stored = i * C + j
+    if BLOCKS > 1:
+        # Of what is the same, (i, j) and (j, i), the one that there is.
+        stored = tl.where(i // BLOCK_C > j // BLOCK_C, j * C + i, stored)
     ACC = partial_ptr.dtype.element_ty
     partial = partial_ptr + k * (1 + C) * C
-    first_i = tl.load(partial + i, mask=inside, other=0.0)
-    first_j = tl.load(partial + j, mask=inside, other=0.0)
-    sum_i = tl.zeros((BLOCK_S, BLOCK), dtype=ACC)
-    sum_j = tl.zeros((BLOCK_S, BLOCK), dtype=ACC)
-    product = tl.zeros((BLOCK_S, BLOCK), dtype=ACC)
+    first_i = tl.load(partial + i, mask=i < C, other=0.0)
+    first_j = tl.load(partial + j, mask=j < C, other=0.0)
+    sum_i = tl.zeros((1, ROWS, 1), dtype=ACC)
+    sum_j = tl.zeros((1, 1, COLUMNS), dtype=ACC)
+    product = tl.zeros((1, ROWS, COLUMNS), dtype=ACC)
     for first in range(0, shares, BLOCK_S):
-        number = (first + tl.arange(0, BLOCK_S)[:, None]).to(tl.int64)
-        mask = (number < shares) & inside
+        number = (first + lane).to(tl.int64)
+        within = number < shares
         mean = partial + number * (K * (1 + C) * C)
-        mean_i = tl.load(mean + i, mask=mask, other=0.0)
-        mean_j = tl.load(mean + j, mask=mask, other=0.0)
-        m2 = tl.load(mean + C + stored, mask=mask, other=0.0)
+        m2 = tl.load(mean + C + stored, mask=within & inside, other=0.0)
+        mean_i = tl.load(mean + i, mask=within & (i < C), other=0.0)
+        mean_j = tl.load(mean + j, mask=within & (j < C), other=0.0)
         count = tl.minimum(M - number * share, share).to(ACC)
-        a_i = tl.where(mask, mean_i - first_i, 0.0)
-        a_j = tl.where(mask, mean_j - first_j, 0.0)
-        sum_i += count * a_i
-        sum_j += count * a_j
-        product += m2 + count * a_i * a_j
-    shift_i = tl.sum(sum_i, axis=0, keep_dims=True) / M.to(ACC)
-    shift_j = tl.sum(sum_j, axis=0, keep_dims=True) / M.to(ACC)
-    covariance = tl.sum(product, axis=0, keep_dims=True) / M.to(ACC) - shift_i * shift_j
+        count = tl.where(within, count, 0.0)
+        a_i = tl.where(within, mean_i - first_i, 0.0)
+        a_j = tl.where(within, mean_j - first_j, 0.0)
+        sum_i += tl.sum(count * a_i, axis=0, keep_dims=True)
+        sum_j += tl.sum(count * a_j, axis=0, keep_dims=True)
+        product += tl.sum(m2 + count * a_i * a_j, axis=0, keep_dims=True)
+    shift_i = sum_i / M.to(ACC)
+    shift_j = sum_j / M.to(ACC)
+    covariance = product / M.to(ACC) - shift_i * shift_j
     # Rounding may take a variance below zero; NaN stays.
     covariance = tl.where((i == j) & (covariance < 0), 0.0, covariance)
-    tl.store(covariance_ptr + k * C * C + entry, covariance, mask=inside)
-    tl.store(mean_ptr + k * C + i, first_i + shift_i, mask=inside & (j == 0))
+    tl.store(covariance_ptr + k * C * C + i * C + j, covariance, mask=inside)
+    mine = (j < C) & (tl.program_id(0) == 0)
+    tl.store(mean_ptr + k * C + j, first_j + shift_j, mask=mine)
 
 
 def covariance(
@@ -248,9 +258,17 @@ def covariance(
     )  # fmt: skip
     mean = partial.new_empty(maps, channels)
     matrices = partial.new_empty(maps, channels, channels)
-    _merge_kernel[(triton.cdiv(channels * channels, MERGED), maps)](
+    columns = triton.next_power_of_2(channels)
+    most = min(SHARES_AT_ONCE, MERGED // (ROWS * columns))
+    block_s = min(most, triton.next_power_of_2(shares))
+    _merge_kernel[(triton.cdiv(channels, ROWS), maps)](
         partial, mean, matrices, positions, share, shares, channels,
-        K=maps, BLOCK_C=config.block_c,
-        BLOCK_S=min(SHARES_AT_ONCE, triton.next_power_of_2(shares)), BLOCK=MERGED,
+        K=maps, BLOCKS=blocks, BLOCK_C=config.block_c, BLOCK_S=block_s, ROWS=ROWS,
+        COLUMNS=columns, num_warps=merging_warps(block_s, columns),
     )  # fmt: skip
     return mean, matrices
+
+
+def merging_warps(block_s: int, columns: int) -> int:
+    """So that a thread has 64 values of a tile."""
+    return max(1, min(8, block_s * ROWS * columns // 2048))
