@@ -211,13 +211,17 @@ def _tile(rows: int) -> tuple[int, int]:
     return block_rows, min(128, 2048 // block_rows)
 
 
-def sum_rows(partial: Tensor, block_rows: int = 256, block_columns: int = 8) -> Tensor:
+def sum_rows(
+    partial: Tensor, block_rows: int = 256, block_columns: int = 8, at_once: bool = False
+) -> Tensor:
     """Second stage of every reduction: (rows, ...) -> (...), same bits on every run.
+
+    at_once: also within `unsummed`.
 
     The columns are few and the rows many, so a tile is tall: 8 columns of float32 fill the 32
     bytes that one memory transaction brings.
     """
-    if (kept := _unsummed.get()) is not None:
+    if not at_once and (kept := _unsummed.get()) is not None:
         kept.append(partial)
         return partial[0]
     rows, shape = partial.shape[0], partial.shape[1:]

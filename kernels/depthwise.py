@@ -5,7 +5,8 @@ Branch b has dilation d_b, edge e its own weights; all of them read the same x:
     y[e, b, n, i, j, c] = sum_{u, v} w[e, b, u, v, c] r(x[n, s i + u d_b, s j + v d_b, c])
 
 with u, v in {-1, 0, 1}, stride s, zero padding d_b, r = ReLU or the identity, and
-ceil(H / s) x ceil(W / s) outputs.
+ceil(H / s) x ceil(W / s) outputs. r may be the ReLU of a batch norm, (x - mean_c) r_c with r_c the
+inverse deviation: padding is zero behind it, so minus infinity is what lies outside x.
 
 How the kernel saves work: output rows that lie `step` apart (d / s, or d where s does not divide
 d) share input rows. A program walks down such a chain, loads the three horizontal taps of each
@@ -57,6 +58,8 @@ AT_ONCE = tl.constexpr(3)
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
+Norm = tuple[Tensor, Tensor]
+"""Mean and inverse deviation of each channel, (C,) in the accumulator's dtype."""
 Maps = Tensor | Sequence[Tensor]
 """Those of all edges and branches, edge after edge: as one tensor, or a tensor each."""
 
@@ -189,6 +192,28 @@ def ready(x, RELU: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def prepared(x, norm, RELU: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
+    """`ready`, with NORM behind a batch norm: (mean, inverse deviation)."""
+    if NORM:
+        x = rectify((ready(x, False, ACC) - norm[0]) * norm[1], RELU)
+    else:
+        x = ready(x, RELU, ACC)
+    return x
+
+
+@triton.jit
+def load_norm(mean, r, mask, NORM: tl.constexpr, ACC: tl.constexpr):
+    """(mean, inverse deviation) for `prepared`."""
+    norm = (0.0, 0.0)
+    if NORM:
+        norm = (
+            tl.load(mean, mask=mask, other=0.0).to(ACC),
+            tl.load(r, mask=mask, other=1.0).to(ACC),
+        )
+    return norm
+
+
+@triton.jit
 def load_weight_row(w, row: tl.constexpr, mask, C, ACC: tl.constexpr):
     """Window row `row` of the weights: (left, middle, right), each of the shape of `w`."""
     left = tl.load(w + 3 * row * C, mask=mask, other=0.0).to(ACC)
@@ -198,12 +223,19 @@ def load_weight_row(w, row: tl.constexpr, mask, C, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_taps(x, tap, left, middle, right, RELU: tl.constexpr, ACC: tl.constexpr):
-    """The three horizontal taps around `x`, `tap` elements apart; the others are masks."""
-    x_left = ready(tl.load(x - tap, mask=left, other=0.0), RELU, ACC)
-    x_middle = ready(tl.load(x, mask=middle, other=0.0), RELU, ACC)
-    x_right = ready(tl.load(x + tap, mask=right, other=0.0), RELU, ACC)
-    return x_left, x_middle, x_right
+def load_taps(
+    x, tap, left, middle, right, norm, RELU: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr
+):
+    """The three horizontal taps around `x`, `tap` elements apart; left to right are masks."""
+    outside: tl.constexpr = float("-inf") if NORM else 0.0
+    x_left = tl.load(x - tap, mask=left, other=outside)
+    x_middle = tl.load(x, mask=middle, other=outside)
+    x_right = tl.load(x + tap, mask=right, other=outside)
+    return (
+        prepared(x_left, norm, RELU, NORM, ACC),
+        prepared(x_middle, norm, RELU, NORM, ACC),
+        prepared(x_right, norm, RELU, NORM, ACC),
+    )
 
 
 @triton.jit
@@ -250,9 +282,9 @@ def _store_row(y, y_edge, rows, mask, EDGES: tl.constexpr):
 
 @triton.jit
 def _walk(
-    x, w, y, column, channel, first, rows, dilation, w_edge, y_edge, H, W, HO, WO, C,
+    x, norm, w, y, column, channel, first, rows, dilation, w_edge, y_edge, H, W, HO, WO, C,
     STRIDE: tl.constexpr, HOP: tl.constexpr, EDGES: tl.constexpr, RELU: tl.constexpr,
-    ACC: tl.constexpr,
+    NORM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The outputs of the `rows` entries after entry `first`, for all edges.
 
@@ -293,8 +325,11 @@ def _walk(
             for k in tl.static_range(AT_ONCE):
                 here = within(STRIDE * row, H)
                 taps = taps + (
-                    load_taps(x + x_offset, tap, here & left, here & mask, here & right, RELU, ACC),
-                )
+                    load_taps(
+                        x + x_offset, tap, here & left, here & mask, here & right, norm,
+                        RELU, NORM, ACC,
+                    ),
+                )  # fmt: skip
                 outputs = outputs + (y + y_offset,)
                 masks = masks + (mask & within(before, HO) & within(done + k, count),)
                 over = row >= last_row
@@ -315,10 +350,13 @@ def _walk(
         for done in range(-1, rows):
             here = within(STRIDE * row, H)
             below = within(STRIDE * row + dilation, H)
-            centre = load_taps(x + x_offset, tap, here & left, here & mask, here & right, RELU, ACC)
-            bottom = load_taps(
-                x + x_below + x_offset, tap, below & left, below & mask, below & right, RELU, ACC
+            centre = load_taps(
+                x + x_offset, tap, here & left, here & mask, here & right, norm, RELU, NORM, ACC
             )
+            bottom = load_taps(
+                x + x_below + x_offset, tap, below & left, below & mask, below & right, norm,
+                RELU, NORM, ACC,
+            )  # fmt: skip
             two_rows = _window_rows(w_centre, centre, one_row, EDGES)
             three_rows = _window_rows(w_bottom, bottom, two_rows, EDGES)
             one_row = _window_rows(w_top, bottom, nothing, EDGES)
@@ -332,8 +370,8 @@ def _walk(
 
 @triton.jit(do_not_specialize=["packed_dilations", "N", "branches", "segments"])
 def _forward_kernel(
-    x_ptr, w_ptr, y_ptr, packed_dilations, N, H, W, HO, WO, C, branches, segments,
-    STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, mean_ptr, r_ptr, w_ptr, y_ptr, packed_dilations, N, H, W, HO, WO, C, branches, segments,
+    STRIDE: tl.constexpr, RELU: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
     EDGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: a segment of a branch's sequence, BLOCK_P columns, BLOCK_C channels.
@@ -354,6 +392,7 @@ def _forward_kernel(
     _, phases, length = chains_of(dilation, HO, STRIDE)
     rows = tl.cdiv(phases * (length + 1) - 1, segments)
     first = rest % segments * rows
+    norm = load_norm(mean_ptr + channel, r_ptr + channel, channel < C, NORM, ACC)
     x = x_ptr + image * H * W * C
     w = w_ptr + branch * 9 * C
     y = y_ptr + (branch.to(tl.int64) * N + image) * HO * WO * C
@@ -361,13 +400,13 @@ def _forward_kernel(
     y_edge = branches.to(tl.int64) * N * HO * WO * C
     if STRIDE == 1 or dilation % STRIDE == 0:
         _walk(
-            x, w, y, column, channel, first, rows, dilation, w_edge, y_edge, H, W, HO, WO, C,
-            STRIDE, 1, EDGES, RELU, ACC,
+            x, norm, w, y, column, channel, first, rows, dilation, w_edge, y_edge, H, W, HO, WO, C,
+            STRIDE, 1, EDGES, RELU, NORM, ACC,
         )  # fmt: skip
     else:
         _walk(
-            x, w, y, column, channel, first, rows, dilation, w_edge, y_edge, H, W, HO, WO, C,
-            STRIDE, 2, EDGES, RELU, ACC,
+            x, norm, w, y, column, channel, first, rows, dilation, w_edge, y_edge, H, W, HO, WO, C,
+            STRIDE, 2, EDGES, RELU, NORM, ACC,
         )  # fmt: skip
 
 
@@ -378,14 +417,17 @@ def depthwise_multi(
     stride: int = 1,
     relu: bool = False,
     config: ForwardConfig | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
     """Depthwise convolutions of x: (edges, branches, N, C, ceil(H / stride), ceil(W / stride)).
 
     x: (N, C, H, W), channels_last; weights: (edges, branches, 3, 3, C), contiguous, any float
-    dtype; dilations: one a branch, 1 to 255. Every y[e, b] is a dense channels_last map of x's
-    dtype. Raises `ValueError` naming the argument at fault.
+    dtype; dilations: one a branch, 1 to 255; norm: what x passes before the ReLU, which it needs.
+    Every y[e, b] is a dense channels_last map of x's dtype. Raises `ValueError` naming the argument
+    at fault.
     """
     edges, branches, channels = check_arguments(x, weights, dilations, stride)
+    mean, r = check_norm(norm, x, relu)
     images, _, height, width = x.shape
     out_height, out_width = -(-height // stride), -(-width // stride)
     y = empty_map((edges, branches, images, channels, out_height, out_width), x)
@@ -393,9 +435,9 @@ def depthwise_multi(
     segments = triton.cdiv(out_height, config.rows)
     tiles = triton.cdiv(out_width, config.block_p) * triton.cdiv(channels, config.block_c)
     _forward_kernel[(images * segments * tiles * branches,)](
-        x, weights, y, pack(dilations), images, height, width, out_height, out_width, channels,
-        branches, segments,
-        STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype),
+        x, mean, r, weights, y, pack(dilations), images, height, width, out_height, out_width,
+        channels, branches, segments,
+        STRIDE=stride, RELU=relu, NORM=norm is not None, ACC=accumulator(x.dtype),
         EDGES=edges, BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
     return y
@@ -436,6 +478,17 @@ def check_arguments(
     edges, branches, channels = weights.shape[0], len(dilations), x.shape[1]
     check_dense("weights", weights, (edges, branches, 3, 3, channels), x)
     return edges, branches, channels
+
+
+def check_norm(norm: Norm | None, x: Tensor, relu: bool) -> Norm:
+    """norm, or something that kernels do not read; raises `ValueError`."""
+    if norm is None:
+        return x, x
+    if not relu:
+        raise ValueError("norm: only before a ReLU, which makes zeros of what lies outside x")
+    for name, values in zip(("norm[0]", "norm[1]"), norm, strict=True):
+        check_dense(name, values, (x.shape[1],), x)
+    return norm
 
 
 def check_dy(

@@ -6,7 +6,13 @@ With g = dy, reach e = d / s, and an output position (i, j), whose centre is x[s
     dw[u, v, c] = sum_{n, i, j} r(x[n, s i, s j, c]) g[n, i - u e, j - v e, c]
 
 with m = [x > 0] under a ReLU, else 1; with stride 2 all other dx are zero. Both need the same nine
-values of g. A program walks down chains of rows e apart: three taps of each row of g, loaded once,
+values of g. With a batch norm before the ReLU (see depthwise.py) r(x) and m are those behind it, dx
+is the gradient of its output yhat, and the sums that its own gradient needs are made on the way,
+as in mixed_sum_backward.py:
+
+    S0[c] = sum dx,   S1[c] = sum dx yhat
+
+A program walks down chains of rows e apart: three taps of each row of g, loaded once,
 serve three rows of dx and of dw. All columns of a walk are in the same row.
 
 Least traffic, in maps of y: 1 + 2 s^2. Arithmetic: 18 multiply-adds an output.
@@ -20,10 +26,14 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, empty_map, sum_rows
 from lgcnet_fast.kernels.depthwise import (
+    Norm,
     check_arguments,
     check_dy,
+    check_norm,
+    load_norm,
     load_weight_row,
     pieces_of,
+    prepared,
     ready,
     window_row,
     within,
@@ -39,7 +49,10 @@ from lgcnet_fast.kernels.depthwise_weight_grad import (
 
 @triton.jit
 def _store_dx(dx, value, x, row, column, mask, H, W, C, STRIDE: tl.constexpr, RELU: tl.constexpr):
-    """Writes dx of one row, and the zeros of the positions that a stride of 2 leaves out."""
+    """Writes dx of one row, and the zeros of the positions that a stride of 2 leaves out.
+
+    Returns what it has written of the row.
+    """
     if RELU:
         # Where x is NaN the gradient passes, as PyTorch's does.
         value = tl.where(x <= 0.0, 0.0, value)
@@ -51,14 +64,16 @@ def _store_dx(dx, value, x, row, column, mask, H, W, C, STRIDE: tl.constexpr, RE
         tl.store(dx + C, zero, mask=mask & right)
         tl.store(dx + W * C, zero, mask=mask & below)
         tl.store(dx + W * C + C, zero, mask=mask & right & below)
+    return value
 
 
 @triton.jit
 def _load_walk(
     dy, x, mask, column, offset, x_offset, row, reach, H, W, HO, WO, C,
-    STRIDE: tl.constexpr, ROWS: tl.constexpr,
+    STRIDE: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """What a walk reads, as stored: ROWS + 2 rows of dy, each (right, middle, left), ROWS of x."""
+    outside: tl.constexpr = float("-inf") if NORM else 0.0
     tap = reach * C
     dy_pitch = (reach * WO).to(tl.int64) * C
     x_pitch = (STRIDE * reach * W).to(tl.int64) * C
@@ -77,18 +92,19 @@ def _load_walk(
         dy += dy_pitch
         if v < ROWS:
             here = within(row + v * reach, HO)
-            x_rows = x_rows + (tl.load(x + x_offset, mask=here & mask, other=0.0),)
+            x_rows = x_rows + (tl.load(x + x_offset, mask=here & mask, other=outside),)
             x += x_pitch
     return g_rows, x_rows
 
 
 @triton.jit
 def _walk(
-    top, centre, bottom, w_top, w_centre, w_bottom, dy, x, dx, mask, column, channel, row, reach,
-    H, W, HO, WO, C,
-    STRIDE: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    top, centre, bottom, sums, w_top, w_centre, w_bottom, norm, dy, x, dx, mask, column, channel,
+    row, reach, H, W, HO, WO, C,
+    STRIDE: tl.constexpr, ROWS: tl.constexpr, RELU: tl.constexpr, NORM: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """Writes ROWS rows of dx, from `row` on; returns the window rows of dw, added to.
+    """Writes ROWS rows of dx, from `row` on; returns the window rows of dw and S0, S1, added to.
 
     dy, x and dx point at the image. Row v of the walk meets output v from below the window's
     centre (u = 1), output v - 1 at it and output v - 2 from above. All loads come before the first
@@ -97,7 +113,7 @@ def _walk(
     offset = column * C + channel
     x_offset = STRIDE * column * C + channel
     g_rows, x_rows = _load_walk(
-        dy, x, mask, column, offset, x_offset, row, reach, H, W, HO, WO, C, STRIDE, ROWS
+        dy, x, mask, column, offset, x_offset, row, reach, H, W, HO, WO, C, STRIDE, ROWS, NORM
     )
     dx_pitch = (STRIDE * reach * W).to(tl.int64) * C
     dx += (STRIDE * row * W).to(tl.int64) * C
@@ -109,7 +125,11 @@ def _walk(
             top = add_products(top, g, x_two_ago)
             value = window_row(w_top, g, two_rows)
             here = mask & within(row, HO)
-            _store_dx(dx + x_offset, value, x_two_ago, row, column, here, H, W, C, STRIDE, RELU)
+            value = _store_dx(
+                dx + x_offset, value, x_two_ago, row, column, here, H, W, C, STRIDE, RELU
+            )
+            if NORM:  # Outside the map the ReLU has made it zero.
+                sums = sums[0] + value, sums[1] + value * x_two_ago
             dx += dx_pitch
             row += reach
         x_two_ago = x_one_ago
@@ -117,16 +137,17 @@ def _walk(
             centre = add_products(centre, g, x_one_ago)
             two_rows = window_row(w_centre, g, one_row)
         if v < ROWS:
-            x_one_ago = ready(x_rows[v], RELU, ACC)
+            x_one_ago = prepared(x_rows[v], norm, RELU, NORM, ACC)
             bottom = add_products(bottom, g, x_one_ago)
             one_row = window_row(w_bottom, g, 0.0)
-    return top, centre, bottom
+    return top, centre, bottom, sums
 
 
 @triton.jit(do_not_specialize=["dilation", "N", "programs"])
 def _backward_kernel(
-    dy_ptr, x_ptr, w_ptr, dx_ptr, share_ptr, dilation, N, H, W, HO, WO, C, programs,
-    STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    dy_ptr, x_ptr, mean_ptr, r_ptr, w_ptr, dx_ptr, share_ptr, sums_ptr, dilation, N, H, W, HO, WO,
+    C, programs,
+    STRIDE: tl.constexpr, RELU: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: every `programs`-th walk, of ROWS rows and BLOCK_P columns; BLOCK_C channels."""
@@ -138,9 +159,11 @@ def _backward_kernel(
     w_centre = load_weight_row(w_ptr + channel, 1, channel_mask, C, ACC)
     w_bottom = load_weight_row(w_ptr + channel, 2, channel_mask, C, ACC)
 
+    norm = load_norm(mean_ptr + channel, r_ptr + channel, channel_mask, NORM, ACC)
     reach = dilation // STRIDE
     zero = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
     top, centre, bottom = (zero, zero, zero), (zero, zero, zero), (zero, zero, zero)
+    sums = (zero, zero)
     column_blocks = tl.cdiv(WO, BLOCK_P)
     phases = tl.minimum(reach, HO)
     pieces = pieces_of(dilation, HO, STRIDE, ROWS)
@@ -149,14 +172,19 @@ def _backward_kernel(
         piece = walk // column_blocks % pieces
         row = piece % phases + piece // phases * (reach * ROWS)
         image = (walk // column_blocks // pieces).to(tl.int64)
-        top, centre, bottom = _walk(
-            top, centre, bottom, w_top, w_centre, w_bottom, dy_ptr + image * HO * WO * C,
-            x_ptr + image * H * W * C, dx_ptr + image * H * W * C, (column < WO) & channel_mask,
-            column, channel, row, reach, H, W, HO, WO, C, STRIDE, ROWS, RELU, ACC,
+        top, centre, bottom, sums = _walk(
+            top, centre, bottom, sums, w_top, w_centre, w_bottom, norm,
+            dy_ptr + image * HO * WO * C, x_ptr + image * H * W * C, dx_ptr + image * H * W * C,
+            (column < WO) & channel_mask, column, channel, row, reach, H, W, HO, WO, C,
+            STRIDE, ROWS, RELU, NORM, ACC,
         )  # fmt: skip
 
     share = share_ptr + program.to(tl.int64) * 9 * C + channel
     _store_share(share, top, centre, bottom, channel_mask, C)
+    if NORM:
+        share = sums_ptr + program.to(tl.int64) * 2 * C + channel
+        tl.store(share, tl.sum(sums[0], axis=0)[None, :], mask=channel_mask)
+        tl.store(share + C, tl.sum(sums[1], axis=0)[None, :], mask=channel_mask)
 
 
 def depthwise_backward(
@@ -177,16 +205,49 @@ def depthwise_backward(
     if dilation % stride:
         arguments = (dy, x, weight, dilation, stride, relu)
         return depthwise_input_grad(*arguments), depthwise_weight_grad(*arguments)
+    dx, shares, _ = _in_one_pass(dy, x, weight, dilation, stride, relu, config, None)
+    return dx, sum_rows(shares)
+
+
+def normalised_depthwise_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm: Norm,
+    config: WeightGradConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the depthwise convolution of relu(yhat), yhat = norm(x): stride 1, dilation 1.
+
+    That of yhat, like x, dw (3, 3, C), and the rows S0 and S1, (2, C), both in the accumulator's
+    dtype. Other arguments as in `depthwise_backward`. Raises `ValueError` naming the one at fault.
+    """
+    dx, shares, sums = _in_one_pass(dy, x, weight, 1, 1, True, config, norm)
+    return dx, sum_rows(shares), sum_rows(sums, at_once=True)
+
+
+def _in_one_pass(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dilation: int,
+    stride: int,
+    relu: bool,
+    config: WeightGradConfig | None,
+    norm: Norm | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, and the shares of all programs of dw and, with `norm`, of (S0, S1)."""
     check_arguments(x, weight[None, None], (dilation,), stride)
     _, (out_height, out_width) = check_dy(dy[None, None], x, weight[None, None], stride)
+    mean, r = check_norm(norm, x, relu)
     images, channels, height, width = x.shape
     config = config or WeightGradConfig.default((1, 1, *dy.shape), (dilation,), stride)
     dx = empty_map(tuple(x.shape), x)
     shares = x.new_empty(config.programs, *weight.shape, dtype=accumulator_dtype(x.dtype))
+    sums = shares if norm is None else shares.new_empty(config.programs, 2, channels)
     _backward_kernel[(config.programs * triton.cdiv(channels, config.block_c),)](
-        dy, x, weight, dx, shares, dilation, images, height, width, out_height, out_width,
-        channels, config.programs,
-        STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype),
+        dy, x, mean, r, weight, dx, shares, sums, dilation, images, height, width, out_height,
+        out_width, channels, config.programs,
+        STRIDE=stride, RELU=relu, NORM=norm is not None, ACC=accumulator(x.dtype),
         ROWS=config.rows, BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
-    return dx, sum_rows(shares)
+    return dx, shares, sums

@@ -85,16 +85,22 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         shared = {"STRIDE": stride, "RELU": True, "ACC": tl.float32}
         tile = {"BLOCK_P": 8, "BLOCK_C": 64}
         for edges in (1, 2):
-            yield depthwise._forward_kernel, shared | tile | {"EDGES": edges}, 4
+            plain = {"EDGES": edges, "NORM": False}
+            yield depthwise._forward_kernel, shared | tile | plain, 4
         for apart in (1, BRANCHES):
             sums = shared | {"APART": apart, "BLOCK_P": 32, "BLOCK_C": 16}
             for parts in (1, 2):
                 yield depthwise_weight_grad._weight_grad_kernel, sums | {"PARTS": parts}, 4
-        yield depthwise_backward._backward_kernel, shared | tile | {"ROWS": 8}, 4
+        plain = {"ROWS": 8, "NORM": False}
+        yield depthwise_backward._backward_kernel, shared | tile | plain, 4
         for rows in (2, 4, 8) if stride == 1 else (2,):
             tile = {"BLOCK_P": 32, "BLOCK_C": 16, "ROWS": rows}
             for apart in (1, BRANCHES):
                 yield depthwise_input_grad._input_grad_kernel, shared | tile | {"APART": apart}, 2
+    second = {"STRIDE": 1, "RELU": True, "NORM": True, "ACC": tl.float32}
+    second |= {"BLOCK_P": 8, "BLOCK_C": 64}
+    yield depthwise._forward_kernel, second | {"EDGES": 1}, 4
+    yield depthwise_backward._backward_kernel, second | {"ROWS": 8}, 4
     counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}
     streaming = {"AHEAD": 2, "LOADS": 2, "GROUPS": 128, "VECTOR": 8}
     statistics = {"K": BRANCHES, "ACC": tl.float32, "EPS": 1e-5}

@@ -84,6 +84,9 @@ def depthwise_filters(x: Tensor) -> None:
         weight = x.new_zeros(3, 3, x.shape[1])
         dy = depthwise.depthwise(x, weight, 2, stride)
         depthwise_backward.depthwise_backward(dy, x, weight, 2, stride)
+    norm = (x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]))
+    depthwise.depthwise_multi(x, weight[None, None], (1,), relu=True, norm=norm)
+    depthwise_backward.normalised_depthwise_backward(x, x, weight, norm)
 
 
 def stacked_weights(x: Tensor) -> None:
