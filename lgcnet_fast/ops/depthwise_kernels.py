@@ -7,6 +7,7 @@ launch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,17 @@ from lgcnet_fast.ops.tuning import shape_key, tuned
 
 
 def filtered_maps(
-    backend: str, x: Tensor, windows: Tensor, dilations: Sequence[int], stride: int
+    backend: str,
+    x: Tensor,
+    windows: Tensor,
+    dilations: Sequence[int],
+    stride: int,
+    norm: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Depthwise convolutions of relu(x): a stack (edges, B, N, C, H', W') of NHWC maps.
 
-    x: (N, C, H, W), NHWC; windows: (edges, B, 3, 3, C); dilations: B of them.
+    x: (N, C, H, W), NHWC; windows: (edges, B, 3, 3, C); dilations: B of them; norm: mean and
+    inverse deviation (C,) of a batch norm before the ReLU, for Triton's kernels.
     """
     if backend == "cuda":
         from lgcnet_fast.native.depthwise import depthwise_forward
@@ -35,7 +42,7 @@ def filtered_maps(
 
     default = ForwardConfig.default(_shape(x, windows, stride), dilations, stride)
     config = _tuned(default, "forward", x, windows, dilations, stride)
-    return depthwise_multi(x, windows, dilations, stride, relu=True, config=config)
+    return depthwise_multi(x, windows, dilations, stride, relu=True, config=config, norm=norm)
 
 
 def depthwise_gradients(
@@ -111,6 +118,27 @@ def _gradients_of_one(
     config = _tuned(default, "backward", x, windows, dilations, stride)
     branch = (dy, x, windows[0, 0], dilations[0], stride)
     return depthwise_backward(*branch, relu=True, config=config)
+
+
+def normalised_gradients(
+    dy: Tensor, x: Tensor, window: Tensor, norm: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]]]:
+    """Of `filtered_maps` of relu(yhat), yhat = norm(x), by Triton's kernels: stride 1, dilation 1.
+
+    window: (3, 3, C). The gradient of yhat, the rows of sums that its norm needs of it (see
+    kernels/depthwise_backward.py), and what gives the others of `depthwise_gradients`.
+    """
+    from lgcnet_fast.kernels.common import unsummed
+    from lgcnet_fast.kernels.depthwise_backward import normalised_depthwise_backward
+    from lgcnet_fast.kernels.depthwise_weight_grad import WeightGradConfig
+
+    windows = window[None, None]
+    default = WeightGradConfig.default(_shape(x, windows, 1), (1,), 1)
+    config = _tuned(default, "backward", x, windows, (1,), 1)
+    (d_yhat, dw, sums), shares = unsummed(
+        lambda: normalised_depthwise_backward(dy, x, window, norm, config)
+    )
+    return d_yhat, sums, partial(_summed, dw, shares)
 
 
 def _summed(

@@ -107,7 +107,7 @@ class _DepthwiseBranches(torch.autograd.Function):
             windows = stacked_windows(_of_branches(depthwise, here, len(dilations)))
             products = stacked_matrices(pointwise, x)
             maps = depthwise_maps(x, windows, [dilations[branch] for branch in here], stride)
-            raw = _multiplied(maps, products)
+            raw = multiplied_maps(maps, products)
         ctx.save_for_backward(x, stacked_windows(depthwise), windows, products)
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
         groups = [group for group in (depthwise, pointwise) if group]
@@ -146,8 +146,8 @@ def _filtered(
     return depthwise_maps(x, windows, [dilations[branch] for branch in branches], stride)
 
 
-def _multiplied(maps: Tensor, products: Tensor) -> Tensor:
-    """(edges, branches here, N, C_out, H', W')."""
+def multiplied_maps(maps: Tensor, products: Tensor) -> Tensor:
+    """maps: (edges, B, N, C, H', W'), products: (edges * B, C_out, C) -> like maps, C_out wide."""
     edges, here, images, _, height, width = maps.shape
     out = empty_nhwc(maps, (edges, here, images, products.shape[1], height, width))
     torch.bmm(matrices(maps), products.transpose(1, 2), out=matrices(out))

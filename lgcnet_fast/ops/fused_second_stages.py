@@ -1,8 +1,9 @@
 """`second_stages` by the kernels of `mixed_norm_sum` and `separable_branches`.
 
 Two launches take the statistics of all edges. The rest of an edge is a job beside those of the
-others: normalise, depthwise, pointwise, and in the backward pass the same in reverse. Where
-products are left to the node (see products.py) the depthwise maps are the end of it.
+others: normalise, depthwise, pointwise, and in the backward pass the same in reverse. Triton's
+depthwise kernels normalise as they load (see normalised_depthwise.py). Where products are left to
+the node (see products.py) the depthwise maps are the end of it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lgcnet_fast.ops import fused_separable_branches
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.cast_together import gradient_owners
 from lgcnet_fast.ops.constants import constant
-from lgcnet_fast.ops.fused_depthwise_branches import depthwise_branches_backward, depthwise_maps
+from lgcnet_fast.ops.fused_depthwise_branches import multiplied_maps
 from lgcnet_fast.ops.fused_mixed_norm_sum import mixed_sum, mixed_sum_backward, norm_statistics
 from lgcnet_fast.ops.fused_mixed_norm_sum import refuse as refuse_norms
 from lgcnet_fast.ops.fused_separable_branches import (
@@ -29,7 +30,11 @@ from lgcnet_fast.ops.fused_separable_branches import (
     weight_gradients,
 )
 from lgcnet_fast.ops.lanes import settle, side_by_side
-from lgcnet_fast.ops.maps import computed_dtype, nhwc
+from lgcnet_fast.ops.maps import computed_dtype, nhwc, unstacked
+from lgcnet_fast.ops.normalised_depthwise import (
+    normalised_depthwise,
+    normalised_depthwise_backward,
+)
 from lgcnet_fast.ops.products import Entry, Products, pay
 
 
@@ -126,9 +131,10 @@ def _edges(kept: Sequence[Tensor]) -> Sequence[tuple[Tensor, ...]]:
 def _stage(
     settings: Settings, y: Tensor, window: Tensor, matrix: Tensor, statistics: Tensor, one: Tensor
 ) -> Tensor:
+    if settings.backend == "triton":
+        filtered = normalised_depthwise(*unstacked([y]), window, statistics)
+        return (multiplied_maps(filtered, matrix) if matrix.numel() else filtered)[0]
     x = mixed_sum([y], [], one, statistics, *settings)
-    if not matrix.numel():
-        return depthwise_maps(x, window, [1], 1)[0]
     (out,) = separable_branches_forward(x, window, matrix, [1], 1, settings.backend)
     return out
 
@@ -144,11 +150,12 @@ def _stage_gradients(
 ) -> tuple[Tensor, ...]:
     """Of y, window and matrix."""
     training, backend = settings
+    if backend == "triton":
+        (x,) = unstacked([y])
+        dx, *weights = normalised_depthwise_backward(g, x, window, matrix, statistics, training)
+        return dx.expand_as(y), *weights
     x = mixed_sum([y], [], one, statistics, training, backend)
-    if matrix.numel():
-        dx, *weights = separable_branches_backward([g], x, window, matrix, [1], 1, backend)
-    else:
-        dx, *weights = depthwise_branches_backward([g], x, window, matrix, matrix, [1], 1, [])
+    dx, *weights = separable_branches_backward([g], x, window, matrix, [1], 1, backend)
     (dy,) = mixed_sum_backward(dx, [y], [], one, statistics, training, False, backend)
     return dy, *weights
 

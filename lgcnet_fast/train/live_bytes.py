@@ -17,6 +17,7 @@ WITH_DEPTHWISE_MAPS = {
     "lgcnet_fast::separable_branches": "depthwise",
     "lgcnet_fast::separable_branches_backward": "depthwise",
     "lgcnet_fast::depthwise_branches_backward": "own_windows",
+    "lgcnet_fast::normalised_depthwise_backward": "windows",
 }
 """Operations inside which depthwise maps exist, one for each of these windows."""
 WITH_CONCATENATIONS = {
@@ -99,7 +100,7 @@ def scratch(operation: Any, args: Any) -> int:
         return WITH_CONCATENATIONS[name] * _concatenation(given)
     x, branches = given["x"], len(given[WITH_DEPTHWISE_MAPS[name]])
     images, channels, *size = x.shape
-    positions = math.prod(-(-side // given["stride"]) for side in size)
+    positions = math.prod(-(-side // given.get("stride", 1)) for side in size)
     return branches * images * channels * positions * x.element_size()
 
 

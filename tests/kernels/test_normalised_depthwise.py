@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.kernels.test_depthwise import assert_close, random_map
 from torch import Tensor
 
 from lgcnet_fast.kernels.depthwise import ForwardConfig, depthwise_multi
 from lgcnet_fast.kernels.depthwise_backward import normalised_depthwise_backward
 from lgcnet_fast.kernels.depthwise_weight_grad import WeightGradConfig
+from tests.kernels.test_depthwise import assert_close, random_map
 
 SHAPES = [(1, 3, 1, 1), (2, 1, 3, 5), (1, 17, 9, 6), (2, 8, 12, 4)]
 LARGE = [(2, 48, 49, 97), (2, 255, 49, 97), (16, 128, 16, 32)]
@@ -101,7 +101,9 @@ def test_gradients(
 def test_a_large_mean_cancels(device: torch.device) -> None:
     x, norm, weight, dy = inputs((2, 4, 6, 5), torch.float32, device, mean=3000.0)
     before = normalised(x, norm).relu()
-    assert_close(forward(x, norm, weight), convolved(before, weight), 8 * convolved(before, weight.abs()))
+    assert_close(
+        forward(x, norm, weight), convolved(before, weight), 8 * convolved(before, weight.abs())
+    )
     _, dw, sums = normalised_depthwise_backward(dy, x, weight, norm)
     assert torch.isfinite(dw).all() and torch.isfinite(sums).all()
 

@@ -12,10 +12,16 @@ from torch import Tensor, nn
 
 from lgcnet_fast.errors import BackendError, OperandError
 from lgcnet_fast.kernels import product_sum as kernel
-from lgcnet_fast.ops import Products, mixed_norm_sum, products, separable_branches, use_backend
+from lgcnet_fast.ops import (
+    Products,
+    fused_second_stages,
+    mixed_norm_sum,
+    products,
+    separable_branches,
+    use_backend,
+)
 from lgcnet_fast.ops import fused_depthwise_branches as branches
 from lgcnet_fast.ops import fused_product_sum as fused
-from lgcnet_fast.ops import fused_second_stages
 from lgcnet_fast.ops.fused_separable_branches import stacked_matrices, stacked_windows
 from lgcnet_fast.ops.second_stages import second_stages
 

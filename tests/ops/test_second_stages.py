@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lgcnet_fast.errors import BackendError, OperandError
 from lgcnet_fast.ops import explain, use_backend
+from lgcnet_fast.ops import normalised_depthwise as registered
 from lgcnet_fast.ops.second_stages import second_stages
 
 BACKENDS = ["reference", "triton"]
@@ -109,6 +110,21 @@ def test_gradients_by_finite_differences(backend: str, device: torch.device) -> 
 
     with use_backend(backend):
         assert torch.autograd.gradcheck(joined, edges.leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("multiplied", [True, False])
+def test_registration(multiplied: bool, device: torch.device) -> None:
+    edges = Edges(1, device)
+    y = edges.ys[0][0][0].detach()
+    statistics = torch.rand(3, 1, 4, device=device) + 0.5
+    windows = torch.randn(1, 3, 3, 4, device=device)
+    torch.library.opcheck(registered.normalised_depthwise, (y, windows, statistics))
+    products = torch.randn(1, 3, 4, device=device) if multiplied else y.new_empty(1, 0)
+    channels = 3 if multiplied else 4
+    g = torch.randn(1, 2, 5, 3, channels, device=device).movedim(-1, 2)
+    for training in (True, False):
+        arguments = (g, y, windows, products, statistics, training)
+        torch.library.opcheck(registered.normalised_depthwise_backward, arguments)
 
 
 def test_raw_maps_are_all_that_is_kept(device: torch.device) -> None:
