@@ -144,12 +144,11 @@ class _ProductSum(torch.autograd.Function):
     ) -> Tensor:
         """statistics: of the raw maps; z: weights of products, raw and plain maps."""
         ds, weights, ys, xs = _parted(tensors, settings.counts)
-        count, raw = len(weights), statistics.shape[1]
-        scales, shift = product_scales(branches.shift, z[count : count + raw], statistics)
         ctx.save_for_backward(*ds, *ys, *xs, z, statistics, *branches[:4])
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
         ctx.like = (weights[0].dtype, weights[0].shape)
-        return product_sum(ds, branches.weights, ys, scales, xs, z[count + raw :], shift)
+        others = z[len(weights) :]
+        return product_sum(ds, branches.weights, branches.shift, ys, statistics, xs, others)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -227,45 +226,32 @@ def _(
     return statistics, torch.empty_like(matrices), mean.new_empty(matrices.shape[:2])
 
 
-@custom_op("lgcnet_fast::product_scales", mutates_args=())
-def product_scales(shift: Tensor, z: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales (R, C_out) of the raw maps, and the shift (C_out,) of the whole sum."""
-    from lgcnet_fast.kernels import product_scales as kernel
-
-    return kernel.product_scales(shift, z, statistics)
-
-
-@product_scales.register_fake
-def _(shift: Tensor, z: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
-    return statistics.new_empty(statistics.shape[1:]), shift.new_empty(shift.shape[1])
-
-
 @custom_op("lgcnet_fast::product_sum", mutates_args=())
 def product_sum(
     ds: list[Tensor],
     matrices: Tensor,
+    shifts: Tensor,
     ys: list[Tensor],
-    scales: Tensor,
+    statistics: Tensor,
     xs: list[Tensor],
     weights: Tensor,
-    shift: Tensor,
 ) -> Tensor:
-    """The sum over positions of products, scaled and weighted maps, less shift (C_out,)."""
+    """Products less shifts (K, C_out), normalised and plain maps, which have weights (R + J,)."""
     from lgcnet_fast.kernels import product_sum as kernel
 
     maps, raw = unstacked(ds), unstacked(ys)
-    return kernel.product_sum(maps, matrices, raw, scales, xs, weights, shift)
+    return kernel.product_sum(maps, matrices, shifts, raw, statistics, xs, weights)
 
 
 @product_sum.register_fake
 def _(
     ds: list[Tensor],
     matrices: Tensor,
+    shifts: Tensor,
     ys: list[Tensor],
-    scales: Tensor,
+    statistics: Tensor,
     xs: list[Tensor],
     weights: Tensor,
-    shift: Tensor,
 ) -> Tensor:
     images, _, height, width = ds[0].shape[-4:]
     return empty_nhwc(ds[0], (images, matrices.shape[1], height, width))

@@ -12,10 +12,16 @@ from torch import Tensor, nn
 
 from lgcnet_fast.errors import BackendError, OperandError
 from lgcnet_fast.kernels import product_sum as kernel
-from lgcnet_fast.ops import Products, mixed_norm_sum, products, separable_branches, use_backend
+from lgcnet_fast.ops import (
+    Products,
+    fused_second_stages,
+    mixed_norm_sum,
+    products,
+    separable_branches,
+    use_backend,
+)
 from lgcnet_fast.ops import fused_depthwise_branches as branches
 from lgcnet_fast.ops import fused_product_sum as fused
-from lgcnet_fast.ops import fused_second_stages
 from lgcnet_fast.ops.fused_separable_branches import stacked_matrices, stacked_windows
 from lgcnet_fast.ops.second_stages import second_stages
 
@@ -428,8 +434,8 @@ def test_registration(device: torch.device) -> None:
     mean, covariance = fused.product_statistics(ds)
     check(fused.product_weights, (mean, covariance, matrices, z, 1e-5))
     statistics, weights, shift = fused.product_weights(mean, covariance, matrices, z, 1e-5)
-    check(fused.product_scales, (shift, z[:1], statistics[:, :1].contiguous()))
-    check(fused.product_sum, (ds, weights, [y], statistics[0, :1], [x], z[:1], shift[0]))
+    of_raw = statistics[:, :1].contiguous()
+    check(fused.product_sum, (ds, weights, shift, [y], of_raw, [x], z[:2]))
     for training in (True, False):
         known = (matrices, mean, covariance, statistics, z, training)
         check(fused.product_gradients, (y, ds, *known))
