@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from lgcnet_fast.ops.lanes import settle, side_by_side
 from lgcnet_fast.ops.maps import accumulator, empty_nhwc, nhwc, unstacked
 from lgcnet_fast.ops.products import Entry, Products, grouped, likenesses, multiplied
 from lgcnet_fast.ops.running_statistics import update_running_statistics
+from lgcnet_fast.ops.tuning import shape_key, tuned
+
+T = TypeVar("T")
 
 
 class Branches(NamedTuple):
@@ -168,6 +171,11 @@ class _ProductSum(torch.autograd.Function):
         return None, None, None, dz, *dds, *weights, *d_others
 
 
+def _tuned(default: T, launch: str, d: Tensor, *counts: Sequence[int]) -> T:
+    """The tile that the tuning table of the device has for a launch over maps like d."""
+    return tuned(default, launch, shape_key(d.dtype, d.shape, *counts), d.device)
+
+
 def _parted(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
     """Neighbours, so many of each kind."""
     rest = iter(tensors)
@@ -193,11 +201,13 @@ def _other_gradients(
 @custom_op("lgcnet_fast::product_statistics", mutates_args=())
 def product_statistics(ds: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean (K, C) and biased covariance (K, C, C) of the maps of all stacks."""
-    from lgcnet_fast.kernels.covariance import covariance
+    from lgcnet_fast.kernels.covariance import CovarianceConfig, covariance
     from lgcnet_fast.kernels.tile_statistics import check_positions
 
     check_positions("ys", ds[0], positions_of(ds[0]))
-    return covariance(unstacked(ds))
+    maps = unstacked(ds)
+    default = CovarianceConfig.default(maps[0].shape[1], maps[0].dtype)
+    return covariance(maps, _tuned(default, "product_statistics", maps[0], (len(maps),)))
 
 
 @product_statistics.register_fake
@@ -240,7 +250,12 @@ def product_sum(
     from lgcnet_fast.kernels import product_sum as kernel
 
     maps, raw = unstacked(ds), unstacked(ys)
-    return kernel.product_sum(maps, matrices, shifts, raw, statistics, xs, weights)
+    products, out_channels, channels = matrices.shape
+    large = kernel.has_large_cores(maps[0])
+    default = kernel.ProductSumConfig.default(channels, out_channels, maps[0].dtype, large)
+    counts = ((products, out_channels), (len(raw), len(xs)))
+    config = _tuned(default, "product_sum", maps[0], *counts)
+    return kernel.product_sum(maps, matrices, shifts, raw, statistics, xs, weights, config)
 
 
 @product_sum.register_fake
@@ -274,15 +289,21 @@ def product_gradients(
     """
     from lgcnet_fast.kernels import product_algebra
     from lgcnet_fast.kernels import product_gradients as kernel
+    from lgcnet_fast.kernels.product_sum import has_large_cores
 
-    maps = unstacked(ds)
-    sums, total = kernel.product_sums(g, maps)
+    maps, (products, out_channels, channels) = unstacked(ds), matrices.shape
+    sizes = (products, positions_of(g), channels, out_channels, g.dtype, has_large_cores(g))
+    counts = (products, out_channels)
+    tile = kernel.ProductSumsConfig.default(*sizes)
+    sums, total = kernel.product_sums(g, maps, _tuned(tile, "product_sums", maps[0], counts))
     found = product_algebra.product_coefficients(
         sums, total, mean, covariance, matrices, statistics, z, positions_of(g), training
     )
     dds = [empty_nhwc(d, d.shape) for d in ds]
     through = (found.from_gradient, found.from_map, found.shift)
-    kernel.product_input_gradients(g, maps, *through, outs=unstacked(dds))
+    default = kernel.InputGradientsConfig.default(*sizes)
+    config = _tuned(default, "product_input_gradients", maps[0], counts)
+    kernel.product_input_gradients(g, maps, *through, outs=unstacked(dds), config=config)
     return [*dds, found.weight_gradients, found.matrix_gradients]
 
 
