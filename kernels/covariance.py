@@ -16,7 +16,8 @@ second launch, as what there is to merge, C + C^2 values a share, is much for a 
 Matrix units take e in the storage dtype. Products of 16-bit values are exact there. p is zero for a
 channel whose mean is within four deviations of zero, which costs one digit, and then e = d;
 elsewhere d is within a factor of two of p and the difference has no more digits than d. So e is
-exact but for rare outliers.
+exact but for rare outliers. Where p is zero for all channels of a program, the usual case, matrix
+units read the values from where the copies to shared memory have put them.
 
 Least traffic: K maps. Arithmetic: K M C^2 multiply-adds.
 """
@@ -58,15 +59,20 @@ class CovarianceConfig:
 
     @classmethod
     def default(cls, channels: int, dtype: torch.dtype) -> CovarianceConfig:
-        """As many programs as an H200 holds at once with about 64 KB of loads under way in each
-        core; small tiles for 32-bit products, which hold their operands in registers."""
+        """As many programs as an H200 holds at once, fewer of whole blocks of channels, which load
+        faster: each writes a share of C^2. Small tiles for 32-bit products, which hold their
+        operands in registers."""
         if dtype.itemsize > 2:
             return cls(16, min(64, block_of(channels)), 8, 1, 264)
         if channels <= 32:
-            return cls(128, block_of(channels), 4, 4, 528)
-        if channels <= 64:
-            return cls(64, 64, 4, 4, 264)
-        return cls(64, 128 if channels <= 128 else 64, 8, 3, 132)
+            return cls(128, block_of(channels), 2, 3, 512)
+        if channels < 64:
+            return cls(128, 64, 4, 3, 264)
+        if channels == 64:
+            return cls(128, 64, 4, 4, 132)
+        if channels <= 128:
+            return cls(64, 128, 8, 3, 132)
+        return cls(64, 64, 4, 4, 132)
 
     def share(self, maps: int, positions: int, channels: int) -> int:
         """Positions of a program, whole tiles."""
@@ -120,6 +126,22 @@ def _add_tile(
     return row_total, total, product
 
 
+@triton.jit
+def _add_values(
+    place, inside, total, product,
+    ACC: tl.constexpr, OPERAND: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """As `_add_tile` of whole tiles where p = 0: matrix units take the tile as it was loaded."""
+    if MASKED:
+        d = tl.load(place, mask=inside, other=0.0)
+    else:
+        d = tl.load(place)
+    total += d.to(ACC)
+    e = d.to(OPERAND)
+    product = tl.dot(tl.trans(e), e, product, input_precision="ieee", out_dtype=ACC)
+    return total, product
+
+
 @triton.jit(do_not_specialize=["M", "share"])
 def _shares_kernel(
     d_ptrs, partial_ptr, M, share, C,
@@ -159,11 +181,21 @@ def _shares_kernel(
     row_total = tl.zeros((BLOCK_M if BLOCKS > 1 else 1, BLOCK_C), dtype=ACC)
     product = tl.zeros((BLOCK_C, BLOCK_C), dtype=ACC)
     whole = count // BLOCK_M * BLOCK_M
-    for begin in range(0, whole, BLOCK_M):
-        row_total, total, product = _add_tile(
-            start + begin * C, count - begin, lane, row, row_pivot, column, pivot,
-            row_total, total, product, C, ACC, OPERAND, BLOCKS, CHANNELS_MASKED,
-        )  # fmt: skip
+    as_loaded = False
+    if BLOCKS == 1:
+        as_loaded = tl.max(tl.abs(pivot)) == 0
+    if as_loaded:
+        for begin in range(0, whole, BLOCK_M):
+            total, product = _add_values(
+                start + begin * C + (lane * C + column), column < C, total, product,
+                ACC, OPERAND, CHANNELS_MASKED,
+            )  # fmt: skip
+    else:
+        for begin in range(0, whole, BLOCK_M):
+            row_total, total, product = _add_tile(
+                start + begin * C, count - begin, lane, row, row_pivot, column, pivot,
+                row_total, total, product, C, ACC, OPERAND, BLOCKS, CHANNELS_MASKED,
+            )  # fmt: skip
     if whole < count:
         row_total, total, product = _add_tile(
             start + whole * C, count - whole, lane, row, row_pivot, column, pivot,
@@ -223,7 +255,9 @@ def _merge_kernel(
         a_j = tl.where(within, mean_j - first_j, 0.0)
         sum_i += tl.sum(count * a_i, axis=0, keep_dims=True)
         sum_j += tl.sum(count * a_j, axis=0, keep_dims=True)
-        product += tl.sum(m2 + count * a_i * a_j, axis=0, keep_dims=True)
+        # Apart: each in the order in which its threads have it.
+        product += tl.sum(m2, axis=0, keep_dims=True)
+        product += tl.sum(count * a_i * a_j, axis=0, keep_dims=True)
     shift_i = sum_i / M.to(ACC)
     shift_j = sum_j / M.to(ACC)
     covariance = product / M.to(ACC) - shift_i * shift_j

@@ -19,8 +19,8 @@ rounded before c_k is taken. Given statistics, as in evaluation, do not depend o
 dP_k = z_k r_k T_k, B_k = 0 and c_k = 0.
 
 All is small, some 100 KB a product, so that latencies count: a program takes a block of rows of one
-product, and forms the sums over all output channels itself. Matrix units multiply float32 as three
-products of parts of it, which costs about two of its 24 bits.
+product, of either B or dP, and forms the sums over all output channels itself. Matrix units
+multiply float32 as three products of parts of it, which costs about two of its 24 bits.
 """
 
 from __future__ import annotations
@@ -41,8 +41,6 @@ from lgcnet_fast.kernels.product_sum import MAX_CHANNELS, block_of, check_sums
 
 ROWS = 16
 """Of a program: the fewest that matrix units take."""
-TERMS = 32
-"""Of a product of matrices that a program holds at once."""
 
 
 class ProductWeights(NamedTuple):
@@ -134,28 +132,16 @@ def _normalised_sums(matrix, sums, statistics_ptr, s0_ptr, o, k, CO, K: tl.const
     return r, r * (tl.sum(matrix * sums, axis=1) - mean * s0)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _coefficients_kernel(
-    sums_ptr, s0_ptr, mean_ptr, covariance_ptr, matrix_ptr, statistics_ptr, z_ptr,
-    dz_ptr, matrix_gradient_ptr, from_gradient_ptr, from_map_ptr, shift_ptr, M, C, CO,
+@triton.jit
+def _map_coefficients(
+    sums_ptr, s0_ptr, mean_ptr, matrix_ptr, statistics_ptr, z, share,
+    dz_ptr, from_gradient_ptr, from_map_ptr, shift_ptr, first_row, k, C, CO,
     K: tl.constexpr, TRAINING: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, TERMS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of dP, A, B and c of product k, and dz of it by its first program."""
-    k = tl.program_id(1)
-    first_row = tl.program_id(0) * ROWS
-    lane = tl.arange(0, ROWS)
+    """ROWS rows n of A, B and c of product k, and dz of it by its first program."""
+    n = (first_row + tl.arange(0, ROWS))[None, :]
     c = tl.arange(0, BLOCK_C)[None, :]
-    matrix_ptr += k * CO * C
-    sums_ptr += k * CO * C
-    z = tl.load(z_ptr + k).to(ACC)
-    share = 1 / M.to(ACC)
-    mean = tl.zeros((1, BLOCK_C), dtype=ACC)
-    if TRAINING:
-        mean = tl.load(mean_ptr + k * C + c, mask=c < C, other=0.0)
-
-    # Rows n of A, B and c.
-    n = (first_row + lane)[None, :]
     dz = tl.zeros((TERMS,), dtype=ACC)
     shift = tl.zeros((ROWS,), dtype=ACC)
     from_map = tl.zeros((ROWS, BLOCK_C), dtype=ACC)
@@ -164,9 +150,9 @@ def _coefficients_kernel(
         row = o[:, None]
         matrix = _block(matrix_ptr, row, c, CO, C, ACC)
         sums = _block(sums_ptr, row, c, CO, C, ACC)
+        columns = _block(matrix_ptr, row, n, CO, C, ACC)
         r, s1 = _normalised_sums(matrix, sums, statistics_ptr, s0_ptr, o, k, CO, K)
         dz += s1
-        columns = _block(matrix_ptr, row, n, CO, C, ACC)
         from_gradient = (z * r[:, None] * columns).to(from_gradient_ptr.dtype.element_ty)
         entry = from_gradient_ptr + k * C * CO + n * CO + row
         tl.store(entry, from_gradient, mask=(row < CO) & (n < C))
@@ -176,22 +162,33 @@ def _coefficients_kernel(
             left = tl.trans(columns * (z * r * r * s1 * share)[:, None])
             from_map = tl.dot(left, matrix, from_map, input_precision="tf32x3", out_dtype=ACC)
     tl.store(dz_ptr + k, tl.sum(dz, axis=0), mask=first_row == 0)
-    n = first_row + lane
     if TRAINING:
+        n = first_row + tl.arange(0, ROWS)
+        mean = tl.load(mean_ptr + k * C + c, mask=c < C, other=0.0)
         rounded = (-from_map).to(from_map_ptr.dtype.element_ty)
         entry = from_map_ptr + k * C * C + n[:, None] * C + c
         tl.store(entry, rounded, mask=(n < C)[:, None] & (c < C))
         shift -= tl.sum(rounded.to(ACC) * mean, axis=1)
         tl.store(shift_ptr + k * C + n, shift, mask=n < C)
 
-    # Rows n of dP.
-    row = n[:, None]
+
+@triton.jit
+def _matrix_gradients(
+    sums_ptr, s0_ptr, mean_ptr, covariance_ptr, matrix_ptr, statistics_ptr, z,
+    matrix_gradient_ptr, first_row, k, C, CO,
+    K: tl.constexpr, TRAINING: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, TERMS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of dP of product k."""
+    o = first_row + tl.arange(0, ROWS)
+    row = o[:, None]
+    c = tl.arange(0, BLOCK_C)[None, :]
     matrix = _block(matrix_ptr, row, c, CO, C, ACC)
-    sums = _block(sums_ptr, row, c, CO, C, ACC)
-    r, s1 = _normalised_sums(matrix, sums, statistics_ptr, s0_ptr, n, k, CO, K)
-    gradient = sums
+    gradient = _block(sums_ptr, row, c, CO, C, ACC)
+    r, s1 = _normalised_sums(matrix, gradient, statistics_ptr, s0_ptr, o, k, CO, K)
     if TRAINING:
-        s0 = tl.load(s0_ptr + n, mask=n < CO, other=0.0)
+        mean = tl.load(mean_ptr + k * C + c, mask=c < C, other=0.0)
+        s0 = tl.load(s0_ptr + o, mask=o < CO, other=0.0)
         product = _times_covariance(
             matrix_ptr, covariance_ptr + k * C * C, row, c, C, CO, ACC, ROWS, TERMS, BLOCK_C
         )
@@ -199,6 +196,34 @@ def _coefficients_kernel(
     gradient *= (z * r)[:, None]
     entry = matrix_gradient_ptr + k * CO * C + row * C + c
     tl.store(entry, gradient, mask=(row < CO) & (c < C))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _coefficients_kernel(
+    sums_ptr, s0_ptr, mean_ptr, covariance_ptr, matrix_ptr, statistics_ptr, z_ptr,
+    dz_ptr, matrix_gradient_ptr, from_gradient_ptr, from_map_ptr, shift_ptr, M, C, CO,
+    K: tl.constexpr, TRAINING: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, TERMS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of A, B and c of product k, or of dP; dz of it by its first program."""
+    k = tl.program_id(1)
+    matrix_ptr += k * CO * C
+    sums_ptr += k * CO * C
+    z = tl.load(z_ptr + k).to(ACC)
+    blocks = tl.cdiv(C, ROWS)
+    block = tl.program_id(0)
+    if block < blocks:
+        _map_coefficients(
+            sums_ptr, s0_ptr, mean_ptr, matrix_ptr, statistics_ptr, z, 1 / M.to(ACC),
+            dz_ptr, from_gradient_ptr, from_map_ptr, shift_ptr, block * ROWS, k, C, CO,
+            K, TRAINING, ACC, ROWS, TERMS, BLOCK_C,
+        )  # fmt: skip
+    else:
+        _matrix_gradients(
+            sums_ptr, s0_ptr, mean_ptr, covariance_ptr, matrix_ptr, statistics_ptr, z,
+            matrix_gradient_ptr, (block - blocks) * ROWS, k, C, CO,
+            K, TRAINING, ACC, ROWS, TERMS, BLOCK_C,
+        )  # fmt: skip
 
 
 def product_weights(
@@ -220,7 +245,8 @@ def product_weights(
     _weights_kernel[(triton.cdiv(out_channels, ROWS), products)](
         mean, covariance, matrices, z, statistics, weights, shift, channels, out_channels,
         K=products, ACC=accumulator(matrices.dtype), EPS=eps,
-        ROWS=ROWS, TERMS=TERMS, BLOCK_C=block_of(channels), num_warps=_warps(channels),
+        ROWS=ROWS, TERMS=terms(channels, out_channels), BLOCK_C=block_of(channels),
+        num_warps=_warps(channels),
     )  # fmt: skip
     return ProductWeights(statistics, weights, shift)
 
@@ -260,13 +286,22 @@ def product_coefficients(
     from_gradient = matrices.new_empty(products, channels, out_channels)
     from_map = matrices.new_empty(products, channels, channels) if training else None
     shift = sums.new_empty(products, channels) if training else None
-    _coefficients_kernel[(triton.cdiv(max(channels, out_channels), ROWS), products)](
+    blocks = triton.cdiv(channels, ROWS) + triton.cdiv(out_channels, ROWS)
+    _coefficients_kernel[(blocks, products)](
         sums, s0, mean, covariance, matrices, statistics, z,
         dz, matrix_gradients, from_gradient, from_map, shift, positions, channels, out_channels,
         K=products, TRAINING=training, ACC=accumulator(matrices.dtype),
-        ROWS=ROWS, TERMS=TERMS, BLOCK_C=block_of(channels), num_warps=_warps(channels),
+        ROWS=ROWS, TERMS=terms(channels, out_channels), BLOCK_C=block_of(channels),
+        num_warps=_warps(channels),
     )  # fmt: skip
     return ProductCoefficients(dz, matrix_gradients, from_gradient, from_map, shift)
+
+
+def terms(channels: int, out_channels: int) -> int:
+    """Of a product of matrices that a program holds at once: all of them in a single round, or so
+    few that two programs share a core."""
+    widest = max(channels, out_channels)
+    return block_of(widest) if widest <= 64 else 32
 
 
 def _warps(channels: int) -> int:

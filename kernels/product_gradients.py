@@ -74,21 +74,22 @@ class ProductSumsConfig:
         cls, maps: int, positions: int, channels: int, out_channels: int, dtype: torch.dtype,
         large: bool = True,
     ) -> ProductSumsConfig:  # fmt: skip
-        """As many programs as run at once; two maps to a program where both sums fit.
+        """As many programs as run at once, fewer where their shares would cost more; two maps to
+        a program where both sums fit and g, which it reads for each, is worth it.
 
         large: see `has_large_cores`.
         """
         if dtype.itemsize > 2:
             block_m, block_c, together, warps, stages, resident = 16, 32, 1, 8, 1, 2
         elif max(channels, out_channels) <= 32:
-            block_m, block_c, together, warps, stages, resident = 128, 32, 2, 4, 3, 3
+            block_m, block_c, together, warps, stages, resident = 128, 32, 1, 4, 3, 6
         elif out_channels <= 64:
-            block_m, block_c, together, warps, stages, resident = 64, 64, 2, 4, 3, 3
+            block_m, block_c, together, warps, stages, resident = 64, 64, 2, 4, 3, 2
             together = 2 if large else 1
         elif not large:
             block_m, block_c, together, warps, stages, resident = 64, 64, 2, 8, 2, 1
         else:
-            block_m, block_c, together, warps, stages, resident = 64, 64, 2, 8, 3, 1
+            block_m, block_c, together, warps, stages, resident = 64, 64, 1, 4, 3, 2
         block_c, together = min(block_c, block_of(channels)), min(together, maps)
         parts = triton.cdiv(maps, together) * triton.cdiv(channels, block_c) + 1
         tiles = triton.cdiv(positions, block_m)
@@ -121,7 +122,7 @@ class InputGradientsConfig:
         elif widest <= 64:
             block_m, block_n, warps, stages, resident = 64, 64, 4, 3, 3
         elif widest <= 128 and large:
-            block_m, block_n, warps, stages, resident = 64, 128, 8, 3, 1
+            block_m, block_n, warps, stages, resident = 64, 128, 4, 3, 1
         elif widest <= 128:
             block_m, block_n, warps, stages, resident = 32, 128, 8, 1, 2
         else:

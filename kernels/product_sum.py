@@ -2,11 +2,11 @@
 
 With matrices W_k, raw maps y_r, plain maps x_j and M = N H W positions m,
 
-    out[m] = sum_k W_k d_k[m] + sum_r a_r * y_r[m] + sum_j z_j x_j[m] - b
+    out[m] = sum_k (W_k d_k[m] - b_k) + sum_r z_r r_r * (y_r[m] - mean_r) + sum_j z_j x_j[m]
 
-W_k, a_r and b hold what normalises a product W_k d_k or a raw map y_r (`product_algebra.py`), so
-that the products themselves are never written. A program walks through all maps of a tile of
-positions, raw and plain ones first.
+W_k and b_k hold what normalises a product (`product_algebra.py`), so that the products themselves
+are never written; r_r is the inverse deviation of a raw map. A program walks through all maps of a
+tile of positions, raw and plain ones first.
 
 Least traffic of K products, in maps: K + R + J + 1. Each program reads all matrices, from the
 second-level cache. Arithmetic: K M C C_out multiply-adds, at 128 channels in bfloat16 128
@@ -64,25 +64,25 @@ class ProductSumConfig:
         if dtype.itemsize > 2:
             return cls(16, 16, 4, 1)
         if max(channels, out_channels) <= 32:
-            return cls(128, block_of(channels), 4, 4)
-        if max(channels, out_channels) <= 64:
             return cls(64, block_of(channels), 4, 4)
+        if max(channels, out_channels) <= 64:
+            return cls(128, block_of(channels), 4, 3)
         if large and max(channels, out_channels) <= 128:
             return cls(64, block_of(channels), 4, 3)
-        return cls(64, min(64, block_of(channels)), 8, 3)
+        return cls(128 if out_channels <= 64 else 64, min(64, block_of(channels)), 8, 3)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _product_sum_kernel(
-    d_ptrs, matrix_ptr, map_ptrs, scale_ptr, weight_ptr, shift_ptr, out_ptr, M, C, CO,
+    d_ptrs, matrix_ptr, shift_ptr, map_ptrs, statistics_ptr, weight_ptr, out_ptr, M, C, CO,
     K: tl.constexpr, R: tl.constexpr, J: tl.constexpr,
     ACC: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_O: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out on one tile of positions; the maps are y_1 to y_R, x_1 to x_J.
 
-    BLOCKS of BLOCK_C >= C channels, BLOCK_O >= CO.
+    BLOCKS of BLOCK_C >= C channels, BLOCK_O >= CO, BLOCK_K >= K.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     lane = tl.arange(0, BLOCK_M)[:, None]
@@ -91,16 +91,20 @@ def _product_sum_kernel(
     entry = first * CO + (lane * CO + o)
     inside = within & (o < CO)
 
-    shift = tl.load(shift_ptr + o, mask=o < CO, other=0.0)
-    total = tl.zeros((BLOCK_M, BLOCK_O), dtype=ACC) - shift
+    product = tl.arange(0, BLOCK_K)[:, None]
+    shifts = tl.load(shift_ptr + (product * CO + o), mask=(product < K) & (o < CO), other=0.0)
+    total = tl.zeros((BLOCK_M, BLOCK_O), dtype=ACC) - tl.sum(shifts, axis=0, keep_dims=True)
     if R + J > 0:
         for r in tl.range(0, R + J, num_stages=STAGES):
             value = tl.load(pointer_of(map_ptrs, r, R + J) + entry, mask=inside, other=0.0)
-            scale = tl.load(scale_ptr + r * CO + o, mask=(o < CO) & (r < R), other=1.0)
-            if J > 0:
-                weight = tl.load(weight_ptr + (r - R), mask=r >= R, other=1.0)
-                scale *= weight.to(ACC)
-            total += scale * value.to(ACC)
+            scale = tl.load(weight_ptr + r).to(ACC)
+            distance = value.to(ACC)
+            if R > 0:
+                normalised = (o < CO) & (r < R)
+                mean_ptr = statistics_ptr + r * CO + o
+                distance -= tl.load(mean_ptr, mask=normalised, other=0.0)
+                scale *= tl.load(mean_ptr + 2 * R * CO, mask=normalised, other=1.0)
+            total += scale * distance
 
     c = tl.arange(0, BLOCK_C)[None, :]
     row = tl.arange(0, BLOCK_O)[:, None]
@@ -129,20 +133,20 @@ def serves(d: Tensor, out_channels: int) -> bool:
 def product_sum(
     ds: Sequence[Tensor],
     matrices: Tensor,
+    shifts: Tensor,
     ys: Sequence[Tensor],
-    scales: Tensor,
+    statistics: Tensor,
     xs: Sequence[Tensor],
     weights: Tensor,
-    shift: Tensor,
     config: ProductSumConfig | None = None,
 ) -> Tensor:
-    """sum_k matrices_k d_k + sum_r scales_r y_r + sum_j weights_j x_j - shift: (N, C_out, H, W).
+    """The sum of products less shifts, normalised ys and xs, these two weighted: (N, C_out, H, W).
 
     ds: K >= 1 maps (N, C, H, W), channels_last, of one shape and dtype, up to 256 channels;
     matrices: (K, C_out, C) of their dtype, up to 256 rows; ys, xs: R and J maps like the result;
-    scales (R, C_out), shift (C_out,): accumulator dtype; weights: (J,) of any float dtype; all
-    contiguous. float64 is for the interpreter only. Raises `ValueError` naming the argument at
-    fault.
+    shifts (K, C_out), statistics (3, R, C_out), mean, variance and inverse deviation of the ys:
+    accumulator dtype; weights: (R + J,) of any float dtype; all contiguous. float64 is for the
+    interpreter only. Raises `ValueError` naming the argument at fault.
     """
     images, channels, height, width = check_products("ds", ds)
     out_channels = check_matrices("matrices", matrices, ds)
@@ -150,20 +154,21 @@ def product_sum(
     out = empty_map(shape, ds[0])
     check_maps("ys", ys, out)
     check_maps("xs", xs, out)
-    check_sums("scales", scales, (len(ys), out_channels), ds[0])
-    check_dense("weights", weights, (len(xs),), ds[0])
-    check_sums("shift", shift, (out_channels,), ds[0])
+    check_sums("shifts", shifts, (len(ds), out_channels), ds[0])
+    check_sums("statistics", statistics, (3, len(ys), out_channels), ds[0])
+    check_dense("weights", weights, (len(ys) + len(xs),), ds[0])
     positions = images * height * width
     config = config or ProductSumConfig.default(
         channels, out_channels, out.dtype, has_large_cores(out)
     )
     _product_sum_kernel[(triton.cdiv(positions, config.block_m),)](
-        tuple(ds), matrices, (*ys, *xs), scales, weights, shift, out,
+        tuple(ds), matrices, shifts, (*ys, *xs), statistics, weights, out,
         positions, channels, out_channels,
         K=len(ds), R=len(ys), J=len(xs), ACC=accumulator(out.dtype), OPERAND=operand(out.dtype),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c,
         BLOCKS=triton.cdiv(channels, config.block_c), BLOCK_O=block_of(out_channels),
-        STAGES=config.stages, num_warps=config.warps, num_stages=config.stages,
+        BLOCK_K=triton.next_power_of_2(len(ds)), STAGES=config.stages,
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out
 

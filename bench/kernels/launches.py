@@ -17,7 +17,7 @@ from lgcnet_fast.ops.availability import is_interpreted
 
 FAMILIES = (
     *("depthwise", "pointwise_backward", "conv3_backward", "mixed_sum", "max_pool"),
-    *("concat_upsample", "concat_pointwise", "upsample_loss"),
+    *("concat_upsample", "concat_pointwise", "upsample_loss", "products"),
 )
 Launch = tuple[str, str]
 """Operation and shape key, as tuning tables name them."""

@@ -69,7 +69,7 @@ def run(
     to_sum: Sequence[bool],
 ) -> list[list[Entry]]:
     """`separable_branches`, see there: a stack of maps, or products, in each list."""
-    if backend != "triton" or not any(to_sum) or not pay(x, len(pointwise[0])):
+    if backend != "triton" or not any(to_sum) or not pay(x, len(pointwise[0]), stride):
         branches = (x, depthwise, pointwise, dilations, stride, stacks)
         return [list[Entry](maps) for maps in fused_separable_branches.run(backend, *branches)]
     x = nhwc(x.to(computed_dtype(x)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from lgcnet_fast.ops.lanes import settle, side_by_side
 from lgcnet_fast.ops.maps import accumulator, empty_nhwc, nhwc, unstacked
 from lgcnet_fast.ops.products import Entry, Products, grouped, likenesses, multiplied
 from lgcnet_fast.ops.running_statistics import update_running_statistics
+from lgcnet_fast.ops.tuning import shape_key, tuned
+
+T = TypeVar("T")
 
 
 class Branches(NamedTuple):
@@ -144,12 +147,11 @@ class _ProductSum(torch.autograd.Function):
     ) -> Tensor:
         """statistics: of the raw maps; z: weights of products, raw and plain maps."""
         ds, weights, ys, xs = _parted(tensors, settings.counts)
-        count, raw = len(weights), statistics.shape[1]
-        scales, shift = product_scales(branches.shift, z[count : count + raw], statistics)
         ctx.save_for_backward(*ds, *ys, *xs, z, statistics, *branches[:4])
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
         ctx.like = (weights[0].dtype, weights[0].shape)
-        return product_sum(ds, branches.weights, ys, scales, xs, z[count + raw :], shift)
+        others = z[len(weights) :]
+        return product_sum(ds, branches.weights, branches.shift, ys, statistics, xs, others)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -167,6 +169,11 @@ class _ProductSum(torch.autograd.Function):
         weights = weight_gradients(d_products, *ctx.like)
         dz = torch.cat((dz.to(z.dtype), dz_others))
         return None, None, None, dz, *dds, *weights, *d_others
+
+
+def _tuned(default: T, launch: str, d: Tensor, *counts: Sequence[int]) -> T:
+    """The tile that the tuning table of the device has for a launch over maps like d."""
+    return tuned(default, launch, shape_key(d.dtype, d.shape, *counts), d.device)
 
 
 def _parted(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
@@ -194,11 +201,13 @@ def _other_gradients(
 @custom_op("lgcnet_fast::product_statistics", mutates_args=())
 def product_statistics(ds: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean (K, C) and biased covariance (K, C, C) of the maps of all stacks."""
-    from lgcnet_fast.kernels.covariance import covariance
+    from lgcnet_fast.kernels.covariance import CovarianceConfig, covariance
     from lgcnet_fast.kernels.tile_statistics import check_positions
 
     check_positions("ys", ds[0], positions_of(ds[0]))
-    return covariance(unstacked(ds))
+    maps = unstacked(ds)
+    default = CovarianceConfig.default(maps[0].shape[1], maps[0].dtype)
+    return covariance(maps, _tuned(default, "product_statistics", maps[0], (len(maps),)))
 
 
 @product_statistics.register_fake
@@ -227,45 +236,37 @@ def _(
     return statistics, torch.empty_like(matrices), mean.new_empty(matrices.shape[:2])
 
 
-@custom_op("lgcnet_fast::product_scales", mutates_args=())
-def product_scales(shift: Tensor, z: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales (R, C_out) of the raw maps, and the shift (C_out,) of the whole sum."""
-    from lgcnet_fast.kernels import product_scales as kernel
-
-    return kernel.product_scales(shift, z, statistics)
-
-
-@product_scales.register_fake
-def _(shift: Tensor, z: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
-    return statistics.new_empty(statistics.shape[1:]), shift.new_empty(shift.shape[1])
-
-
 @custom_op("lgcnet_fast::product_sum", mutates_args=())
 def product_sum(
     ds: list[Tensor],
     matrices: Tensor,
+    shifts: Tensor,
     ys: list[Tensor],
-    scales: Tensor,
+    statistics: Tensor,
     xs: list[Tensor],
     weights: Tensor,
-    shift: Tensor,
 ) -> Tensor:
-    """The sum over positions of products, scaled and weighted maps, less shift (C_out,)."""
+    """Products less shifts (K, C_out), normalised and plain maps, which have weights (R + J,)."""
     from lgcnet_fast.kernels import product_sum as kernel
 
     maps, raw = unstacked(ds), unstacked(ys)
-    return kernel.product_sum(maps, matrices, raw, scales, xs, weights, shift)
+    products, out_channels, channels = matrices.shape
+    large = kernel.has_large_cores(maps[0])
+    default = kernel.ProductSumConfig.default(channels, out_channels, maps[0].dtype, large)
+    counts = ((products, out_channels), (len(raw), len(xs)))
+    config = _tuned(default, "product_sum", maps[0], *counts)
+    return kernel.product_sum(maps, matrices, shifts, raw, statistics, xs, weights, config)
 
 
 @product_sum.register_fake
 def _(
     ds: list[Tensor],
     matrices: Tensor,
+    shifts: Tensor,
     ys: list[Tensor],
-    scales: Tensor,
+    statistics: Tensor,
     xs: list[Tensor],
     weights: Tensor,
-    shift: Tensor,
 ) -> Tensor:
     images, _, height, width = ds[0].shape[-4:]
     return empty_nhwc(ds[0], (images, matrices.shape[1], height, width))
@@ -288,15 +289,21 @@ def product_gradients(
     """
     from lgcnet_fast.kernels import product_algebra
     from lgcnet_fast.kernels import product_gradients as kernel
+    from lgcnet_fast.kernels.product_sum import has_large_cores
 
-    maps = unstacked(ds)
-    sums, total = kernel.product_sums(g, maps)
+    maps, (products, out_channels, channels) = unstacked(ds), matrices.shape
+    sizes = (products, positions_of(g), channels, out_channels, g.dtype, has_large_cores(g))
+    counts = (products, out_channels)
+    tile = kernel.ProductSumsConfig.default(*sizes)
+    sums, total = kernel.product_sums(g, maps, _tuned(tile, "product_sums", maps[0], counts))
     found = product_algebra.product_coefficients(
         sums, total, mean, covariance, matrices, statistics, z, positions_of(g), training
     )
     dds = [empty_nhwc(d, d.shape) for d in ds]
     through = (found.from_gradient, found.from_map, found.shift)
-    kernel.product_input_gradients(g, maps, *through, outs=unstacked(dds))
+    default = kernel.InputGradientsConfig.default(*sizes)
+    config = _tuned(default, "product_input_gradients", maps[0], counts)
+    kernel.product_input_gradients(g, maps, *through, outs=unstacked(dds), config=config)
     return [*dds, found.weight_gradients, found.matrix_gradients]
 
 

@@ -17,8 +17,10 @@ from lgcnet_fast.ops.backend import supposing
 from lgcnet_fast.ops.maps import computed_dtype
 
 T = TypeVar("T")
-MAX_CHANNELS = 256
-"""Of maps that the kernels take, as they say themselves where Triton is there."""
+WIDEST = 128
+"""Channels of maps that are left to the node: beyond, programs hold parts of their matrices."""
+SMALLEST = 2**21
+"""Values of such a map, 4 MB in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +91,23 @@ def multiplied(entries: Sequence[Entry]) -> list[Tensor]:
     ]
 
 
-def pay(x: Tensor, out_channels: int) -> bool:
+def pay(x: Tensor, out_channels: int, stride: int = 1) -> bool:
     """Whether the backend `triton` had better leave products of maps like x to the node.
 
-    x: (N, C, H, W) or a stack, before autocast. Wider maps than their products would take more
-    memory until the backward pass, and as long to read twice as to multiply out.
+    x: (N, C, H, W) or a stack, before autocast; the depthwise maps are made with this stride. The
+    products of a node cost it about 25 us for small kernels and for shares of sums, whatever the
+    size of the maps, and spare six passes over each of them. On an H200 (docs/mixed_node.md has the
+    figures) this pays for its 8 to 12 maps where they have 2^21 values each, is even for 2^20, and
+    loses below. Wider maps than their products would take more memory until the backward pass, and
+    as long to read twice as to multiply out.
     """
-    channels, dtype = x.shape[-3], computed_dtype(x)
-    if channels > out_channels:
+    *_, images, channels, height, width = x.shape
+    values = images * channels * (-(-height // stride)) * (-(-width // stride))
+    dtype = computed_dtype(x)
+    if not channels <= out_channels <= WIDEST or values < SMALLEST:
         return False
     if supposing():  # The device need not exist: one with matrix units.
-        return out_channels <= MAX_CHANNELS and dtype.itemsize == 2
+        return dtype.itemsize == 2
     from lgcnet_fast.kernels.product_sum import serves
 
     return serves(x.new_empty(0, channels, 1, 1, dtype=dtype), out_channels)

@@ -26,6 +26,7 @@ FAMILIES = (
     "mixed_sum",
     "pointwise_backward",
     "conv3_backward",
+    "products",
     "upsample_loss",
 )
 

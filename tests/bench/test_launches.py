@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from bench.training import finetune, search
 from bench.training.case import Step, TrainingCase
 from bench.training.command import TINY_SIZE, TINY_SPACE, TINY_SUPERNET
 from lgcnet_fast.errors import BackendError
-from lgcnet_fast.ops import tuning
+from lgcnet_fast.ops import Products, mixed_norm_sum, tuning, use_backend
 
 LEAVES_OUT = pytest.mark.skipif(
     find_spec("triton.knobs") is None, reason="Triton 3.3 cannot leave kernels out"
@@ -35,6 +36,11 @@ LOOKUPS = [
     ("mixed_sum_forward", "bfloat16 2x4x3x5 1x2"),
     ("mixed_sum_gradient_sums", "float32 2x4x3x5 1x0"),
     ("mixed_sum_gradients", "bfloat16 2x4x3x5 2x1"),
+    ("product_statistics", "bfloat16 2x4x3x5 3"),
+    ("product_sum", "bfloat16 2x4x3x5 2x6 1x2"),
+    ("product_sum", "bfloat16 2x4x3x5 2x6 0x0"),
+    ("product_sums", "float32 2x4x3x5 3x6"),
+    ("product_input_gradients", "bfloat16 2x4x3x5 3x6"),
     ("max_pool_forward", "bfloat16 1x4x5x3 2"),
     ("max_pool_backward", "float32 1x4x5x3 1"),
     ("concat_upsample", "bfloat16 1x48x5x5 1x48x3x3 5x5"),
@@ -55,6 +61,28 @@ def tiny_step(stage: ModuleType) -> Step:
     return stage.make_step("ours-triton", TrainingCase(2, TINY_SIZE, "bf16", space, genotype))
 
 
+def search_step() -> Step:
+    return tiny_step(search)
+
+
+def finetuning_step() -> Step:
+    return tiny_step(finetune)
+
+
+def sum_of_products() -> Step:
+    """Maps of steps as tiny as these are multiplied out."""
+    ds, y, x = (torch.randn(*outer, 2, 3, 5, 6).movedim(-1, -3) for outer in ((2,), (), ()))
+    weights = [torch.randn(6, 6, 1, 1, requires_grad=True) for _ in ds]
+    norms = [torch.nn.BatchNorm2d(6, affine=False) for _ in range(3)]
+
+    def step() -> None:
+        with use_backend("triton"):
+            out = mixed_norm_sum([Products(ds, weights), y, x], torch.rand(4), [*norms, None])
+        out.sum().backward()
+
+    return step
+
+
 @LEAVES_OUT
 @pytest.mark.parametrize("stage", [search, finetune])
 def test_every_launch_of_a_step_is_swept(stage: ModuleType) -> None:
@@ -69,9 +97,9 @@ def test_every_launch_of_a_step_is_swept(stage: ModuleType) -> None:
 
 
 @LEAVES_OUT
-@pytest.mark.parametrize("stage", [search, finetune])
+@pytest.mark.parametrize("make_step", [search_step, finetuning_step, sum_of_products])
 def test_sweeps_begin_with_what_runs_without_a_table(
-    stage: ModuleType, monkeypatch: pytest.MonkeyPatch
+    make_step: Callable[[], Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lookups: list[launches.Launch] = []
     defaults: list[Any] = []
@@ -83,8 +111,10 @@ def test_sweeps_begin_with_what_runs_without_a_table(
     monkeypatch.setattr(tuning, "config_for", lambda *launch: lookups.append(launch[:2]))
     monkeypatch.setattr(tuning, "fields", fields)
     with launches._without_kernels():
-        tiny_step(stage)()
+        make_step()()
     assert lookups
+    products = {operation for operation, _ in lookups if operation.startswith("product_")}
+    assert len(products) == (4 if make_step is sum_of_products else 0)
     for launch, default in dict(zip(lookups, defaults, strict=True)).items():
         assert sweep_of(launch).configs[0] == default, launch
 
@@ -132,6 +162,8 @@ def test_every_operation_has_been_tried() -> None:
         ("max_pool_forward", "bfloat16"),
         ("max_pool_forward", "bfloat16 1x4x5x3 two"),
         ("max_pool_forward", "bfloat16 1x4x5x3 02"),
+        ("product_statistics", "bfloat16 1x4x5x3 2x4"),
+        ("product_sum", "bfloat16 1x4x5x3 2x4"),
         ("concat_upsample", "bfloat16 1x47x5x5 5x5"),
         ("concat_upsample", "bfloat16 1x48x5x5 2x48x5x5 5x5"),
         ("concat_pointwise", "bfloat16 1x48x5x5 32x5x5"),

@@ -43,7 +43,6 @@ from lgcnet_fast.kernels import (
     pointwise_backward,
     product_algebra,
     product_gradients,
-    product_scales,
     product_sum,
     weight_stacks,
 )
@@ -187,12 +186,13 @@ def nodes_of_products(storage: str, large: bool) -> Iterator[tuple[Any, dict[str
         tile |= {"CHANNELS_MASKED": channels < statistics.block_c}
         kernel: Any = covariance._shares_kernel
         yield kernel, shared | tile, statistics.warps, statistics.stages
-        entries = {"BLOCK_S": covariance.SHARES_AT_ONCE, "BLOCK": covariance.MERGED}
-        entries |= {"K": BRANCHES, "BLOCK_C": statistics.block_c}
-        yield covariance._merge_kernel, entries, 4, 3
+        shares = min(covariance.SHARES_AT_ONCE, covariance.MERGED // (covariance.ROWS * block))
+        entries = {"K": BRANCHES, "BLOCKS": 1, "BLOCK_C": statistics.block_c, "BLOCK_S": shares}
+        entries |= {"ROWS": covariance.ROWS, "COLUMNS": block}
+        yield covariance._merge_kernel, entries, covariance.merging_warps(shares, block), 3
         forward = product_sum.ProductSumConfig.default(channels, channels, dtype, large)
         tile = {"BLOCK_M": forward.block_m, "BLOCK_C": forward.block_c, "BLOCK_O": block}
-        tile |= {"R": BRANCHES, "J": PLAIN, "STAGES": forward.stages}
+        tile |= {"R": BRANCHES, "J": PLAIN, "STAGES": forward.stages, "BLOCK_K": 32}
         tile |= {"BLOCKS": triton.cdiv(channels, forward.block_c)}
         yield product_sum._product_sum_kernel, shared | tile, forward.warps, forward.stages
         arguments = (BRANCHES, positions, channels, channels, dtype, large)
@@ -210,10 +210,8 @@ def nodes_of_products(storage: str, large: bool) -> Iterator[tuple[Any, dict[str
         tile |= {"BLOCK_C": block, "BLOCK_O": block, "FROM_MAP": True, "SHIFTED": True}
         kernel = product_gradients._input_gradients_kernel
         yield kernel, shared | tile, backward.warps, backward.stages
-        scales = {"BLOCK": product_scales.BLOCK}
-        yield product_scales._scales_kernel, scales, product_scales.WARPS, 3
-        rows = acc | {"ROWS": product_algebra.ROWS, "TERMS": product_algebra.TERMS}
-        rows |= {"BLOCK_C": block}
+        rows = acc | {"ROWS": product_algebra.ROWS, "BLOCK_C": block}
+        rows |= {"TERMS": product_algebra.terms(channels, channels)}
         warps = product_algebra._warps(channels)
         yield product_algebra._weights_kernel, rows | {"EPS": 1e-5}, warps, 3
         yield product_algebra._coefficients_kernel, rows | {"TRAINING": True}, warps, 3

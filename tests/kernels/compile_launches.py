@@ -39,7 +39,6 @@ from lgcnet_fast.kernels import (
     pointwise_backward,
     product_algebra,
     product_gradients,
-    product_scales,
     product_sum,
     upsample_argmax,
     upsample_loss,
@@ -129,9 +128,9 @@ def nodes_of_products(x: Tensor) -> None:
         mean, matrices = covariance.covariance(ds)
         statistics, weights, shifts = product_algebra.product_weights(mean, matrices, p, z, 1e-5)
         for others in ([], [x]):
-            plain, of_raw = z.new_zeros(len(others)), z.new_zeros(3, len(others), channels)
-            scales, shift = product_scales.product_scales(shifts, plain, of_raw)
-            product_sum.product_sum(ds, weights, others, scales, others, plain, shift)
+            of_others = z.new_zeros(2 * len(others))
+            of_raw = z.new_zeros(3, len(others), channels)
+            product_sum.product_sum(ds, weights, shifts, others, of_raw, others, of_others)
         sums, s0 = product_gradients.product_sums(x, ds)
         for training in (True, False):
             _, _, *coefficients = product_algebra.product_coefficients(

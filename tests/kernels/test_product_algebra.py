@@ -173,9 +173,9 @@ class _Node(torch.autograd.Function):
         mean, v = covariance(ds, CovarianceConfig(16, 16, 1, 1, programs=4))
         statistics, weights, shift = product_weights(mean, v, p, z, EPS)
         ctx.save_for_backward(mean, v, p, z, statistics, *ds)
-        none = shift.new_empty(0, p.shape[1])
+        none = shift.new_empty(3, 0, p.shape[1])
         config = ProductSumConfig(16, 16, 1, 1)
-        return product_sum(ds, weights, (), none, (), z[:0], shift.sum(0), config)
+        return product_sum(ds, weights, shift, (), none, (), z[:0], config)
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]

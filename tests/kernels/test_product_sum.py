@@ -36,11 +36,11 @@ class Case:
         return {
             "ds": random_maps(self.maps, self.shape),
             "matrices": random_weight((self.maps, self.out_channels, channels), device).to(dtype),
+            "shifts": random_weight((self.maps, self.out_channels), device).to(acc),
             "ys": random_maps(self.raw, like),
-            "scales": random_weight((self.raw, self.out_channels), device).to(acc),
+            "statistics": random_weight((3, self.raw, self.out_channels), device).to(acc),
             "xs": random_maps(self.plain, like),
-            "weights": random_weight((self.plain,), device),
-            "shift": random_weight((self.out_channels,), device).to(acc),
+            "weights": random_weight((self.raw + self.plain,), device),
         }
 
 
@@ -65,16 +65,18 @@ LARGE += [
 CASES = SMALL + (LARGE if CUDA else [])
 
 
-def assert_right(out: Tensor, ds, matrices, ys, scales, xs, weights, shift) -> None:
+def assert_right(out: Tensor, ds, matrices, shifts, ys, statistics, xs, weights) -> None:
     def added(of) -> Tensor:
         """The sum, or that of the magnitudes of all terms."""
-        total = -of(shift.double())[:, None, None] if of is _same else of(shift)[:, None, None]
+        total = of(-shifts.double()).sum(0)[:, None, None]
         for d, matrix in zip(ds, matrices, strict=True):
             terms = torch.einsum("nchw,oc->nohw", of(d.double()), of(matrix.double()))
             total = total + terms
-        for y, scale in zip(ys, scales, strict=True):
-            total = total + of(y.double() * scale.double()[:, None, None])
-        for x, weight in zip(xs, weights, strict=True):
+        mean, _, inverse = statistics.double()[..., None, None]
+        for r, y in enumerate(ys):
+            scale = inverse[r] * weights[r].double()
+            total = total + of(y.double() * scale) + of(-mean[r] * scale)
+        for x, weight in zip(xs, weights[len(ys) :], strict=True):
             total = total + of(x.double() * weight.double())
         return total
 
@@ -116,7 +118,7 @@ def test_maps_that_programs_cannot_hold(device):
 
 def test_bad_arguments_are_named(device):
     arguments = Case((2, 4, 3, 5), 6, 2, 1, 1).inputs(torch.float32, device)
-    ds, matrices, scales = arguments["ds"], arguments["matrices"], arguments["scales"]
+    ds, matrices, shifts = arguments["ds"], arguments["matrices"], arguments["shifts"]
     for changed, message in (
         ({"ds": []}, "ds: need at least one"),
         ({"ds": [ds[0], ds[1][:1]]}, r"ds\[1\]: shape"),
@@ -129,10 +131,10 @@ def test_bad_arguments_are_named(device):
         ({"matrices": matrices.mT.contiguous().mT}, "matrices: strides"),
         ({"ys": ds[:1]}, r"ys\[0\]: shape"),
         ({"xs": ds[:1]}, r"xs\[0\]: shape"),
-        ({"scales": scales[:0]}, r"scales: shape \(0, 6\), need \(1, 6\)"),
-        ({"scales": scales.half()}, "scales: dtype"),
-        ({"weights": scales[0]}, r"weights: shape \(6,\), need \(1,\)"),
-        ({"shift": scales}, r"shift: shape \(1, 6\), need \(6,\)"),
+        ({"shifts": shifts[:1]}, r"shifts: shape \(1, 6\), need \(2, 6\)"),
+        ({"shifts": shifts.half()}, "shifts: dtype"),
+        ({"statistics": shifts}, r"statistics: shape \(2, 6\), need \(3, 1, 6\)"),
+        ({"weights": shifts[0]}, r"weights: shape \(6,\), need \(2,\)"),
     ):
         with pytest.raises(ValueError, match=message):
             product_sum(**(arguments | changed))
@@ -146,8 +148,8 @@ def test_more_than_2_31_elements(device):
     ]
     assert ds[0].numel() > 2**31
     arguments = Case((1, 64, 1, 1), 64).inputs(torch.bfloat16, device)
-    arguments["ys"], arguments["scales"] = ds[1:], torch.ones(1, 64, device=device)
-    arguments["ds"] = ds[:1]
+    arguments["ys"], arguments["statistics"] = ds[1:], torch.ones(3, 1, 64, device=device)
+    arguments["weights"], arguments["ds"] = torch.ones(1, device=device), ds[:1]
     out = product_sum(**arguments)
     arguments["ys"], arguments["ds"] = [ds[1][2:]], [ds[0][2:]]
     assert torch.equal(out[2:], product_sum(**arguments))

@@ -22,6 +22,7 @@ from lgcnet_fast.ops import (
 )
 from lgcnet_fast.ops import fused_depthwise_branches as branches
 from lgcnet_fast.ops import fused_product_sum as fused
+from lgcnet_fast.ops.backend import suppose
 from lgcnet_fast.ops.fused_separable_branches import stacked_matrices, stacked_windows
 from lgcnet_fast.ops.second_stages import second_stages
 
@@ -404,11 +405,30 @@ def test_second_stages_that_end_in_a_node(
         torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_wide_maps_are_multiplied_out(device: torch.device) -> None:
-    assert products.MAX_CHANNELS == kernel.MAX_CHANNELS
-    x = torch.empty(1, 256, 1, 1, device=device, dtype=torch.bfloat16)
-    assert not products.pay(x, 257) and not products.pay(x[:, :1], 257)
-    assert products.pay(x, 256) and not products.pay(x, 255)
+@pytest.mark.parametrize(
+    ("shape", "out_channels", "stride", "wanted"),
+    [
+        ((16, 32, 64, 128), 32, 1, True),
+        ((16, 64, 32, 64), 64, 1, True),
+        ((2, 16, 64, 32, 64), 64, 1, True),
+        ((16, 64, 31, 64), 64, 1, False),
+        ((16, 64, 63, 127), 64, 2, True),
+        ((16, 64, 62, 127), 64, 2, False),
+        ((16, 128, 16, 32), 128, 1, False),
+        ((16, 128, 32, 64), 128, 1, True),
+        ((16, 144, 64, 128), 48, 1, False),
+        ((16, 128, 64, 128), 129, 1, False),
+    ],
+)
+def test_large_maps_of_as_wide_products_are_left_to_the_node(
+    shape: tuple[int, ...], out_channels: int, stride: int, wanted: bool, device: torch.device
+) -> None:
+    x = torch.empty((), device=device, dtype=torch.bfloat16).expand(shape)
+    assert products.pay(x, out_channels, stride) == wanted
+    with suppose(torch.device("cuda")):
+        assert products.pay(x, out_channels, stride) == wanted
+        assert not products.pay(x.float(), out_channels, stride)
+    assert products.WIDEST <= kernel.MAX_CHANNELS
 
 
 @pytest.mark.parametrize(
@@ -434,8 +454,8 @@ def test_registration(device: torch.device) -> None:
     mean, covariance = fused.product_statistics(ds)
     check(fused.product_weights, (mean, covariance, matrices, z, 1e-5))
     statistics, weights, shift = fused.product_weights(mean, covariance, matrices, z, 1e-5)
-    check(fused.product_scales, (shift, z[:1], statistics[:, :1].contiguous()))
-    check(fused.product_sum, (ds, weights, [y], statistics[0, :1], [x], z[:1], shift[0]))
+    of_raw = statistics[:, :1].contiguous()
+    check(fused.product_sum, (ds, weights, shift, [y], of_raw, [x], z[:2]))
     for training in (True, False):
         known = (matrices, mean, covariance, statistics, z, training)
         check(fused.product_gradients, (y, ds, *known))
