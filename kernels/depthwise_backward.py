@@ -7,7 +7,8 @@ With g = dy, reach e = d / s, and an output position (i, j), whose centre is x[s
 
 with m = [x > 0] under a ReLU, else 1; with stride 2 all other dx are zero. Both need the same nine
 values of g. A program walks down chains of rows e apart: three taps of each row of g, loaded once,
-serve three rows of dx and of dw. All columns of a walk are in the same row.
+serve three rows of dx and of dw. All columns of a walk are in the same row. Stride 2 with dilation
+1, launched from here too, is in depthwise_backward_stride2.py.
 
 Least traffic, in maps of y: 1 + 2 s^2. Arithmetic: 18 multiply-adds an output.
 """
@@ -28,6 +29,7 @@ from lgcnet_fast.kernels.depthwise import (
     window_row,
     within,
 )
+from lgcnet_fast.kernels.depthwise_backward_stride2 import _both_gradients_kernel
 from lgcnet_fast.kernels.depthwise_input_grad import depthwise_input_grad
 from lgcnet_fast.kernels.depthwise_weight_grad import (
     WeightGradConfig,
@@ -171,10 +173,10 @@ def depthwise_backward(
     """Both gradients of `depthwise`: dx like x, dw (3, 3, C) in the accumulator's dtype.
 
     dy: as the output of `depthwise`, (N, C, ceil(H / stride), ceil(W / stride)), channels_last,
-    of x's dtype. `config` is for the fused kernel; an odd dilation with stride 2 takes the two
-    separate ones. Raises `ValueError` naming the argument at fault.
+    of x's dtype. `config` is for the fused kernels; other odd dilations than 1 with stride 2 take
+    the two separate ones. Raises `ValueError` naming the argument at fault.
     """
-    if dilation % stride:
+    if dilation % stride and dilation > 1:
         arguments = (dy, x, weight, dilation, stride, relu)
         return depthwise_input_grad(*arguments), depthwise_weight_grad(*arguments)
     check_arguments(x, weight[None, None], (dilation,), stride)
@@ -183,10 +185,14 @@ def depthwise_backward(
     config = config or WeightGradConfig.default((1, 1, *dy.shape), (dilation,), stride)
     dx = empty_map(tuple(x.shape), x)
     shares = x.new_empty(config.programs, *weight.shape, dtype=accumulator_dtype(x.dtype))
-    _backward_kernel[(config.programs * triton.cdiv(channels, config.block_c),)](
-        dy, x, weight, dx, shares, dilation, images, height, width, out_height, out_width,
-        channels, config.programs,
-        STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype),
-        ROWS=config.rows, BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
-    )  # fmt: skip
+    grid = (config.programs * triton.cdiv(channels, config.block_c),)
+    sizes = (images, height, width, out_height, out_width, channels, config.programs)
+    tile = {"ROWS": config.rows, "BLOCK_P": config.block_p, "BLOCK_C": config.block_c}
+    options = {"RELU": relu, "ACC": accumulator(x.dtype), "num_warps": config.warps, **tile}
+    if dilation % stride:
+        _both_gradients_kernel[grid](dy, x, weight, dx, shares, *sizes, **options)
+    else:
+        _backward_kernel[grid](
+            dy, x, weight, dx, shares, dilation, *sizes, STRIDE=stride, **options
+        )  # fmt: skip
     return dx, sum_rows(shares)

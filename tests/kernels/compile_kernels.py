@@ -33,6 +33,7 @@ from lgcnet_fast.kernels import (
     conv3_backward,
     depthwise,
     depthwise_backward,
+    depthwise_backward_stride2,
     depthwise_input_grad,
     depthwise_weight_grad,
     gradient_sum,
@@ -85,6 +86,8 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         for rows in (2, 4, 8) if stride == 1 else (2,):
             tile = {"BLOCK_P": 32, "BLOCK_C": 16, "ROWS": rows}
             yield depthwise_input_grad._input_grad_kernel, shared | tile, 2
+    walk = {"RELU": True, "ACC": tl.float32, "ROWS": 4, "BLOCK_P": 8, "BLOCK_C": 32}
+    yield depthwise_backward_stride2._both_gradients_kernel, walk, 2
     counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}
     streaming = {"AHEAD": 2, "LOADS": 2, "GROUPS": 128, "VECTOR": 8}
     statistics = {"K": BRANCHES, "ACC": tl.float32, "EPS": 1e-5}

@@ -76,8 +76,9 @@ def depthwise_filters(x: Tensor) -> None:
             depthwise_input_grad.depthwise_multi_input_grad(dy, *arguments)
             depthwise_weight_grad.depthwise_multi_weight_grad(dy, *arguments)
         weight = x.new_zeros(3, 3, x.shape[1])
-        dy = depthwise.depthwise(x, weight, 2, stride)
-        depthwise_backward.depthwise_backward(dy, x, weight, 2, stride)
+        for dilation in (1, 2):
+            dy = depthwise.depthwise(x, weight, dilation, stride)
+            depthwise_backward.depthwise_backward(dy, x, weight, dilation, stride)
 
 
 def stacked_weights(x: Tensor) -> None:
