@@ -289,6 +289,7 @@ def _backward(
         outs.append(checked_out(f"out[{index}]", None if out is None else out[index], shape, grad))
     steep = [_is_steep(size, full) for size in sizes]
     gentle = [index for index, is_steep in enumerate(steep) if not is_steep]
+    gentle.sort(key=lambda index: tuple(sizes[index]) == tuple(full))  # resized ones take longest
     if gentle:
         _launch_backward([slices[i] for i in gentle], pitch, [outs[i] for i in gentle], config)
     for part, x_grad, is_steep in zip(slices, outs, steep, strict=True):
