@@ -29,6 +29,7 @@ from lgcnet_fast.kernels.rows import (
     copy_strip,
     four,
     four_sizes,
+    map_of_program,
     row_pointer,
     row_vectors,
     vector_width,
@@ -92,15 +93,24 @@ def _columns(pixel, w, C, width, ACC: tl.constexpr):
 
 
 @triton.jit
-def _row_resized(row_ptr, columns, channel, mask):
-    """(GROUPS, VECTOR): an input row at the output columns of `_columns`.
-
-    A right input of weight 0 is not loaded.
-    """
+def _load_row(row_ptr, columns, channel, mask):
+    """Both inputs of each output column of an input row; a right one of weight 0 is not loaded."""
     left, right, g = columns
-    at_left = tl.load(row_ptr + (left + channel), mask=mask, other=0.0).to(g.dtype)
-    at_right = tl.load(row_ptr + (right + channel), mask=mask & (g > 0), other=0.0).to(g.dtype)
-    return (1 - g) * at_left + g * at_right
+    at_left = tl.load(row_ptr + (left + channel), mask=mask, other=0.0)
+    at_right = tl.load(row_ptr + (right + channel), mask=mask & (g > 0), other=0.0)
+    return at_left, at_right
+
+
+@triton.jit
+def _between(inputs, columns):
+    """(GROUPS, VECTOR): an input row, as loaded, at the output columns of `_columns`."""
+    _, _, g = columns
+    return (1 - g) * inputs[0].to(g.dtype) + g * inputs[1].to(g.dtype)
+
+
+@triton.jit
+def _row_resized(row_ptr, columns, channel, mask):
+    return _between(_load_row(row_ptr, columns, channel, mask), columns)
 
 
 @triton.jit
@@ -110,15 +120,19 @@ def _resize_strip(
 ):  # fmt: skip
     """The output rows between the input rows `first` .. `first` + ROWS of one map (N, h, w, C).
 
-    Every input row is resized horizontally once, for the output rows above and below it.
+    Every input row is resized horizontally once, for the output rows above and below it. All are on
+    their way before the first output is stored, as no load may pass a store.
     """
     mask = pixel < width
     columns = _columns(pixel, w, C, width, ACC)
-    upper = _row_resized(row_pointer(x_ptr, batch, first, h, w * C), columns, channel, mask)
-    for i in range(first, tl.minimum(first + ROWS, h)):
-        next_ptr = row_pointer(x_ptr, batch, tl.minimum(i + 1, h - 1), h, w * C)
-        lower = _row_resized(next_ptr, columns, channel, mask)
-        # Not carried from row to row: Triton loses a carried value that only bounds a nested loop.
+    inputs = ()
+    for r in tl.static_range(ROWS + 1):
+        row_ptr = row_pointer(x_ptr, batch, tl.minimum(first + r, h - 1), h, w * C)
+        inputs = inputs + (_load_row(row_ptr, columns, channel, mask),)
+    upper = _between(inputs[0], columns)
+    for r in tl.static_range(ROWS):
+        i = first + r  # beyond the map it has no outputs
+        lower = _between(inputs[r + 1], columns)
         for row in range(first_output(i, h, height), first_output(i + 1, h, height)):
             f = beyond(row, i, h, height, ACC)
             value = (1 - f) * upper + f * lower
@@ -135,30 +149,26 @@ def _concat_kernel(
     MAPS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Slices y of the output from maps x; grid (blocks of an output row, strips of ROWS input
-    rows, N x MAPS)."""
+    """Slices y of the output from maps x; grid (programs of an image's maps, N): blocks of an
+    output row of strips of ROWS input rows of one map after the other."""
     x_ptrs = (x0_ptr, x1_ptr, x2_ptr, x3_ptr)
     y_ptrs = (y0_ptr, y1_ptr, y2_ptr, y3_ptr)
     heights = (h0, h1, h2, h3)
     widths = (w0, w1, w2, w3)
     vectors = (vectors0, vectors1, vectors2, vectors3)
-    pitch = all_vectors * VECTOR
-    batch = tl.program_id(2) // MAPS
-    first = tl.program_id(1) * ROWS
-    for m in tl.static_range(MAPS):
-        if (tl.program_id(2) % MAPS == m) & (first < heights[m]):
-            pixel, channel = row_vectors(tl.program_id(0), vectors[m], GROUPS, VECTOR)
-            C = vectors[m] * VECTOR
-            if (heights[m] == height) & (widths[m] == width):
-                copy_strip(
-                    x_ptrs[m], C, y_ptrs[m], pitch, batch, first, pixel, channel, height, width,
-                    ROWS,
-                )  # fmt: skip
-            else:
-                _resize_strip(
-                    x_ptrs[m], y_ptrs[m], batch, first, pixel, channel, heights[m], widths[m], C,
-                    height, width, pitch, ROWS, ACC,
-                )  # fmt: skip
+    lengths = (width, width, width, width)
+    x_ptr, y_ptr, h, w, per_pixel, block, first = map_of_program(
+        x_ptrs, y_ptrs, heights, widths, vectors, lengths, MAPS, ROWS, GROUPS
+    )
+    pixel, channel = row_vectors(block, per_pixel, GROUPS, VECTOR)
+    C, pitch = per_pixel * VECTOR, all_vectors * VECTOR
+    batch = tl.program_id(1)
+    if (h == height) & (w == width):
+        copy_strip(x_ptr, C, y_ptr, pitch, batch, first, pixel, channel, height, width, ROWS)
+    else:
+        _resize_strip(
+            x_ptr, y_ptr, batch, first, pixel, channel, h, w, C, height, width, pitch, ROWS, ACC
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "height", "width"])
@@ -200,15 +210,18 @@ def _sum_kernel(
 
 def _launch_concat(maps: Sequence[Tensor], out: Tensor, config: StripConfig) -> None:
     batch, pitch, height, width = out.shape
+    slices = out.split([x.shape[1] for x in maps], dim=1)
+    # Resized ones first, which take longest.
+    order = sorted(range(len(maps)), key=lambda index: maps[index].shape[2:] == out.shape[2:])
+    maps, slices = [maps[index] for index in order], [slices[index] for index in order]
     channels = [x.shape[1] for x in maps]
     vector = vector_width(out.dtype, *channels)
-    grid = (
-        triton.cdiv(width * max(channels), config.block),
-        triton.cdiv(max(x.shape[2] for x in maps), config.rows),
-        batch * len(maps),
+    programs = sum(
+        triton.cdiv(width * x.shape[1], config.block) * triton.cdiv(x.shape[2], config.rows)
+        for x in maps
     )
-    _concat_kernel[grid](
-        *four(maps), *four(out.split(channels, dim=1)), *four_sizes(maps), height, width,
+    _concat_kernel[programs, batch](
+        *four(maps), *four(slices), *four_sizes(maps), height, width,
         *four([c // vector for c in channels]), pitch // vector,
         MAPS=len(maps), GROUPS=config.block // vector, VECTOR=vector, ROWS=config.rows,
         ACC=accumulator(out.dtype), num_warps=config.warps,

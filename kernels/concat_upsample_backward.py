@@ -34,6 +34,7 @@ from lgcnet_fast.kernels.rows import (
     copy_strip,
     four,
     four_sizes,
+    map_of_program,
     row_pointer,
     row_vectors,
     vector_width,
@@ -198,27 +199,19 @@ def _backward_kernel(
     heights = (h0, h1, h2, h3)
     widths = (w0, w1, w2, w3)
     vectors = (vectors0, vectors1, vectors2, vectors3)
-    pitch = all_vectors * VECTOR
+    x_ptr, y_ptr, h, w, per_pixel, block, first = map_of_program(
+        x_ptrs, y_ptrs, heights, widths, vectors, widths, MAPS, ROWS, GROUPS
+    )
+    pixel, channel = row_vectors(block, per_pixel, GROUPS, VECTOR)
+    C, pitch = per_pixel * VECTOR, all_vectors * VECTOR
     batch = tl.program_id(1)
-    program = tl.program_id(0)
-    for m in tl.static_range(MAPS):
-        blocks = tl.cdiv(widths[m] * vectors[m], GROUPS)
-        programs = blocks * tl.cdiv(heights[m], ROWS)
-        if (program >= 0) & (program < programs):
-            first = program // blocks * ROWS
-            pixel, channel = row_vectors(program % blocks, vectors[m], GROUPS, VECTOR)
-            C = vectors[m] * VECTOR
-            if (heights[m] == height) & (widths[m] == width):
-                copy_strip(
-                    y_ptrs[m], pitch, x_ptrs[m], C, batch, first, pixel, channel, height, width,
-                    ROWS,
-                )  # fmt: skip
-            else:
-                _gather_strip(
-                    y_ptrs[m], pitch, x_ptrs[m], batch, first, pixel, channel,
-                    heights[m], widths[m], C, height, width, ROWS, TAPS, STEP, ACC,
-                )  # fmt: skip
-        program -= programs
+    if (h == height) & (w == width):
+        copy_strip(y_ptr, pitch, x_ptr, C, batch, first, pixel, channel, height, width, ROWS)
+    else:
+        _gather_strip(
+            y_ptr, pitch, x_ptr, batch, first, pixel, channel, h, w, C, height, width,
+            ROWS, TAPS, STEP, ACC,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -289,6 +282,7 @@ def _backward(
         outs.append(checked_out(f"out[{index}]", None if out is None else out[index], shape, grad))
     steep = [_is_steep(size, full) for size in sizes]
     gentle = [index for index, is_steep in enumerate(steep) if not is_steep]
+    gentle.sort(key=lambda index: tuple(sizes[index]) == tuple(full))  # resized ones take longest
     if gentle:
         _launch_backward([slices[i] for i in gentle], pitch, [outs[i] for i in gentle], config)
     for part, x_grad, is_steep in zip(slices, outs, steep, strict=True):

@@ -347,25 +347,34 @@ def _walk(
         # Row of entry e: the centre row of output e. Below: its bottom row, the top row of e + 1.
         x_below = (dilation * W).to(tl.int64) * C
         one_row = zeros
-        for done in range(-1, rows):
-            here = within(STRIDE * row, H)
-            below = within(STRIDE * row + dilation, H)
-            centre = load_taps(
-                x + x_offset, tap, here & left, here & mask, here & right, norm, RELU, NORM, ACC
-            )
-            bottom = load_taps(
-                x + x_below + x_offset, tap, below & left, below & mask, below & right, norm,
-                RELU, NORM, ACC,
-            )  # fmt: skip
-            two_rows = _window_rows(w_centre, centre, one_row, EDGES)
-            three_rows = _window_rows(w_bottom, bottom, two_rows, EDGES)
-            one_row = _window_rows(w_top, bottom, nothing, EDGES)
-            valid = mask & within(row, HO) & within(done, count)
-            _store_row(y + y_offset, y_edge, three_rows, valid, EDGES)
-            over = row >= last_row
-            x += tl.where(over, x_back, x_step)
-            y += tl.where(over, y_back, y_step)
-            row += tl.where(over, back, step)
+        for done in range(-1, rows, AT_ONCE):
+            centres, bottoms, outputs, masks = (), (), (), ()
+            for k in tl.static_range(AT_ONCE):
+                here = within(STRIDE * row, H)
+                below = within(STRIDE * row + dilation, H)
+                at = x + x_offset
+                centres = centres + (
+                    load_taps(
+                        at, tap, here & left, here & mask, here & right, norm, RELU, NORM, ACC
+                    ),
+                )
+                at += x_below
+                bottoms = bottoms + (
+                    load_taps(
+                        at, tap, below & left, below & mask, below & right, norm, RELU, NORM, ACC
+                    ),
+                )
+                outputs = outputs + (y + y_offset,)
+                masks = masks + (mask & within(row, HO) & within(done + k, count),)
+                over = row >= last_row
+                x += tl.where(over, x_back, x_step)
+                y += tl.where(over, y_back, y_step)
+                row += tl.where(over, back, step)
+            for k in tl.static_range(AT_ONCE):
+                two_rows = _window_rows(w_centre, centres[k], one_row, EDGES)
+                three_rows = _window_rows(w_bottom, bottoms[k], two_rows, EDGES)
+                one_row = _window_rows(w_top, bottoms[k], nothing, EDGES)
+                _store_row(outputs[k], y_edge, three_rows, masks[k], EDGES)
 
 
 @triton.jit(do_not_specialize=["packed_dilations", "N", "branches", "segments"])

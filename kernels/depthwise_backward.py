@@ -12,8 +12,9 @@ as in mixed_sum_backward.py:
 
     S0[c] = sum dx,   S1[c] = sum dx yhat
 
-A program walks down chains of rows e apart: three taps of each row of g, loaded once,
-serve three rows of dx and of dw. All columns of a walk are in the same row.
+A program walks down chains of rows e apart: three taps of each row of g, loaded once, serve three
+rows of dx and of dw. All columns of a walk are in the same row. Stride 2 with dilation 1, launched
+from here too, is in depthwise_backward_stride2.py.
 
 Least traffic, in maps of y: 1 + 2 s^2. Arithmetic: 18 multiply-adds an output.
 """
@@ -38,6 +39,7 @@ from lgcnet_fast.kernels.depthwise import (
     window_row,
     within,
 )
+from lgcnet_fast.kernels.depthwise_backward_stride2 import _both_gradients_kernel
 from lgcnet_fast.kernels.depthwise_input_grad import depthwise_input_grad
 from lgcnet_fast.kernels.depthwise_weight_grad import (
     WeightGradConfig,
@@ -199,10 +201,10 @@ def depthwise_backward(
     """Both gradients of `depthwise`: dx like x, dw (3, 3, C) in the accumulator's dtype.
 
     dy: as the output of `depthwise`, (N, C, ceil(H / stride), ceil(W / stride)), channels_last,
-    of x's dtype. `config` is for the fused kernel; an odd dilation with stride 2 takes the two
-    separate ones. Raises `ValueError` naming the argument at fault.
+    of x's dtype. `config` is for the fused kernels; other odd dilations than 1 with stride 2 take
+    the two separate ones. Raises `ValueError` naming the argument at fault.
     """
-    if dilation % stride:
+    if dilation % stride and dilation > 1:
         arguments = (dy, x, weight, dilation, stride, relu)
         return depthwise_input_grad(*arguments), depthwise_weight_grad(*arguments)
     dx, shares, _ = _in_one_pass(dy, x, weight, dilation, stride, relu, config, None)
@@ -244,10 +246,15 @@ def _in_one_pass(
     dx = empty_map(tuple(x.shape), x)
     shares = x.new_empty(config.programs, *weight.shape, dtype=accumulator_dtype(x.dtype))
     sums = shares if norm is None else shares.new_empty(config.programs, 2, channels)
-    _backward_kernel[(config.programs * triton.cdiv(channels, config.block_c),)](
-        dy, x, mean, r, weight, dx, shares, sums, dilation, images, height, width, out_height,
-        out_width, channels, config.programs,
-        STRIDE=stride, RELU=relu, NORM=norm is not None, ACC=accumulator(x.dtype),
-        ROWS=config.rows, BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
-    )  # fmt: skip
+    grid = (config.programs * triton.cdiv(channels, config.block_c),)
+    sizes = (images, height, width, out_height, out_width, channels, config.programs)
+    tile = {"ROWS": config.rows, "BLOCK_P": config.block_p, "BLOCK_C": config.block_c}
+    options = {"RELU": relu, "ACC": accumulator(x.dtype), "num_warps": config.warps, **tile}
+    if dilation % stride:
+        _both_gradients_kernel[grid](dy, x, weight, dx, shares, *sizes, **options)
+    else:
+        _backward_kernel[grid](
+            dy, x, mean, r, weight, dx, shares, sums, dilation, *sizes,
+            STRIDE=stride, NORM=norm is not None, **options,
+        )  # fmt: skip
     return dx, shares, sums

@@ -83,6 +83,8 @@ class WeightGradConfig:
         walks = images * triton.cdiv(width, block_p)
         if edges * branches == 1:
             rows = default_rows(height, dilations, stride)
+            if dilations[0] % stride:  # four values of x an output, not one
+                rows = min(4, rows)
         else:
             rows = share_rows(height, most // walks)
         walks *= triton.cdiv(height, rows)

@@ -119,22 +119,20 @@ def tile_of(
 
 
 @triton.jit
-def load_runs(map_ptrs, first, k, COUNT: tl.constexpr, offsets, masks):
-    """The runs of map k of COUNT, a tensor each; of no map beyond."""
-    start = pointer_of(map_ptrs, k, COUNT) + first
+def load_runs(map_ptr, first, offsets, masks):
+    """The runs of a map, a tensor each."""
     runs = ()
     for load in tl.static_range(len(offsets)):
-        mask = masks[load] & (k < COUNT)
-        runs = runs + (tl.load(start + offsets[load], mask=mask, other=0.0),)
+        runs = runs + (tl.load(map_ptr + first + offsets[load], mask=masks[load], other=0.0),)
     return runs
 
 
 @triton.jit
-def load_ahead(map_ptrs, first, COUNT: tl.constexpr, AHEAD: tl.constexpr, offsets, masks):
+def load_ahead(map_ptrs, first, AHEAD: tl.constexpr, offsets, masks):
     """The runs of the first AHEAD maps."""
     runs = ()
     for k in tl.static_range(AHEAD):
-        runs = runs + load_runs(map_ptrs, first, k, COUNT, offsets, masks)
+        runs = runs + load_runs(map_ptrs[k], first, offsets, masks)
     return runs
 
 
@@ -196,15 +194,12 @@ def _slab_statistics_kernel(
 
 
 @triton.jit
-def weight_of(z_ptrs, k, channel, K: tl.constexpr, ACC: tl.constexpr, AFFINE: tl.constexpr):
-    """z_k, of `channel` where AFFINE: z_ptrs holds K vectors (C,) there, and one (K,) elsewhere.
-
-    1 beyond K.
-    """
+def weight_of(z_ptrs, k: tl.constexpr, channel, ACC: tl.constexpr, AFFINE: tl.constexpr):
+    """z_k, of `channel` where AFFINE: z_ptrs holds K vectors (C,) there, and one (K,) elsewhere."""
     if AFFINE:
-        z = tl.load(pointer_of(z_ptrs, k, K) + channel, mask=k < K, other=1.0)
+        z = tl.load(z_ptrs[k] + channel)
     else:
-        z = tl.load(z_ptrs[0] + k, mask=k < K, other=1.0)
+        z = tl.load(z_ptrs[0] + k)
     return z.to(ACC)
 
 
@@ -216,39 +211,31 @@ def _mixed_sum_kernel(
 ):  # fmt: skip
     """out = sum_k z_k r_k (y_k - mean_k) + sum_j zp_j x_j, or its affine form, on one tile.
 
-    The maps are y_1 to y_K, x_1 to x_J.
+    The maps are y_1 to y_K, x_1 to x_J. Unrolled, as to choose one of so many pointers takes longer
+    than to add its map.
     """
     first, channel, offsets, masks = tile_of(vectors, per_pixel, period, LOADS, GROUPS, VECTOR)
     C = per_pixel * VECTOR
     totals = (tl.zeros((GROUPS, VECTOR), dtype=ACC),) * LOADS
-    values = load_ahead(map_ptrs, first, K + J, AHEAD, offsets, masks)
-    for start in range(0, K + J, AHEAD):
-        following = ()
-        for i in tl.static_range(AHEAD):
-            k = start + i
-            # Those of the plain maps: 0 and 1.
-            mean = tl.load(mean_ptr + k * C + channel, mask=k < K, other=0.0)
-            r = tl.load(r_ptr + k * C + channel, mask=k < K, other=1.0)
-            scale = weight_of(z_ptrs, k, channel, K, ACC, AFFINE) * r
-            beta = 0.0
+    values = load_ahead(map_ptrs, first, AHEAD, offsets, masks)
+    for k in tl.static_range(K + J):
+        # On its way while the maps in between are added.
+        if k + AHEAD < K + J:
+            values = values + load_runs(map_ptrs[k + AHEAD], first, offsets, masks)
+        scale, mean, beta = 1.0, 0.0, 0.0
+        if k < K:
+            mean = tl.load(mean_ptr + k * C + channel)
+            r = tl.load(r_ptr + k * C + channel)
+            scale = weight_of(z_ptrs, k, channel, ACC, AFFINE) * r
             if AFFINE:
-                beta_ptr = pointer_of(beta_ptrs, k, K) + channel
-                beta = tl.load(beta_ptr, mask=k < K, other=0.0).to(ACC)
-            elif J > 0:
-                plain = (k >= K) & (k < K + J)
-                scale *= tl.load(plain_z_ptr + (k - K), mask=plain, other=1.0).to(ACC)
-            sums = ()
-            for load in tl.static_range(LOADS):
-                term = scale * (values[i * LOADS + load].to(ACC) - mean)
-                if AFFINE:
-                    term += beta
-                sums = sums + (totals[load] + term,)
-            totals = sums
-            # In its place, on its way while the maps in between are added.
-            following = following + load_runs(
-                map_ptrs, first, k + AHEAD, K + J, offsets, masks
-            )  # fmt: skip
-        values = following
+                beta = tl.load(beta_ptrs[k] + channel).to(ACC)
+        elif not AFFINE:
+            scale = tl.load(plain_z_ptr + (k - K)).to(ACC)
+        sums = ()
+        for load in tl.static_range(LOADS):
+            term = scale * (values[k * LOADS + load].to(ACC) - mean)
+            sums = sums + (totals[load] + (term + beta),)
+        totals = sums
     for load in tl.static_range(LOADS):
         tl.store(out_ptr + first + offsets[load], totals[load], mask=masks[load])
 

@@ -172,7 +172,7 @@ def _mixed_sum_grad_kernel(
     """dy_k = z_k r_k ((g - S0 / M) - (r_k S1_k / M) (y_k - mean_k)), dx_j = zp_j g on one tile."""
     first, channel, offsets, masks = tile_of(vectors, per_pixel, period, LOADS, GROUPS, VECTOR)
     C = per_pixel * VECTOR
-    values = load_ahead(y_ptrs, first, K, AHEAD, offsets, masks)
+    values = load_ahead(y_ptrs, first, AHEAD, offsets, masks)
     share = 1.0 / count.to(ACC)
     shift = tl.load(s0_ptr + channel) * share
     gs = ()
@@ -182,26 +182,19 @@ def _mixed_sum_grad_kernel(
             dx = tl.load(plain_z_ptr + j).to(ACC) * g
             tl.store(dx_ptrs[j] + first + offsets[load], dx, mask=masks[load])
         gs = gs + (g - shift,)
-    for start in range(0, K, AHEAD):
-        following = ()
-        for i in tl.static_range(AHEAD):
-            k = start + i
-            row = tl.minimum(k, K - 1) * C
-            mean = tl.load(mean_ptr + row + channel)
-            r = tl.load(r_ptr + row + channel)
-            s1 = tl.load(s1_ptr + row + channel)
-            scale = weight_of(z_ptrs, k, channel, K, ACC, AFFINE) * r
-            slope = r * s1 * share
-            dy = pointer_of(dy_ptrs, k, K) + first
-            ys = ()
-            for load in tl.static_range(LOADS):
-                ys = ys + (values[i * LOADS + load].to(ACC),)
-            # In its place, on its way before anything is stored, which loads would wait for.
-            following = following + load_runs(y_ptrs, first, k + AHEAD, K, offsets, masks)
-            for load in tl.static_range(LOADS):
-                value = scale * (gs[load] - slope * (ys[load] - mean))
-                tl.store(dy + offsets[load], value, mask=masks[load] & (k < K))
-        values = following
+    for k in tl.static_range(K):
+        # On its way before anything is stored, which loads would wait for.
+        if k + AHEAD < K:
+            values = values + load_runs(y_ptrs[k + AHEAD], first, offsets, masks)
+        mean = tl.load(mean_ptr + k * C + channel)
+        r = tl.load(r_ptr + k * C + channel)
+        s1 = tl.load(s1_ptr + k * C + channel)
+        scale = weight_of(z_ptrs, k, channel, ACC, AFFINE) * r
+        slope = r * s1 * share
+        for load in tl.static_range(LOADS):
+            y = values[k * LOADS + load].to(ACC)
+            value = scale * (gs[load] - slope * (y - mean))
+            tl.store(dy_ptrs[k] + first + offsets[load], value, mask=masks[load])
 
 
 def mixed_sum_gradient_sums(

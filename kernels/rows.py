@@ -66,6 +66,31 @@ def copy_strip(
         tl.store(target + (pixel * target_pitch + channel), value, mask=mask)
 
 
+@triton.jit
+def map_of_program(
+    x_ptrs, y_ptrs, heights, widths, vectors, lengths,
+    MAPS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Which of the maps this program works on, so that one code serves all: (x_ptr, y_ptr, height,
+    width, vectors a pixel, block of a row, first row).
+
+    The programs of one map after the other: blocks of GROUPS vectors of rows of `lengths` pixels,
+    of strips of ROWS rows.
+    """
+    x_ptr, y_ptr, h, w, per_pixel = x_ptrs[0], y_ptrs[0], heights[0], widths[0], vectors[0]
+    program, length, begin = tl.program_id(0), lengths[0], 0
+    for m in tl.static_range(1, MAPS):
+        begin += tl.cdiv(lengths[m - 1] * vectors[m - 1], GROUPS) * tl.cdiv(heights[m - 1], ROWS)
+        taken = tl.program_id(0) >= begin
+        x_ptr, y_ptr = tl.where(taken, x_ptrs[m], x_ptr), tl.where(taken, y_ptrs[m], y_ptr)
+        h, w = tl.where(taken, heights[m], h), tl.where(taken, widths[m], w)
+        per_pixel = tl.where(taken, vectors[m], per_pixel)
+        length = tl.where(taken, lengths[m], length)
+        program = tl.where(taken, tl.program_id(0) - begin, program)
+    blocks = tl.cdiv(length * per_pixel, GROUPS)
+    return x_ptr, y_ptr, h, w, per_pixel, program % blocks, program // blocks * ROWS
+
+
 def vector_width(dtype: torch.dtype, *channels: int) -> int:
     """Channels that one thread moves at once: up to 16 bytes, dividing all channel counts."""
     return math.gcd(16 // dtype.itemsize, *channels)

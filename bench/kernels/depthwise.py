@@ -138,7 +138,18 @@ def tiles(kernel: Any, case: Case) -> Iterator[Any]:
         yield WeightGradConfig(rows, 512 // _other(c), _other(c), 4, -(-programs * _other(c) // c))
     else:
         yield WeightGradConfig.default(y_shape, case.dilations, case.stride)
-        if case.dilations[0] % case.stride:  # runs the two separate kernels, with their defaults
+        if case.dilations[0] % case.stride:
+            if case.dilations[0] > 1:  # runs the two separate kernels, with their defaults
+                return
+            blocks = [
+                (4, 8, 32, 2, 660),
+                (2, 8, 32, 2, 792),
+                (8, 4, 32, 2, 660),
+                (4, 4, 64, 4, 528),
+            ]
+            yield from (
+                WeightGradConfig(*block, -(-n // -(-channels // block[2]))) for *block, n in blocks
+            )
             return
         blocks = [(8, 16, 32, 4, 264), (4, 16, 32, 4, 264), (4, 16, 32, 4, 528), (4, 8, 64, 4, 264)]
         blocks += [(2, 16, 32, 4, 396), (8, 8, 32, 2, 528), (4, 8, 32, 2, 528)]

@@ -34,6 +34,7 @@ from lgcnet_fast.kernels import (
     covariance,
     depthwise,
     depthwise_backward,
+    depthwise_backward_stride2,
     depthwise_input_grad,
     depthwise_weight_grad,
     gradient_sum,
@@ -100,6 +101,8 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     second |= {"BLOCK_P": 8, "BLOCK_C": 64}
     yield depthwise._forward_kernel, second | {"EDGES": 1}, 4
     yield depthwise_backward._backward_kernel, second | {"ROWS": 8}, 4
+    walk = {"RELU": True, "ACC": tl.float32, "ROWS": 4, "BLOCK_P": 8, "BLOCK_C": 32}
+    yield depthwise_backward_stride2._both_gradients_kernel, walk, 2
     counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}
     streaming = {"AHEAD": 2, "LOADS": 2, "GROUPS": 128, "VECTOR": 8}
     statistics = {"K": BRANCHES, "ACC": tl.float32, "EPS": 1e-5}

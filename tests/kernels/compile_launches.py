@@ -81,8 +81,9 @@ def depthwise_filters(x: Tensor) -> None:
                 depthwise_input_grad.depthwise_multi_input_grad(maps, *arguments)
                 depthwise_weight_grad.depthwise_multi_weight_grad(maps, *arguments)
         weight = x.new_zeros(3, 3, x.shape[1])
-        dy = depthwise.depthwise(x, weight, 2, stride)
-        depthwise_backward.depthwise_backward(dy, x, weight, 2, stride)
+        for dilation in (1, 2):
+            dy = depthwise.depthwise(x, weight, dilation, stride)
+            depthwise_backward.depthwise_backward(dy, x, weight, dilation, stride)
     norm = (x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]))
     depthwise.depthwise_multi(x, weight[None, None], (1,), relu=True, norm=norm)
     depthwise_backward.normalised_depthwise_backward(x, x, weight, norm)

@@ -41,6 +41,10 @@ SMALL = [
     Case((1, 3, 1, 1), (1, 2), stride=2),
     Case((2, 3, 3, 5), (1,), stride=2, relu=False),
     Case((1, 3, 7, 6), (2,), stride=2),
+    Case((1, 5, 11, 8), (1,), stride=2),
+    Case((2, 4, 6, 7), (1,), stride=2),
+    Case((1, 3, 1, 1), (1,), stride=2),
+    Case((1, 3, 7, 9), (3,), stride=2),
     Case((1, 5, 9, 6), (1, 2, 4, 3), stride=2, edges=2),
     Case((1, 4, 26, 3), (12,)),
     Case((1, 4, 13, 4), (8,), stride=2, edges=3),
@@ -170,11 +174,13 @@ def test_tiles_of_other_sizes_agree(stride: int, device: torch.device, guarded: 
     x, weights, dy = inputs(case, torch.float32, device)
     forward: tuple[Any, ...] = (x, weights, case.dilations, stride, True)
     single = (dy[0, 1], x, weights[0, 1], 2, stride, True)
+    other = (dy[0, 0], x, weights[0, 0], 1, stride, True)
     plain = (
         depthwise_multi(*forward),
         depthwise_multi_input_grad(dy, *forward),
         depthwise_multi_weight_grad(dy, *forward),
         *depthwise_backward(*single),
+        *depthwise_backward(*other),
     )
     for rows, block_p in ((1, 8), (3, 16)):
         tile = (rows, block_p, 4, 1)
@@ -184,6 +190,7 @@ def test_tiles_of_other_sizes_agree(stride: int, device: torch.device, guarded: 
             depthwise_multi_input_grad(dy, *forward, config=InputGradConfig(*tile)),
             depthwise_multi_weight_grad(dy, *forward, config=sums),
             *depthwise_backward(*single, config=sums),
+            *depthwise_backward(*other, config=sums),
         )
         torch.testing.assert_close(tiled, plain)
 
@@ -234,6 +241,7 @@ def test_same_inputs_same_bits(device: torch.device) -> None:
                 depthwise_multi(x, weights, *arguments),
                 depthwise_multi_input_grad(dy, x, weights, *arguments),
                 depthwise_multi_weight_grad(dy, x, weights, *arguments),
+                *depthwise_backward(dy[0, 0], x, weights[0, 0], case.dilations[0], *arguments[1:]),
                 *depthwise_backward(dy[0, 1], x, weights[0, 1], case.dilations[1], *arguments[1:]),
             )
             for _ in range(2)
@@ -277,8 +285,10 @@ def test_nan_passes_the_relu(device: torch.device) -> None:
     assert torch.equal(y.isnan(), near)
     dx = depthwise_multi_input_grad(dy, x, weights, (1,), relu=True)
     assert dx[0, 0, 2, 2] != 0
-    dx, _ = depthwise_backward(dy[0, 0], x, weights[0, 0], relu=True)
-    assert dx[0, 0, 2, 2] != 0
+    for stride in (1, 2):
+        gradient = dy[0, 0, ..., ::stride, ::stride].contiguous(memory_format=torch.channels_last)
+        dx, _ = depthwise_backward(gradient, x, weights[0, 0], stride=stride, relu=True)
+        assert dx[0, 0, 2, 2] != 0
 
 
 BAD = {
