@@ -145,16 +145,20 @@ def backward(i: Inputs) -> tuple[list[Tensor], Tensor, Tensor]:
 
 
 def input_gradients(i: Inputs, config: InputGradientsConfig | None = None) -> list[Tensor]:
-    _, _, *through = i.coefficients
+    found = i.coefficients
+    through = (found.from_gradient, found.from_map, found.shift)
     return product_input_gradients(i.g, i.ds, *through, config=config)
 
 
 def stock_sum(ds: Sequence[Tensor], matrices: Tensor, z: Tensor) -> Tensor:
-    terms = [
-        weight * F.batch_norm(F.conv2d(d, matrix[..., None, None]), None, None, training=True)
-        for d, matrix, weight in zip(ds, matrices, z, strict=True)
-    ]
-    return sum(terms[1:], terms[0])
+    def term(k: int) -> Tensor:
+        y = F.conv2d(ds[k], matrices[k, ..., None, None])
+        return z[k] * F.batch_norm(y, None, None, training=True)
+
+    out = term(0)
+    for k in range(1, len(ds)):
+        out = out + term(k)
+    return out
 
 
 def check_forward(i: Inputs) -> None:
@@ -320,8 +324,8 @@ def sweep(operation: str, key: str) -> Sweep:
 
     def read(dtype: torch.dtype, shape: Any, maps: Any, others: Any = (0, 0)) -> Case:
         products, *rows = maps
-        out_channels = rows[0] if rows else shape[1]
-        return Case(shape, products, out_channels, *others, dtype)
+        raw, plain = others
+        return Case(shape, products, rows[0] if rows else shape[1], raw, plain, dtype)
 
     case = case_of_key(key, read, launch.key_of)
     default = launch.default(case)
