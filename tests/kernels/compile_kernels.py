@@ -96,7 +96,8 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         for rows in (2, 4, 8) if stride == 1 else (2,):
             tile = {"BLOCK_P": 32, "BLOCK_C": 16, "ROWS": rows}
             for apart in (1, BRANCHES):
-                yield depthwise_input_grad._input_grad_kernel, shared | tile | {"APART": apart}, 2
+                options = shared | tile | {"APART": apart}
+                yield depthwise_input_grad._input_grad_kernel, options, 2 if rows == 8 else 4
     second = {"STRIDE": 1, "RELU": True, "NORM": True, "ACC": tl.float32}
     second |= {"BLOCK_P": 8, "BLOCK_C": 64}
     yield depthwise._forward_kernel, second | {"EDGES": 1}, 4
