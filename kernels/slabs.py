@@ -45,13 +45,14 @@ class SlabConfig:
 
         Of one map or two, one program of 256 threads on each, with as many bytes on their way as
         otherwise four of 128 threads. Few channels of a program leave the one that adds up the
-        shares of a group few slabs, and those fewer channels.
+        shares of a group few slabs, and those fewer channels. Of several maps each has programs of
+        its own: to read a shared one as often costs less than to add up twice the slabs of two.
         """
         if maps <= FEW_MAPS:
             block_c = min(32, triton.next_power_of_2(channels))
             return cls(block_c, warps=8, loads=8, maps=2, programs=132)
         block_c = min(64, triton.next_power_of_2(channels))
-        return cls(block_c, warps=4, loads=8, maps=2, programs=528)
+        return cls(block_c, warps=4, loads=8, maps=1, programs=528)
 
     def tile_loads(self, maps: int) -> int:
         """Vectors of a tile that a thread loads of each of `maps` maps."""

@@ -44,8 +44,8 @@ SLABS: list[dict[str, int]] = [
     {"loads": 4},
     {"loads": 4, "programs": 792},
     {"loads": 16},
-    {"maps": 1, "block_c": 32},
-    {"maps": 1},
+    {"block_c": 32},
+    {"maps": 2},
     {"warps": 8, "programs": 264},
 ]
 FEW_SLABS: list[dict[str, int]] = [

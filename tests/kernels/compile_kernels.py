@@ -109,6 +109,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     statistics = {"K": BRANCHES, "ACC": tl.float32, "EPS": 1e-5}
     slab = {"BLOCK_M": 16, "LOADS": 4, "BLOCK_C": 64, "BLOCK_S": 16}
     yield mixed_sum._slab_statistics_kernel, statistics | slab, 4
+    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 1}, 4
     yield mixed_sum._mixed_sum_kernel, counts | streaming | {"AFFINE": False}, 4
     yield mixed_sum._mixed_sum_kernel, NODE | streaming | {"AFFINE": True}, 4
     slab |= {"MAPS": 2, "LOADS": 2, "BLOCK_S": 8}

@@ -310,7 +310,8 @@ def test_one_map_is_shared_out_to_all_multiprocessors() -> None:
     assert 2 * 32768 // slab == 128 and slab % tile == 0
     # The last program of each half of the channels adds up its slabs in one step.
     assert 32768 // slab <= config.shares()
-    assert SlabConfig.default(64, maps=3).tile_loads(2) == 2
+    # Of several, each has programs of its own.
+    assert SlabConfig.default(64, maps=3) == SlabConfig(64, 4, loads=8, maps=1, programs=528)
 
 
 def test_a_constant_map_becomes_zero(device: torch.device) -> None:
