@@ -109,11 +109,6 @@ def _between(inputs, columns):
 
 
 @triton.jit
-def _row_resized(row_ptr, columns, channel, mask):
-    return _between(_load_row(row_ptr, columns, channel, mask), columns)
-
-
-@triton.jit
 def _resize_strip(
     x_ptr, y_ptr, batch, first, pixel, channel, h, w, C, height, width, pitch,
     ROWS: tl.constexpr, ACC: tl.constexpr,
@@ -175,10 +170,13 @@ def _concat_kernel(
 def _sum_kernel(
     x0_ptr, x1_ptr, x2_ptr, x3_ptr, y_ptr,
     h0, w0, h1, w1, h2, w2, h3, w3, height, width, vectors,
-    MAPS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
-    ACC: tl.constexpr,
+    MAPS: tl.constexpr, COPIED: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The sum y of maps x; grid (blocks of an output row, strips of ROWS output rows, N)."""
+    """The sum y of maps x; grid (blocks of an output row, strips of ROWS output rows, N).
+
+    COPIED: bits of the maps that have the output's size.
+    """
     x_ptrs = (x0_ptr, x1_ptr, x2_ptr, x3_ptr)
     heights = (h0, h1, h2, h3)
     widths = (w0, w1, w2, w3)
@@ -188,12 +186,13 @@ def _sum_kernel(
     columns = ()
     for m in tl.static_range(MAPS):
         columns = columns + (_columns(pixel, widths[m], C, width, ACC),)
+    totals = ()
     for r in tl.static_range(ROWS):
         row = tl.program_id(1) * ROWS + r
         mask = (pixel < width) & (row < height)
         total = tl.zeros((GROUPS, VECTOR), ACC)
         for m in tl.static_range(MAPS):
-            if (heights[m] == height) & (widths[m] == width):
+            if (COPIED >> m) & 1:
                 source = row_pointer(x_ptrs[m], batch, row, height, width * C)
                 total += tl.load(source + (pixel * C + channel), mask=mask, other=0.0).to(ACC)
             else:
@@ -202,10 +201,16 @@ def _sum_kernel(
                 f = beyond(row, i, heights[m], height, ACC)
                 upper_ptr = row_pointer(x_ptrs[m], batch, i, heights[m], widths[m] * C)
                 lower_ptr = row_pointer(x_ptrs[m], batch, below, heights[m], widths[m] * C)
-                total += (1 - f) * _row_resized(upper_ptr, columns[m], channel, mask)
-                total += f * _row_resized(lower_ptr, columns[m], channel, mask)
+                upper = _load_row(upper_ptr, columns[m], channel, mask)
+                lower = _load_row(lower_ptr, columns[m], channel, mask)
+                total += (1 - f) * _between(upper, columns[m]) + f * _between(lower, columns[m])
+        totals = totals + (total,)
+    # After all loads, as none may pass a store.
+    for r in tl.static_range(ROWS):
+        row = tl.program_id(1) * ROWS + r
         target = row_pointer(y_ptr, batch, row, height, width * C) + pixel * C + channel
-        tl.store(target, total.to(y_ptr.dtype.element_ty), mask=mask)
+        mask = (pixel < width) & (row < height)
+        tl.store(target, totals[r].to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch_concat(maps: Sequence[Tensor], out: Tensor, config: StripConfig) -> None:
@@ -231,9 +236,10 @@ def _launch_concat(maps: Sequence[Tensor], out: Tensor, config: StripConfig) -> 
 def _launch_sum(maps: Sequence[Tensor], out: Tensor, config: StripConfig) -> None:
     batch, channels, height, width = out.shape
     vector = vector_width(out.dtype, channels)
+    copied = sum((x.shape[2:] == out.shape[2:]) << index for index, x in enumerate(maps))
     grid = (triton.cdiv(width * channels, config.block), triton.cdiv(height, config.rows), batch)
     _sum_kernel[grid](
         *four(maps), out, *four_sizes(maps), height, width, channels // vector,
-        MAPS=len(maps), GROUPS=config.block // vector, VECTOR=vector, ROWS=config.rows,
-        ACC=accumulator(out.dtype), num_warps=config.warps,
+        MAPS=len(maps), COPIED=copied, GROUPS=config.block // vector, VECTOR=vector,
+        ROWS=config.rows, ACC=accumulator(out.dtype), num_warps=config.warps,
     )  # fmt: skip

@@ -203,6 +203,39 @@ def weight_of(z_ptrs, k: tl.constexpr, channel, ACC: tl.constexpr, AFFINE: tl.co
     return z.to(ACC)
 
 
+@triton.jit
+def _add_maps(
+    totals, values, map_ptrs, z_ptrs, plain_z_ptr, beta_ptrs, mean_ptr, r_ptr,
+    first, channel, offsets, masks, C, FIRST: tl.constexpr,
+    K: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr, AFFINE: tl.constexpr,
+    AHEAD: tl.constexpr, LOADS: tl.constexpr,
+):  # fmt: skip
+    """The totals with AHEAD maps from FIRST on added, and the values of those that follow."""
+    following = ()
+    for k in tl.static_range(FIRST, FIRST + AHEAD):
+        if k + AHEAD < K + J:
+            following = following + load_runs(map_ptrs[k + AHEAD], first, offsets, masks)
+        else:
+            for load in tl.static_range(LOADS):  # as many, of which none is used
+                following = following + (values[(k - FIRST) * LOADS + load],)
+        if k < K + J:
+            scale, mean, beta = 1.0, 0.0, 0.0
+            if k < K:
+                mean = tl.load(mean_ptr + k * C + channel)
+                r = tl.load(r_ptr + k * C + channel)
+                scale = weight_of(z_ptrs, k, channel, ACC, AFFINE) * r
+                if AFFINE:
+                    beta = tl.load(beta_ptrs[k] + channel).to(ACC)
+            elif not AFFINE:
+                scale = tl.load(plain_z_ptr + (k - K)).to(ACC)
+            sums = ()
+            for load in tl.static_range(LOADS):
+                value = values[(k - FIRST) * LOADS + load].to(ACC)
+                sums = sums + (totals[load] + (scale * (value - mean) + beta),)
+            totals = sums
+    return totals, following
+
+
 @triton.jit(do_not_specialize=["vectors"])
 def _mixed_sum_kernel(
     map_ptrs, z_ptrs, plain_z_ptr, beta_ptrs, mean_ptr, r_ptr, out_ptr, vectors, per_pixel, period,
@@ -215,27 +248,17 @@ def _mixed_sum_kernel(
     than to add its map.
     """
     first, channel, offsets, masks = tile_of(vectors, per_pixel, period, LOADS, GROUPS, VECTOR)
-    C = per_pixel * VECTOR
     totals = (tl.zeros((GROUPS, VECTOR), dtype=ACC),) * LOADS
     values = load_ahead(map_ptrs, first, AHEAD, offsets, masks)
-    for k in tl.static_range(K + J):
-        # On its way while the maps in between are added.
-        if k + AHEAD < K + J:
-            values = values + load_runs(map_ptrs[k + AHEAD], first, offsets, masks)
-        scale, mean, beta = 1.0, 0.0, 0.0
-        if k < K:
-            mean = tl.load(mean_ptr + k * C + channel)
-            r = tl.load(r_ptr + k * C + channel)
-            scale = weight_of(z_ptrs, k, channel, ACC, AFFINE) * r
-            if AFFINE:
-                beta = tl.load(beta_ptrs[k] + channel).to(ACC)
-        elif not AFFINE:
-            scale = tl.load(plain_z_ptr + (k - K)).to(ACC)
-        sums = ()
-        for load in tl.static_range(LOADS):
-            term = scale * (values[k * LOADS + load].to(ACC) - mean)
-            sums = sums + (totals[load] + (term + beta),)
-        totals = sums
+    for k in tl.static_range(0, K + J, AHEAD):
+        # Always so, which the compiler does not know: it moves no load to before a branch. Of
+        # unbranched code it moves all there are, and the registers do not hold them.
+        if vectors > k - (K + J):
+            totals, values = _add_maps(
+                totals, values, map_ptrs, z_ptrs, plain_z_ptr, beta_ptrs, mean_ptr, r_ptr,
+                first, channel, offsets, masks, per_pixel * VECTOR, k,
+                K, J, ACC, AFFINE, AHEAD, LOADS,
+            )  # fmt: skip
     for load in tl.static_range(LOADS):
         tl.store(out_ptr + first + offsets[load], totals[load], mask=masks[load])
 

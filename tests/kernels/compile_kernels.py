@@ -29,6 +29,7 @@ from lgcnet_fast.kernels import (
     concat_pair,
     concat_pointwise,
     concat_pointwise_backward,
+    concat_upsample,
     concat_upsample_backward,
     conv3_backward,
     covariance,
@@ -134,6 +135,9 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         yield concat_pair._concat_pair_kernel, pair, concat_pair.WARPS
         yield concat_pair._concat_pair_grad_kernel, pair | {"K": READERS}, concat_pair.WARPS
     strips = {"MAPS": 3, "GROUPS": 128, "VECTOR": 8, "ROWS": 4, "ACC": tl.float32}
+    yield concat_upsample._concat_kernel, strips, 4
+    for copied in (1, 7):
+        yield concat_upsample._sum_kernel, strips | {"COPIED": copied}, 4
     for taps in (3, 4, 9):
         taken = {"TAPS": taps, "STEP": max(1, concat_upsample_backward._LOADS // taps)}
         yield concat_upsample_backward._backward_kernel, strips | taken, 4
