@@ -63,13 +63,17 @@ class TileConfig:
     warps: int
 
     @classmethod
-    def streaming(cls, elements: int) -> TileConfig:
+    def streaming(cls, elements: int, gradients: bool = False) -> TileConfig:
         """For maps of so many elements: fewer bytes a thread where programs are few.
 
         Measured on an H200 for 1 to 18 maps; more vectors on their way gain nothing where other
-        programs wait beside them.
+        programs wait beside them. gradients: as many maps are written as read.
         """
-        return cls(1, ahead=4, warps=4) if elements < SMALL else cls(2, ahead=1, warps=4)
+        if elements < SMALL:
+            return cls(1, ahead=4, warps=4)
+        if gradients and SMALL < elements <= 2 * SMALL:
+            return cls(4, ahead=2, warps=4)
+        return cls(2, ahead=1, warps=4)
 
     @staticmethod
     def reducing(channels: int, maps: int) -> SlabConfig:

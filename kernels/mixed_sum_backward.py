@@ -321,7 +321,7 @@ def _gradients(
     check_maps("dys", dys, g)
     if len(dys) != len(ys):
         raise ValueError(f"dys: {len(dys)} maps, need {len(ys)}")
-    config = config or TileConfig.streaming(g.numel())
+    config = config or TileConfig.streaming(g.numel(), gradients=True)
     programs, tile = config.launch(g, len(ys))
     _mixed_sum_grad_kernel[(programs,)](
         g, tuple(ys), tuple(dys), tuple(dxs), tuple(z), plain_z, statistics.mean,

@@ -236,7 +236,9 @@ RUNS: dict[str, Callable[[Inputs, Any], Any]] = {
 def sweep(operation: str, key: str) -> Sweep:
     case = case_of(key)
     k, j, channels = case.branches, case.plain, case.shape[1]
-    streaming: list[Any] = [TileConfig.streaming(prod(case.shape)), *TILES]
+    streaming, writing = (
+        [TileConfig.streaming(prod(case.shape), gradients), *TILES] for gradients in (False, True)
+    )
     # Statistics share no map, so that `maps` says nothing.
     alone = _slabs(channels, k)
     alone = [config for config in alone if config.maps == alone[0].maps]
@@ -244,7 +246,7 @@ def sweep(operation: str, key: str) -> Sweep:
         "mixed_sum_statistics": (k, alone),
         "mixed_sum_forward": (k + j + 1, streaming),
         "mixed_sum_gradient_sums": (k + j + 1, _slabs(channels, k + j)),
-        "mixed_sum_gradients": (2 * k + j + 1, streaming),
+        "mixed_sum_gradients": (2 * k + j + 1, writing),
     }[operation]
     return Sweep(
         operation=operation,

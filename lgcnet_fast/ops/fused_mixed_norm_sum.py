@@ -160,7 +160,7 @@ def tile(backend: str, launch: str, maps: Sequence[Tensor], plain: int) -> dict[
     y = maps[0]
     default: Any
     if launch in ("forward", "gradients"):
-        default = TileConfig.streaming(y.numel())
+        default = TileConfig.streaming(y.numel(), gradients=launch == "gradients")
     else:
         summed = len(maps) + (plain if launch == "gradient_sums" else 0)
         default = TileConfig.reducing(y.shape[1], summed)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lgcnet_fast.ops.lanes import gradients_later
+from lgcnet_fast.ops.lanes import gradients_later, side_by_side
 from lgcnet_fast.train.optimisers import SGD, Adam
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -48,11 +49,15 @@ class Precision:
             self.scaler.scale(loss).backward()
 
     def step(self, *optimisers: tuple[SGD | Adam, float | None]) -> None:
-        """After `backward`: unscales, clips the norm of each optimiser's gradients, steps."""
-        for optimiser, clip in optimisers:
-            self.scaler.unscale_(optimiser)
-            if clip is not None:
-                optimiser.clip(clip)
-        for optimiser, _ in optimisers:
-            self.scaler.step(optimiser)
+        """After `backward`: unscales, clips the norm of each optimiser's gradients, steps.
+
+        Optimisers of different parameters have nothing to do with each other.
+        """
+        side_by_side(self.device, [partial(self._step, *one) for one in optimisers])
         self.scaler.update()
+
+    def _step(self, optimiser: SGD | Adam, clip: float | None) -> None:
+        self.scaler.unscale_(optimiser)
+        if clip is not None:
+            optimiser.clip(clip)
+        self.scaler.step(optimiser)
