@@ -27,6 +27,8 @@ OLDEST_TORCH = (2, 7, 1)
 NEWEST_TORCH_TRIED = (2, 13)
 TRITON_CAPABILITY = (7, 0)
 """The oldest GPUs that Triton compiles for."""
+OLDEST_TRITON = (3, 4)
+"""The first that compiles all kernels: earlier ones return no tuples of tuples from functions."""
 ROOM_GB = 5.0
 """Free memory or disk space below which a warning is due."""
 
@@ -73,6 +75,11 @@ def check_device(name: str) -> torch.device:
         )
     _check_architecture(name, index)
     return torch.device("cuda", index)
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The first three numbers of a version."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
 
 
 def is_supported(capability: Capability, architectures: list[str]) -> bool:
@@ -185,7 +192,7 @@ def _torch() -> list[Finding]:
 
 
 def _torch_version(version: str) -> Finding:
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+    numbers = release(version)
     if numbers < OLDEST_TORCH:
         return Finding("torch", "fail", version, "pip install 'torch>=2.7.1'")
     if numbers[:2] > NEWEST_TORCH_TRIED:
@@ -228,6 +235,9 @@ def _triton() -> Finding:
         version = importlib.import_module("triton").__version__
     except (ImportError, OSError) as error:
         return Finding("Triton", "warn", f"{error}", "pip install triton==3.7.1 (optional)")
+    if release(version) < OLDEST_TRITON:
+        wanted = ".".join(map(str, OLDEST_TRITON))
+        return Finding("Triton", "ok", f"{version}; not used: kernels need {wanted} (torch 2.8)")
     if _oldest_gpu() < TRITON_CAPABILITY:
         return Finding("Triton", "ok", f"{version}; not used: it needs compute capability 7.0")
     return Finding("Triton", "ok", version)

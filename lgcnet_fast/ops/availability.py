@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -9,7 +10,7 @@ from functools import cache
 
 import torch
 
-from lgcnet_fast.doctor import TRITON_CAPABILITY
+from lgcnet_fast.doctor import OLDEST_TRITON, TRITON_CAPABILITY, release
 
 
 def is_interpreted() -> bool:
@@ -28,7 +29,7 @@ def _why_not_triton(device: torch.device) -> str | None:
     if not _has_triton():
         return "triton is not installed (pip install triton)"
     if device.type == "cuda":
-        return _too_old(device) or _no_compiler()
+        return _outdated() or _too_old(device) or _no_compiler()
     if device.type == "cpu" and is_interpreted():
         return None
     return f"it needs an NVIDIA GPU, the device is {device}"
@@ -37,6 +38,15 @@ def _why_not_triton(device: torch.device) -> str | None:
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _outdated() -> str | None:
+    version = importlib.metadata.version("triton")
+    if release(version) >= OLDEST_TRITON:
+        return None
+    wanted = ".".join(map(str, OLDEST_TRITON))
+    return f"triton {version} cannot compile all kernels, {wanted} can (it comes with torch 2.8)"
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import shutil
 from collections.abc import Iterator
@@ -23,12 +24,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setenv("CC", "cc")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.4.0")
     monkeypatch.setattr(loader, "available", lambda: {"prebuilt": "not built", "run time": None})
     remembered = (
         tuning._device_name,
         availability._too_old,
         availability._has_triton,
         availability._no_compiler,
+        availability._outdated,
     )
     for function in remembered:
         function.cache_clear()
@@ -57,6 +60,12 @@ def test_pascal_is_too_old_for_triton(gpu: pytest.MonkeyPatch) -> None:
     gpu.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     assert why_not("triton", GPU) == "triton needs sm_70 or later, Test GPU is sm_61"
     assert why_not("cuda", GPU) is None
+
+
+def test_triton_of_torch_2_7_is_refused(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(importlib.metadata, "version", lambda name: "3.3.1")
+    reason = "triton 3.3.1 cannot compile all kernels, 3.4 can (it comes with torch 2.8)"
+    assert why_not("triton", GPU) == reason
 
 
 def test_triton_needs_a_c_compiler(gpu: pytest.MonkeyPatch) -> None:
