@@ -42,7 +42,7 @@ from lgcnet_fast.kernels.common import (
 )
 
 MOST_CHANNELS = 4
-RESIDENT = 4 * 132
+RESIDENT = 7 * 132
 """Programs of the default tile that an H200 holds at once, for their registers."""
 
 
@@ -99,7 +99,7 @@ def block_k(channels: int) -> int:
 
 @triton.jit
 def _surroundings(
-    x_ptr, image, row, column, k, H, W, of_image, of_channel, of_row, of_column,
+    image_ptr, image, row, column, k, H, W, of_image, of_channel, of_row, of_column,
     C: tl.constexpr, STRIDE: tl.constexpr, DTYPE: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Of positions of a row of the output, (k, column), for k = (3 u + v) C + c; u, v in 0..2.
@@ -110,7 +110,7 @@ def _surroundings(
     first_row, first_column = STRIDE * row - 1, STRIDE * column - 1
     i, j = first_row + u, first_column + v
     inside = (k < 9 * C) & (i >= 0) & (i < H) & (j >= 0) & (j < W)
-    corner_ptr = x_ptr + (image.to(tl.int64) * of_image + first_row.to(tl.int64) * of_row)
+    corner_ptr = image_ptr + (image.to(tl.int64) * of_image + first_row.to(tl.int64) * of_row)
     tap = u.to(tl.int64) * of_row + v.to(tl.int64) * of_column + c.to(tl.int64) * of_channel
     x = tl.load(corner_ptr + (tap + first_column.to(tl.int64) * of_column), mask=inside, other=0.0)
     return x.to(DTYPE).to(OPERAND)
@@ -118,7 +118,7 @@ def _surroundings(
 
 @triton.jit(do_not_specialize=["HO"])
 def _image_convolution_kernel(
-    x_ptr, w_ptr, y_ptr, H, W, HO, WO, CO, of_image, of_channel, of_row, of_column,
+    image_ptr, w_ptr, y_ptr, H, W, HO, WO, CO, of_image, of_channel, of_row, of_column,
     w_of_out, w_of_channel, w_of_row, w_of_column,
     C: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -140,7 +140,7 @@ def _image_convolution_kernel(
     ).to(DTYPE).to(OPERAND)  # fmt: skip
     p = first_p + tl.arange(0, BLOCK_P)
     x = _surroundings(
-        x_ptr, line // HO, line % HO, p[None, :], k[:, None], H, W,
+        image_ptr, line // HO, line % HO, p[None, :], k[:, None], H, W,
         of_image, of_channel, of_row, of_column, C, STRIDE, DTYPE, OPERAND,
     )  # fmt: skip
     y = tl.trans(tl.dot(w, x, input_precision="ieee", out_dtype=ACC))
@@ -150,7 +150,7 @@ def _image_convolution_kernel(
 
 @triton.jit(do_not_specialize=["images", "HO", "programs"])
 def _image_weight_grad_kernel(
-    dy_ptr, x_ptr, share_ptr, images, H, W, HO, WO, CO, of_image, of_channel, of_row, of_column,
+    dy_ptr, image_ptr, share_ptr, images, H, W, HO, WO, CO, of_image, of_channel, of_row, of_column,
     programs, C: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -164,7 +164,7 @@ def _image_weight_grad_kernel(
         line = block // blocks_p
         p = block % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
         x = _surroundings(
-            x_ptr, line // HO, line % HO, p[None, :], k[:, None], H, W,
+            image_ptr, line // HO, line % HO, p[None, :], k[:, None], H, W,
             of_image, of_channel, of_row, of_column, C, STRIDE, dy_ptr.dtype.element_ty, OPERAND,
         )  # fmt: skip
         place = dy_ptr + line.to(tl.int64) * WO * CO + (p[:, None] * CO + o[None, :])

@@ -72,8 +72,8 @@ def test_images_beside_other_maps(
     for found, wanted in zip(fused, reference, strict=True):
         assert found.dtype == wanted.dtype
         # Both round to bfloat16, and may round a sum to different sides.
-        steps = {"rtol": 2**-6, "atol": 2**-6} if autocast else {"rtol": 1e-5, "atol": 1e-5}
-        torch.testing.assert_close(found, wanted, **steps)
+        step = 2**-6 if autocast else 1e-5
+        torch.testing.assert_close(found, wanted, rtol=step, atol=step)
     gradients = fused[len(SHAPES) :]
     assert [g.stride() for g in gradients] == [weight.stride() for weight in leaves]
 
