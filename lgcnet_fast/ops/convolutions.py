@@ -14,9 +14,10 @@ from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.cast_together import gradient_owners
 from lgcnet_fast.ops.conv3_kernels import conv3_weight_gradients, suits
-from lgcnet_fast.ops.fused_separable_branches import computed_dtype
+from lgcnet_fast.ops.image_convolution import image_convolution
+from lgcnet_fast.ops.image_convolution import suits as suits_image
 from lgcnet_fast.ops.lanes import settle, side_by_side
-from lgcnet_fast.ops.maps import dtype_refusal, nhwc
+from lgcnet_fast.ops.maps import computed_dtype, dtype_refusal, nhwc
 from lgcnet_fast.ops.operands import check_beside, check_map
 from lgcnet_fast.ops.pointwise_kernels import convolution_gradient, pointwise_convolution_backward
 
@@ -38,7 +39,8 @@ def convolutions(
     next. Differentiable; keeps maps and weights. Where a CUDA graph is captured, the fused form
     runs them, and in the backward pass both gradients of each, side by side; under Triton one
     kernel takes both of a 1x1 convolution of stride 1, and one the gradients of the weights of all
-    16-bit 3x3 convolutions of stride 1 that have equal shapes.
+    16-bit 3x3 convolutions of stride 1 that have equal shapes; 3x3 convolutions of images of up to
+    four channels that need no gradient have kernels of their own.
 
     Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
     cannot serve.
@@ -71,9 +73,24 @@ def _run(
     weights: Sequence[Tensor],
     geometries: Sequence[Geometry],
 ) -> list[Tensor]:
+    every = list(zip(xs, weights, geometries, strict=True))
+    of_images = [backend == "triton" and suits_image(*one) for one in every]
+    others = [one for one, of_image in zip(every, of_images, strict=True) if not of_image]
+    found = iter(_of_maps(backend, others))
+    return [
+        image_convolution(x, weight, geometry.stride) if of_image else next(found)
+        for (x, weight, geometry), of_image in zip(every, of_images, strict=True)
+    ]
+
+
+def _of_maps(backend: str, every: Sequence[tuple[Tensor, Tensor, Geometry]]) -> tuple[Tensor, ...]:
+    if not every:
+        return ()
+    xs, weights, geometries = zip(*every, strict=True)
     maps = [nhwc(x.to(computed_dtype(x))) for x in xs]
     cast = [weight.to(x.dtype) for weight, x in zip(weights, maps, strict=True)]
-    return list(_Convolutions.apply(backend, geometries, *maps, *cast))
+    result: tuple[Tensor, ...] = _Convolutions.apply(backend, geometries, *maps, *cast)
+    return result
 
 
 def _refuse(

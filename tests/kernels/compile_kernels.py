@@ -39,6 +39,7 @@ from lgcnet_fast.kernels import (
     depthwise_input_grad,
     depthwise_weight_grad,
     gradient_sum,
+    image_convolution,
     max_pool,
     mixed_sum,
     mixed_sum_backward,
@@ -154,6 +155,23 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     # To 1, 2 and 5 bins, of which only 5 divide no side.
     spans = {"POOLS": 3, "BINS": 0x050201, "TALL": 0x020101, "WIDE": 0x020101}
     yield average_pool._spread_kernel, tile | spans | {"ROWS": 4}, average_pool.WARPS
+
+
+def convolutions_of_images(
+    storage: str, arch: int
+) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
+    """As `products`: those of images have tiles for every GPU."""
+    matrix_units = arch >= 80 and storage != "fp32"
+    shared = {"ACC": tl.float32, "OPERAND": OPERANDS[storage if matrix_units else "fp32"]}
+    for channels, out_channels, stride in ((1, 64, 1), (3, 8, 2), (3, 64, 2), (4, 64, 2)):
+        config = image_convolution.ImageConfig.default(channels, 256, out_channels, matrix_units)
+        tile = {"BLOCK_P": config.block_p, "BLOCK_O": config.block_o, "C": channels}
+        tile |= {"STRIDE": stride, "BLOCK_K": image_convolution.block_k(channels)}
+        for kernel in (
+            image_convolution._image_convolution_kernel,
+            image_convolution._image_weight_grad_kernel,
+        ):
+            yield kernel, shared | tile, config.warps, 1
 
 
 def products(storage: str, arch: int) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
@@ -306,6 +324,7 @@ def handovers(ptx: str) -> dict[str, int]:
 def main() -> None:
     arch, storage = int(sys.argv[1]), sys.argv[2]
     chosen = [(*each, 3) for each in kernels()]
+    chosen += convolutions_of_images(storage, arch)
     if arch >= 80:
         chosen += products(storage, arch)
     for kernel, constants, warps, stages in chosen:

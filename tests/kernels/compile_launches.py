@@ -33,6 +33,7 @@ from lgcnet_fast.kernels import (
     depthwise_input_grad,
     depthwise_weight_grad,
     gradient_sum,
+    image_convolution,
     max_pool,
     mixed_sum,
     mixed_sum_backward,
@@ -122,6 +123,14 @@ def products(x: Tensor) -> None:
         conv3_backward.conv3_weight_grad([x] * stride, [x] * stride)
 
 
+def convolutions_of_images(x: Tensor) -> None:
+    image, weight = x[:, :3].contiguous(), x.new_zeros(5, min(3, x.shape[1]), 3, 3)
+    for stride in (1, 2):
+        for dtype in (torch.float32, torch.bfloat16):
+            y = image_convolution.image_convolution(image, weight, stride, dtype)
+            image_convolution.image_weight_grad(y, image, stride)
+
+
 def nodes_of_products(x: Tensor) -> None:
     channels = x.shape[1]
     for maps in (1, 2):
@@ -177,7 +186,7 @@ FAMILIES: tuple[Launch, ...] = (
     pool, means, depthwise_filters, stacked_weights, mixture, resizes, losses,
 )  # fmt: skip
 FLOAT32_FAMILIES: tuple[Launch, ...] = (
-    products, products_of_concatenations, nodes_of_products, hard_examples,
+    products, convolutions_of_images, products_of_concatenations, nodes_of_products, hard_examples,
 )  # fmt: skip
 """Products are not compiled for float64, and losses are ranked in float32."""
 

@@ -144,7 +144,8 @@ def test_images_have_no_gradient(device: torch.device, monkeypatch: pytest.Monke
 
     module = sys.modules["lgcnet_fast.ops.convolutions"]
     monkeypatch.setattr(module, "convolution_gradient", counted)
-    image, weight = operands(device)[0].detach(), operands(device)[len(GEOMETRIES)]
+    image = torch.randn(2, 5, 5, 6, device=device)
+    weight = torch.randn(4, 5, 3, 3, device=device, requires_grad=True)
     found = []
     for backend in ("triton", "reference"):
         with use_backend(backend):
@@ -155,18 +156,20 @@ def test_images_have_no_gradient(device: torch.device, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("kind", ["leaf", "copy", "computed"])
+@pytest.mark.parametrize("channels", [3, 5])
 def test_whose_gradients_may_come_later(
-    kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    channels: int, kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Leaves', and those of copies whose own gradients wait; not where autograd computes on."""
     asked: list[tuple[int, ...] | None] = []
-    module = sys.modules["lgcnet_fast.ops.convolutions"]
-    monkeypatch.setattr(module, "settle", lambda device, owners: asked.append(owners))
-    leaf = torch.randn(2, 3, 3, 3, device=device, requires_grad=True)
+    for name in ("convolutions", "image_convolution"):
+        module = sys.modules[f"lgcnet_fast.ops.{name}"]
+        monkeypatch.setattr(module, "settle", lambda device, owners: asked.append(owners))
+    leaf = torch.randn(2, channels, 3, 3, device=device, requires_grad=True)
     with use_backend("triton"):
         copy = cast_together([leaf], torch.bfloat16)[0]
         weight = {"leaf": leaf, "copy": copy, "computed": leaf * 2}[kind]
-        x = torch.randn(1, 3, 4, 4, device=device).to(weight.dtype)
+        x = torch.randn(1, channels, 4, 4, device=device).to(weight.dtype)
         convolutions([x], [weight], [Geometry(1, 1)])[0].float().sum().backward()
     assert asked == [None if kind == "computed" else (weight.data_ptr(),)]
     assert leaf.grad is not None
