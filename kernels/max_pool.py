@@ -88,7 +88,7 @@ def _tap(x, column, W, C, OFFSET: tl.constexpr, mask, ACC: tl.constexpr):
 
 # Widths of 1 must not become constants either, which have no 64-bit form.
 @triton.jit(do_not_specialize=["N", "W", "WO"])
-def _forward_kernel(
+def _max_pool_kernel(
     x_ptr, y_ptr, winner_ptr, N, H, W, HO, WO, C,
     STRIDE: tl.constexpr, WINNERS: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -147,7 +147,7 @@ def _give(dx, winner, pixel: tl.constexpr, g):
 
 
 @triton.jit(do_not_specialize=["N", "W"])
-def _backward_kernel(
+def _max_pool_backward_kernel(
     winner_ptr, dy_ptr, dx_ptr, N, H, W, C,
     ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -183,7 +183,7 @@ def _store_pair(dx, even, odd, column, mask, W, C):
 
 
 @triton.jit(do_not_specialize=["N", "W", "WO"])
-def _backward_stride_2_kernel(
+def _max_pool_backward_stride_2_kernel(
     winner_ptr, dy_ptr, dx_ptr, N, H, W, HO, WO, C,
     ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -240,7 +240,7 @@ def _forward(x: Tensor, stride: int, winners: Tensor | None, config: PoolConfig 
     y = empty_map(_pooled_shape(x, stride), x)
     config = config or PoolConfig.forward(tuple(y.shape))
     images, channels, height, width = x.shape
-    _forward_kernel[_grid(y, config)](
+    _max_pool_kernel[_grid(y, config)](
         x, y, y if winners is None else winners, images, height, width, *y.shape[2:], channels,
         STRIDE=stride, WINNERS=winners is not None, ACC=accumulator(x.dtype),
         ROWS=config.rows, BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
@@ -273,9 +273,11 @@ def max_pool_backward(
     tile = {"ROWS": config.rows, "BLOCK_P": config.block_p, "BLOCK_C": config.block_c}
     options = tile | {"ACC": accumulator(dy.dtype), "num_warps": config.warps}
     if stride == 1:
-        _backward_kernel[_grid(dy, config)](winners, dy, dx, images, *size, channels, **options)
+        _max_pool_backward_kernel[_grid(dy, config)](
+            winners, dy, dx, images, *size, channels, **options
+        )
     else:
-        _backward_stride_2_kernel[_grid(dy, config)](
+        _max_pool_backward_stride_2_kernel[_grid(dy, config)](
             winners, dy, dx, images, *size, *dy.shape[2:], channels, **options
         )
     return dx

@@ -145,10 +145,10 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     tile = {"ACC": tl.float32, "BLOCK_P": 8, "BLOCK_C": 64, "ROWS": 8}
     for stride in (1, 2):
         for winners in (False, True):
-            yield max_pool._forward_kernel, tile | {"STRIDE": stride, "WINNERS": winners}, 4
+            yield max_pool._max_pool_kernel, tile | {"STRIDE": stride, "WINNERS": winners}, 4
     tile |= {"BLOCK_P": 16, "ROWS": 4}
-    yield max_pool._backward_kernel, tile, 4
-    yield max_pool._backward_stride_2_kernel, tile, 4
+    yield max_pool._max_pool_backward_kernel, tile, 4
+    yield max_pool._max_pool_backward_stride_2_kernel, tile, 4
     tile = {"ACC": tl.float32, "BLOCK_P": 128, "BLOCK_C": 16}
     yield average_pool._pieces_kernel, tile | {"BLOCK_P": 256}, average_pool.WARPS
     yield average_pool._means_kernel, tile | {"BLOCK_P": 16, "BLOCK_C": 64}, average_pool.WARPS
