@@ -27,10 +27,6 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, empty_map, sum_rows
 from lgcnet_fast.kernels.depthwise import (
-    Norm,
-    check_arguments,
-    check_dy,
-    check_norm,
     load_norm,
     load_weight_row,
     pieces_of,
@@ -39,6 +35,7 @@ from lgcnet_fast.kernels.depthwise import (
     window_row,
     within,
 )
+from lgcnet_fast.kernels.depthwise_arguments import Norm, check_arguments, check_dy, check_norm
 from lgcnet_fast.kernels.depthwise_backward_stride2 import _both_gradients_kernel
 from lgcnet_fast.kernels.depthwise_input_grad import depthwise_input_grad
 from lgcnet_fast.kernels.depthwise_weight_grad import (

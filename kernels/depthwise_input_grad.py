@@ -30,14 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import INTERPRETED, accumulator, empty_map
-from lgcnet_fast.kernels.depthwise import (
-    Maps,
-    check_arguments,
-    check_dy,
-    default_block,
-    dilation_of,
-    pack,
-)
+from lgcnet_fast.kernels.depthwise import default_block, dilation_of
+from lgcnet_fast.kernels.depthwise_arguments import Maps, check_arguments, check_dy, pack
 from lgcnet_fast.kernels.slabs import pointer_of
 
 _INTERPRETED = tl.constexpr(INTERPRETED)

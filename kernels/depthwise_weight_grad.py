@@ -25,21 +25,18 @@ from torch import Tensor
 from lgcnet_fast.kernels.common import INTERPRETED, accumulator, accumulator_dtype, sum_rows
 from lgcnet_fast.kernels.depthwise import (
     AT_ONCE,
-    Maps,
     chains_of,
-    check_arguments,
-    check_dy,
     cuda_capability_geq,
     default_block,
     default_rows,
     dilation_of,
-    pack,
     ready,
     rectify,
     row_of,
     share_rows,
     within,
 )
+from lgcnet_fast.kernels.depthwise_arguments import Maps, check_arguments, check_dy, pack
 from lgcnet_fast.kernels.slabs import pointer_of
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
