@@ -32,6 +32,7 @@ def filtered_maps(
     inverse deviation (C,) of a batch norm before the ReLU, for Triton's kernels.
     """
     if backend == "cuda":
+        assert norm is None
         from lgcnet_fast.native.depthwise import depthwise_forward
 
         y = empty_nhwc(x, _shape(x, windows, stride))

@@ -234,12 +234,10 @@ def mixed_sum_backward(
     return [*dys, *dxs, dz.to(z.dtype)]
 
 
-def norm_gradient(
-    g: Tensor, y: Tensor, statistics: Tensor, sums: Tensor, one: Tensor, training: bool
-) -> Tensor:
+def norm_gradient(g: Tensor, y: Tensor, statistics: Tensor, sums: Tensor, training: bool) -> Tensor:
     """Of one normalised map by Triton's kernel, from that of its norm's output.
 
-    statistics: (3, 1, C); sums: the rows of g and of g times the output, (2, C); one: its weight.
+    statistics: (3, 1, C); sums: the rows of g and of g times the output, (2, C).
     """
     forward, backward = launchers("triton")
     found = backward.GradientSums.of(sums, 1)
@@ -247,6 +245,7 @@ def norm_gradient(
     if not training:
         through = _no_sums(found)
     config = tile("triton", "gradients", [y], 0)
+    one = constant((1.0,), y.device)
     (dy,), _ = backward.mixed_sum_grad(g, [y], one, packed, through, **config)
     result: Tensor = dy
     return result

@@ -4,8 +4,8 @@ The depthwise convolution reads the raw first stage: normalised, rectified maps 
 Its backward pass gives the gradient of the norm's output and, on the way, the sums from which the
 norm's own gradient follows.
 
-Traffic in maps, C_out = C: forward reads and writes one, two more of each where the products are
-made here; backward reads 5 and writes 2, and with products reads 3 and writes 2 more.
+Traffic in maps, C_out = C: forward reads and writes one, one more of each where the products are
+made here; backward reads 4 and writes 2, and with products reads 3 and writes 2 more.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 from torch import Tensor
 from torch.library import custom_op
 
-from lgcnet_fast.ops.constants import constant
 from lgcnet_fast.ops.depthwise_kernels import filtered_maps, normalised_gradients
 from lgcnet_fast.ops.fused_mixed_norm_sum import norm_gradient
 from lgcnet_fast.ops.maps import accumulator, empty_nhwc
@@ -55,8 +54,7 @@ def normalised_depthwise_backward(
         dy = own[0]
     d_normalised, sums, of_weights = normalised_gradients(dy, x, windows[0], norm)
     del dy  # And with it the depthwise map, before there is one more.
-    one = constant((1.0,), x.device)
-    dx = norm_gradient(d_normalised, x, statistics, sums, one, training)
+    dx = norm_gradient(d_normalised, x, statistics, sums, training)
     return dx, *of_weights(of_products)
 
 

@@ -95,11 +95,10 @@ def pay(x: Tensor, out_channels: int, stride: int = 1) -> bool:
     """Whether the backend `triton` had better leave products of maps like x to the node.
 
     x: (N, C, H, W) or a stack, before autocast; the depthwise maps are made with this stride. The
-    products of a node cost it about 25 us for small kernels and for shares of sums, whatever the
-    size of the maps, and spare six passes over each of them. On an H200 (docs/mixed_node.md has the
-    figures) this pays for its 8 to 12 maps where they have 2^21 values each, is even for 2^20, and
-    loses below. Wider maps than their products would take more memory until the backward pass, and
-    as long to read twice as to multiply out.
+    products of a node cost it small kernels and shares of sums, whatever the size of the maps, and
+    spare six passes over each of them. On an H200 (docs/mixed_node.md has the figures) this pays
+    for 8 maps and more of 2^21 values each, and loses for 2^20. Wider maps than their products
+    would take more memory until the backward pass, and as long to read twice as to multiply out.
     """
     *_, images, channels, height, width = x.shape
     values = images * channels * (-(-height // stride)) * (-(-width // stride))
