@@ -212,11 +212,15 @@ def _tile(rows: int) -> tuple[int, int]:
 
 
 def sum_rows(
-    partial: Tensor, block_rows: int = 256, block_columns: int = 8, at_once: bool = False
+    partial: Tensor,
+    block_rows: int = 256,
+    block_columns: int = 8,
+    at_once: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Second stage of every reduction: (rows, ...) -> (...), same bits on every run.
 
-    at_once: also within `unsummed`.
+    at_once: also within `unsummed`. dtype: of the result; by default that of `partial`.
 
     The columns are few and the rows many, so a tile is tall: 8 columns of float32 fill the 32
     bytes that one memory transaction brings.
@@ -225,7 +229,7 @@ def sum_rows(
         kept.append(partial)
         return partial[0]
     rows, shape = partial.shape[0], partial.shape[1:]
-    out = partial.new_empty(shape)
+    out = partial.new_empty(shape, dtype=dtype)
     columns = out.numel()
     block_rows = min(block_rows, triton.next_power_of_2(rows))
     grid = (triton.cdiv(columns, block_columns),)

@@ -1,21 +1,24 @@
 """1x1 convolutions of the even and of the odd pixels: a factorised reduction but its batch norm.
 
-The fused form is a single convolution of stride 2 whose larger kernel holds both weights, one in
-each corner, and zeros. The map is neither shifted nor padded, and the halves of the output need
-not be put together.
+Under Triton one kernel makes the result and another all gradients. Where these do not serve, the
+fused form is a single convolution of stride 2 whose larger kernel holds both weights, one in each
+corner, and zeros. The map is neither shifted nor padded, and the halves of the output need not be
+put together.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 from torch.nn import functional as F
 
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
-from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
+from lgcnet_fast.ops.maps import computed_dtype, dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.operands import check_beside, check_map
 
 
@@ -76,11 +79,60 @@ def _reference(x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
     return torch.cat((F.conv2d(x, even, stride=2), F.conv2d(shifted, odd, stride=2)), dim=1)
 
 
-def _run(x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+def _run(backend: str, x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+    if backend == "triton":
+        from lgcnet_fast.kernels import interleaved as kernel
+
+        dtype = computed_dtype(x)
+        x, even, odd = x.to(dtype), even.to(dtype), odd.to(dtype)
+        if kernel.serves(x, even, odd):
+            result: Tensor = _Interleaved.apply(nhwc(x), even, odd)
+            return result
     # Beyond an odd side there must be zeros, which padding adds on both sides.
     padding = 1 if x.shape[-2] % 2 or x.shape[-1] % 2 else 0
     weight = _Corners.apply(even, odd, 2 + padding)
     return F.conv2d(nhwc(x), weight, stride=2, padding=padding)
+
+
+class _Interleaved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+        ctx.save_for_backward(x, even, odd)
+        return _interleaved(x, even, odd)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, even, odd = ctx.saved_tensors
+        dx, dw = _gradients(nhwc(gradient), x, even, odd)
+        d_even, d_odd = dw.split([len(even), len(odd)])
+        return dx, d_even.view_as(even), d_odd.view_as(odd)
+
+
+@custom_op("lgcnet_fast::interleaved", mutates_args=())
+def _interleaved(x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+    """x: NHWC; all of one dtype."""
+    from lgcnet_fast.kernels import interleaved as kernel
+
+    return kernel.interleaved(x, even.flatten(1), odd.flatten(1))
+
+
+@_interleaved.register_fake
+def _(x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+    height, width = (-(-length // 2) for length in x.shape[2:])
+    return empty_nhwc(x, (len(x), len(even) + len(odd), height, width))
+
+
+@custom_op("lgcnet_fast::interleaved_gradients", mutates_args=())
+def _gradients(g: Tensor, x: Tensor, even: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x, and of both weights, (A + B, C), in their dtype; g, x: NHWC."""
+    from lgcnet_fast.kernels import interleaved as kernel
+
+    return kernel.interleaved_gradients(g, x, even.flatten(1), odd.flatten(1))
+
+
+@_gradients.register_fake
+def _(g: Tensor, x: Tensor, even: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_nhwc(x, x.shape), even.new_empty(len(even) + len(odd), even.shape[1])
 
 
 def _refuse(x: Tensor, even: Tensor, odd: Tensor) -> str | None:
@@ -89,7 +141,9 @@ def _refuse(x: Tensor, even: Tensor, odd: Tensor) -> str | None:
     return dtype_refusal("x", x)
 
 
-_form = Implementation(_run, _refuse)
 _operation = Operation(
-    "interleaved_convolution", _reference, triton=_form, cuda=_form, tuned_as="separable_branches"
+    "interleaved_convolution",
+    _reference,
+    **{backend: Implementation(partial(_run, backend), _refuse) for backend in ("triton", "cuda")},
+    tuned_as="separable_branches",
 )

@@ -40,6 +40,7 @@ from lgcnet_fast.kernels import (
     depthwise_weight_grad,
     gradient_sum,
     image_convolution,
+    interleaved,
     max_pool,
     mixed_sum,
     mixed_sum_backward,
@@ -53,7 +54,7 @@ from lgcnet_fast.kernels import (
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 BRANCHES, PLAIN, READERS = 18, 3, 8
 MAPS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "g_ptr", "out_ptr", "matrices_out_ptr"}
-MAPS |= {"matrix_ptr", "weighted_ptr", "from_gradient_ptr", "from_map_ptr"}
+MAPS |= {"even_ptr", "odd_ptr", "matrix_ptr", "weighted_ptr", "from_gradient_ptr", "from_map_ptr"}
 MAPS |= {f"{name}{index}_ptr" for name in ("x", "y", "dx") for index in range(4)}
 LISTS = {
     "y_ptrs": BRANCHES,
@@ -255,6 +256,11 @@ def gradients_of_products(storage: str) -> Iterator[tuple[Any, dict[str, Any], i
         yield (
             pointwise_backward._product_gradients_kernel, tile, config.warps, config.stages,
         )  # fmt: skip
+        del tile["BRANCHES"]
+        yield interleaved._interleaved_gradients_kernel, tile, config.warps, config.stages
+        del tile["BLOCK_C"]
+        tile |= {"BLOCK_M": interleaved.BLOCK_M, "BLOCK_K": min(interleaved.BLOCK_K, channels)}
+        yield interleaved._interleaved_kernel, tile, interleaved.WARPS, 3
         if storage != "fp32":
             shape = (16, channels, 2048 // channels, 4096 // channels)
             walk = conv3_backward.WeightGradConfig.default(PLAIN, shape, channels)

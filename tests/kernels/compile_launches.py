@@ -34,6 +34,7 @@ from lgcnet_fast.kernels import (
     depthwise_weight_grad,
     gradient_sum,
     image_convolution,
+    interleaved,
     max_pool,
     mixed_sum,
     mixed_sum_backward,
@@ -121,6 +122,9 @@ def products(x: Tensor) -> None:
         pointwise_backward.pointwise_backward([x] * maps, stack, weights, stack)
     for stride in (1, 2):
         conv3_backward.conv3_weight_grad([x] * stride, [x] * stride)
+    weight = x.new_zeros(channels, channels)
+    y = interleaved.interleaved(x, weight, weight)
+    interleaved.interleaved_gradients(y, x, weight, weight)
 
 
 def convolutions_of_images(x: Tensor) -> None:
