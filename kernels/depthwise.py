@@ -68,15 +68,15 @@ class ForwardConfig:
     ) -> ForwardConfig:
         """8 bytes of 16-bit storage a thread and load; 4 programs for each of 132 cores.
 
-        7 for large maps of one branch, which need fewer registers.
+        For large maps of one branch, which need fewer registers, 12 of half the size.
         """
         edges, branches, images, channels, height, width = y_shape
         alone = edges == branches == stride == 1
-        large = images * channels * height * width >= LARGE
-        programs = 924 if alone and large else 528
-        block_p, block_c = default_block(width, channels, spare=1 / 8)
+        small = alone and images * channels * height * width >= LARGE
+        programs, warps = (1650, 2) if small else (528, 4)
+        block_p, block_c = default_block(width, channels, elements=128 * warps, spare=1 / 8)
         tiles = images * branches * triton.cdiv(width, block_p) * triton.cdiv(channels, block_c)
-        return cls(share_rows(height, programs // tiles), block_p, block_c, warps=4)
+        return cls(share_rows(height, programs // tiles), block_p, block_c, warps)
 
 
 def default_block(
@@ -101,9 +101,9 @@ def share_rows(height: int, programs: int) -> int:
 
 
 def default_rows(height: int, dilations: Sequence[int], stride: int) -> int:
-    """Rows of a short walk: 8, none beyond the chains' end."""
+    """Rows of short walks: up to 8, so that those of the longest chain are about equally long."""
     longest_chain = max(triton.cdiv(height, _step(dilation, stride)) for dilation in dilations)
-    return min(8, triton.next_power_of_2(longest_chain))
+    return triton.cdiv(longest_chain, triton.cdiv(longest_chain, 8))
 
 
 @triton.jit
