@@ -20,6 +20,7 @@ from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.maps import computed_dtype, dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.operands import check_beside, check_map
+from lgcnet_fast.ops.pointwise_kernels import convolution_gradient
 
 
 def interleaved_convolution(x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
@@ -44,27 +45,82 @@ def interleaved_convolution(x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
     return result
 
 
-class _Corners(torch.autograd.Function):
-    """The weight (A + B, C, k, k) of the single convolution: k = 2, or 3 for an odd side."""
+def _reference(x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+    shifted = F.pad(x, (-1, 1, -1, 1))
+    return torch.cat((F.conv2d(x, even, stride=2), F.conv2d(shifted, odd, stride=2)), dim=1)
+
+
+def _run(backend: str, x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+    dtype = computed_dtype(x)
+    result: Tensor = _Interleaved.apply(backend, nhwc(x.to(dtype)), even.to(dtype), odd.to(dtype))
+    return result
+
+
+class _Interleaved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backend: str, x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+        ctx.save_for_backward(x, even, odd)
+        ctx.backend = backend
+        return _interleaved(x, even, odd, backend)
 
     @staticmethod
-    def forward(ctx: Any, even: Tensor, odd: Tensor, kernel: int) -> Tensor:
-        ctx.save_for_backward(even, odd)
-        ctx.kernel = kernel
-        channels = len(even) + len(odd), even.shape[1]
-        weight = empty_nhwc(even, (*channels, kernel, kernel)).zero_()
-        for corner, values in zip(_corners(weight, len(even)), (even, odd), strict=True):
-            corner.copy_(values)
-        return weight
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+        x, even, odd = ctx.saved_tensors
+        dx, dw = _gradients(nhwc(gradient), x, even, odd, ctx.backend)
+        d_even, d_odd = dw.split([len(even), len(odd)])
+        return None, dx, d_even.view_as(even), d_odd.view_as(odd)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        even, odd = ctx.saved_tensors
-        # Like the weights in memory, as the optimiser wants them.
-        own = [torch.empty_like(weight) for weight in (even, odd)]
-        for values, corner in zip(own, _corners(gradient, len(even)), strict=True):
-            values.copy_(corner)
-        return own[0], own[1], None
+
+@custom_op("lgcnet_fast::interleaved", mutates_args=())
+def _interleaved(x: Tensor, even: Tensor, odd: Tensor, backend: str) -> Tensor:
+    """x: NHWC; all of one dtype."""
+    if backend == "triton":
+        from lgcnet_fast.kernels import interleaved as kernel
+
+        if kernel.serves(x, even, odd):
+            return kernel.interleaved(x, even.flatten(1), odd.flatten(1))
+    weight, padding = _as_one(x, even, odd)
+    return nhwc(F.conv2d(x, weight, stride=2, padding=padding))
+
+
+@_interleaved.register_fake
+def _(x: Tensor, even: Tensor, odd: Tensor, backend: str) -> Tensor:
+    height, width = (-(-length // 2) for length in x.shape[2:])
+    return empty_nhwc(x, (len(x), len(even) + len(odd), height, width))
+
+
+@custom_op("lgcnet_fast::interleaved_gradients", mutates_args=())
+def _gradients(
+    g: Tensor, x: Tensor, even: Tensor, odd: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Of x, and of both weights, (A + B, C), in their dtype; g, x: NHWC."""
+    if backend == "triton":
+        from lgcnet_fast.kernels import interleaved as kernel
+
+        if kernel.serves(x, even, odd):
+            return kernel.interleaved_gradients(g, x, even.flatten(1), odd.flatten(1))
+    weight, padding = _as_one(x, even, odd)
+    geometry = ([2, 2], [padding] * 2, [1, 1], False, [0, 0], 1)
+    dx, dw = (convolution_gradient(which, g, x, weight, geometry) for which in (0, 1))
+    return nhwc(dx), torch.cat([corner.flatten(1) for corner in _corners(dw, len(even))])
+
+
+@_gradients.register_fake
+def _(g: Tensor, x: Tensor, even: Tensor, odd: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return empty_nhwc(x, x.shape), even.new_empty(len(even) + len(odd), even.shape[1])
+
+
+def _as_one(x: Tensor, even: Tensor, odd: Tensor) -> tuple[Tensor, int]:
+    """The weight (A + B, C, k, k) of a single convolution, and its padding.
+
+    Beyond an odd side there must be zeros, which padding adds on both sides: there k = 3, else 2.
+    """
+    padding = 1 if x.shape[-2] % 2 or x.shape[-1] % 2 else 0
+    kernel = 2 + padding
+    weight = empty_nhwc(even, (len(even) + len(odd), even.shape[1], kernel, kernel)).zero_()
+    for corner, values in zip(_corners(weight, len(even)), (even, odd), strict=True):
+        corner.copy_(values)
+    return weight, padding
 
 
 def _corners(weight: Tensor, even: int) -> tuple[Tensor, Tensor]:
@@ -72,67 +128,6 @@ def _corners(weight: Tensor, even: int) -> tuple[Tensor, Tensor]:
     kernel = weight.shape[-1]
     first, second = slice(kernel - 2, kernel - 1), slice(kernel - 1, kernel)
     return weight[:even, :, first, first], weight[even:, :, second, second]
-
-
-def _reference(x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
-    shifted = F.pad(x, (-1, 1, -1, 1))
-    return torch.cat((F.conv2d(x, even, stride=2), F.conv2d(shifted, odd, stride=2)), dim=1)
-
-
-def _run(backend: str, x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
-    if backend == "triton":
-        from lgcnet_fast.kernels import interleaved as kernel
-
-        dtype = computed_dtype(x)
-        x, even, odd = x.to(dtype), even.to(dtype), odd.to(dtype)
-        if kernel.serves(x, even, odd):
-            result: Tensor = _Interleaved.apply(nhwc(x), even, odd)
-            return result
-    # Beyond an odd side there must be zeros, which padding adds on both sides.
-    padding = 1 if x.shape[-2] % 2 or x.shape[-1] % 2 else 0
-    weight = _Corners.apply(even, odd, 2 + padding)
-    return F.conv2d(nhwc(x), weight, stride=2, padding=padding)
-
-
-class _Interleaved(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
-        ctx.save_for_backward(x, even, odd)
-        return _interleaved(x, even, odd)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, even, odd = ctx.saved_tensors
-        dx, dw = _gradients(nhwc(gradient), x, even, odd)
-        d_even, d_odd = dw.split([len(even), len(odd)])
-        return dx, d_even.view_as(even), d_odd.view_as(odd)
-
-
-@custom_op("lgcnet_fast::interleaved", mutates_args=())
-def _interleaved(x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
-    """x: NHWC; all of one dtype."""
-    from lgcnet_fast.kernels import interleaved as kernel
-
-    return kernel.interleaved(x, even.flatten(1), odd.flatten(1))
-
-
-@_interleaved.register_fake
-def _(x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
-    height, width = (-(-length // 2) for length in x.shape[2:])
-    return empty_nhwc(x, (len(x), len(even) + len(odd), height, width))
-
-
-@custom_op("lgcnet_fast::interleaved_gradients", mutates_args=())
-def _gradients(g: Tensor, x: Tensor, even: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
-    """Of x, and of both weights, (A + B, C), in their dtype; g, x: NHWC."""
-    from lgcnet_fast.kernels import interleaved as kernel
-
-    return kernel.interleaved_gradients(g, x, even.flatten(1), odd.flatten(1))
-
-
-@_gradients.register_fake
-def _(g: Tensor, x: Tensor, even: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
-    return empty_nhwc(x, x.shape), even.new_empty(len(even) + len(odd), even.shape[1])
 
 
 def _refuse(x: Tensor, even: Tensor, odd: Tensor) -> str | None:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.errors import BackendError, OperandError
+from lgcnet_fast.kernels import interleaved as kernel
 from lgcnet_fast.ops import interleaved_convolution, use_backend
+from lgcnet_fast.ops.interleaved_convolution import _gradients, _interleaved
 
 SIZES = [(6, 8), (5, 7), (5, 6), (6, 5), (1, 1), (2, 1)]
 
@@ -29,12 +31,19 @@ def outcome(backend: str, inputs: list[Tensor]) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, inputs, g)]
 
 
+@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("outputs", [(4, 4), (2, 3), (1, 1)])
 @pytest.mark.parametrize("size", SIZES)
 def test_fused_equals_reference(
-    size: tuple[int, int], outputs: tuple[int, int], device: torch.device
+    kernels: bool,
+    size: tuple[int, int],
+    outputs: tuple[int, int],
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     inputs = case(size, outputs, device, torch.float64)
+    if not kernels:
+        monkeypatch.setattr(kernel, "serves", lambda x, even, odd: False)
     found, wanted = (outcome(backend, inputs) for backend in ("triton", "reference"))
     torch.testing.assert_close(found, wanted)
     for value, tensor in zip(found[1:], inputs, strict=True):
@@ -46,6 +55,13 @@ def test_gradients_by_finite_differences(size: tuple[int, int], device: torch.de
     inputs = case(size, (2, 3), device, torch.float64)
     with use_backend("triton"):
         assert torch.autograd.gradcheck(interleaved_convolution, inputs)
+
+
+def test_registration(device: torch.device) -> None:
+    x, even, odd = (tensor.detach() for tensor in case((3, 4), (2, 3), device, torch.float32))
+    torch.library.opcheck(_interleaved, (x, even, odd, "triton"))
+    g = _interleaved(x, even, odd, "triton")
+    torch.library.opcheck(_gradients, (g, x, even, odd, "triton"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
