@@ -21,11 +21,10 @@ from torch.library import custom_op
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.fused_resize import refuse_resize
 from lgcnet_fast.ops.maps import accumulator, computed_dtype, dtype_refusal, empty_nhwc, nhwc
+from lgcnet_fast.ops.pointwise_kernels import product_by_library, product_gradients_by_library
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
 Shape = Sequence[int]
-_PLAIN_CONVOLUTION = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
-"""What torch's convolution takes after the bias."""
 _MOST_POSITIONS = 2**31 - 1
 
 
@@ -49,8 +48,7 @@ def _forward(
     maps = [nhwc(x) for x in maps]
     if not _by_kernel(backend, maps[0], weight):
         x = _concatenation(maps, size, relu, backend)
-        y: Tensor = torch.ops.aten.convolution(x, weight.to(x.dtype), None, *_PLAIN_CONVOLUTION)
-        return nhwc(y)
+        return product_by_library(x, _matrix(weight.to(x.dtype)))
     from lgcnet_fast.kernels import concat_pointwise as kernel
 
     channels, dtype = [x.shape[1] for x in maps], maps[0].dtype
@@ -105,16 +103,13 @@ def _gradients_by_library(
     grad: Tensor, maps: Sequence[Tensor], size: Shape, weight: Tensor, relu: bool, backend: str
 ) -> list[Tensor]:
     x = _concatenation(maps, size, relu, backend)
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight.to(x.dtype), None, *_PLAIN_CONVOLUTION, [True, True, False]
-    )
+    dx, dw = product_gradients_by_library(grad, x, _matrix(weight.to(x.dtype)))
     if relu:
         torch.ops.aten.threshold_backward.grad_input(dx, x, 0, grad_input=dx)
-    dense = weight.new_empty(weight.shape, dtype=accumulator(grad.dtype))
     channels = [part.shape[1] for part in maps]
     sizes = [length for part in maps for length in part.shape[2:]]
     dxs = torch.ops.lgcnet_fast.concat_upsample_backward(dx, channels, sizes, backend)
-    return [*dxs, dense.copy_(dw)]
+    return [*dxs, dw.view(weight.shape)]
 
 
 def _concatenation(maps: Sequence[Tensor], size: Shape, relu: bool, backend: str) -> Tensor:

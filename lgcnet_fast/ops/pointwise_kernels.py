@@ -108,13 +108,36 @@ def _products(g: Tensor, maps: Tensor, weights: Tensor, products: Tensor) -> Non
     are cut into parts, whose `products` (b, parts, C_out, C) run side by side and are yet to be
     added. The gradients of the maps take the place of the maps, once these have served.
     """
+    _weight_products(g, maps, products)
+    torch.bmm(matrices(g), weights, out=matrices(maps))
+
+
+def _weight_products(g: Tensor, maps: Tensor, products: Tensor) -> None:
     parts = products.shape[1]
     torch.bmm(
         matrices(g).unflatten(1, (parts, -1)).flatten(0, 1).transpose(1, 2),
         matrices(maps).unflatten(1, (parts, -1)).flatten(0, 1),
         out=products.flatten(0, 1),
     )
-    torch.bmm(matrices(g), weights, out=matrices(maps))
+
+
+def product_by_library(x: Tensor, weight: Tensor) -> Tensor:
+    """The 1x1 convolution of an NHWC map (N, C, H, W) with (C_out, C), NHWC.
+
+    A library's products of 32-bit matrices are faster than its convolutions in NHWC.
+    """
+    y = empty_nhwc(x, (len(x), len(weight), *x.shape[2:]))
+    torch.mm(matrices(x)[0], weight.t(), out=matrices(y)[0])
+    return y
+
+
+def product_gradients_by_library(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `product_by_library`: of x, and of the weight in the accumulator's dtype."""
+    dx = empty_nhwc(x, x.shape)
+    torch.mm(matrices(g)[0], weight, out=matrices(dx)[0])
+    products = weight.new_empty(1, _parts(x), *weight.shape)
+    _weight_products(g, x, products)
+    return dx, products[0].sum(0, dtype=accumulator(x.dtype))
 
 
 def matrices(stack: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ def test_fused_equals_reference(
         monkeypatch.setattr(kernel, "serves", lambda x, even, odd: False)
     found, wanted = (outcome(backend, inputs) for backend in ("triton", "reference"))
     torch.testing.assert_close(found, wanted)
-    for value, tensor in zip(found[1:], inputs, strict=True):
-        assert value.stride() == tensor.stride()
+    for value in found:
+        assert value.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("size", [(2, 4), (3, 2)])
