@@ -3,7 +3,8 @@
 Two launches take the statistics of all edges. The rest of an edge is a job beside those of the
 others: normalise, depthwise, pointwise, and in the backward pass the same in reverse. Triton's
 depthwise kernels normalise as they load (see normalised_depthwise.py). Where products are left to
-the node (see products.py) the depthwise maps are the end of it.
+the node (see products.py) the depthwise maps are the end of it. Small ones are kept for the
+gradients of the products.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from lgcnet_fast.ops.normalised_depthwise import (
     normalised_depthwise,
     normalised_depthwise_backward,
 )
-from lgcnet_fast.ops.products import Entry, Products, pay
+from lgcnet_fast.ops.products import SMALLEST, Entry, Products, pay
 
 
 def refuse(
@@ -64,7 +65,8 @@ def run(
     later = to_sum and backend == "triton" and pay(ys[0], len(pointwise[0]))
     ys = [nhwc(y.to(computed_dtype(y))) for y in ys]
     statistics, training = norm_statistics(backend, ys, norms, plain=0)
-    settings = Settings(training, backend)
+    keeps = to_sum and backend == "triton" and _are_small(ys[0])
+    settings = Settings(training, backend, keeps)
     own = () if later else pointwise
     maps = _SecondStages.apply(settings, statistics, len(ys), *ys, *depthwise, *own)
     if later:
@@ -78,6 +80,14 @@ class Settings(NamedTuple):
     training: bool
     """Whether the statistics are the batch's."""
     backend: str
+    keeps: bool
+    """Whether depthwise maps are kept where products are made of them."""
+
+
+def _are_small(y: Tensor) -> bool:
+    """Whether a launch to make a depthwise map again costs more than to keep it: as `pay`."""
+    maps = len(y) if y.ndim == 5 else 1
+    return y.element_size() == 2 and y.numel() < maps * SMALLEST
 
 
 class _SecondStages(torch.autograd.Function):
@@ -93,18 +103,19 @@ class _SecondStages(torch.autograd.Function):
         one = constant((1.0,), statistics.device)
         kept = (*ys, windows, matrices, statistics, one)
         jobs = [partial(_stage, settings, *edge) for edge in _edges(kept)]
-        maps = side_by_side(statistics.device, jobs)
-        ctx.save_for_backward(*kept)
+        maps, filtered = zip(*side_by_side(statistics.device, jobs), strict=True)
+        ctx.save_for_backward(*kept, *filtered)
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
+        ctx.edges = edges
         ctx.like = [(weight.dtype, weight.shape) for weight in weights[::edges]]
-        return tuple(maps)
+        return maps
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        kept = ctx.saved_tensors
+        kept, filtered = ctx.saved_tensors[: -ctx.edges], ctx.saved_tensors[-ctx.edges :]
         jobs = [
-            partial(_stage_gradients, ctx.settings, nhwc(g), *edge)
-            for g, edge in zip(gradients, _edges(kept), strict=True)
+            partial(_stage_gradients, ctx.settings, nhwc(g), own, *edge)
+            for g, own, edge in zip(gradients, filtered, _edges(kept), strict=True)
         ]
         # Without pointwise weights, the last of found has nobody to go to.
         dys, *found = zip(*side_by_side(gradients[0].device, jobs), strict=True)
@@ -130,29 +141,40 @@ def _edges(kept: Sequence[Tensor]) -> Sequence[tuple[Tensor, ...]]:
 
 def _stage(
     settings: Settings, y: Tensor, window: Tensor, matrix: Tensor, statistics: Tensor, one: Tensor
-) -> Tensor:
-    if settings.backend == "triton":
+) -> tuple[Tensor, Tensor]:
+    """What the node or the norm receives, and what is kept of the depthwise map: that, or nothing.
+
+    A map that the node receives is kept there.
+    """
+    training, backend, keeps = settings
+    nothing = y.new_empty(0)
+    if backend == "triton":
         filtered = normalised_depthwise(*unstacked([y]), window, statistics)
-        return (multiplied_maps(filtered, matrix) if matrix.numel() else filtered)[0]
-    x = mixed_sum([y], [], one, statistics, *settings)
-    (out,) = separable_branches_forward(x, window, matrix, [1], 1, settings.backend)
-    return out
+        if not matrix.numel():
+            return filtered[0], nothing
+        return multiplied_maps(filtered, matrix)[0], filtered if keeps else nothing
+    x = mixed_sum([y], [], one, statistics, training, backend)
+    (out,) = separable_branches_forward(x, window, matrix, [1], 1, backend)
+    return out, nothing
 
 
 def _stage_gradients(
     settings: Settings,
     g: Tensor,
+    filtered: Tensor,
     y: Tensor,
     window: Tensor,
     matrix: Tensor,
     statistics: Tensor,
     one: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Of y, window and matrix."""
-    training, backend = settings
+    """Of y, window and matrix. filtered: what `_stage` has kept."""
+    training, backend, _ = settings
     if backend == "triton":
         (x,) = unstacked([y])
-        dx, *weights = normalised_depthwise_backward(g, x, window, matrix, statistics, training)
+        dx, *weights = normalised_depthwise_backward(
+            g, x, window, matrix, statistics, training, filtered
+        )
         return dx.expand_as(y), *weights
     x = mixed_sum([y], [], one, statistics, training, backend)
     dx, *weights = separable_branches_backward([g], x, window, matrix, [1], 1, backend)

@@ -5,7 +5,8 @@ Its backward pass gives the gradient of the norm's output and, on the way, the s
 norm's own gradient follows.
 
 Traffic in maps, C_out = C: forward reads and writes one, one more of each where the products are
-made here; backward reads 4 and writes 2, and with products reads 3 and writes 2 more.
+made here; backward reads 4 and writes 2, and with products reads 3 and writes 2 more, one less of
+each where the depthwise map has been kept.
 """
 
 from __future__ import annotations
@@ -35,13 +36,20 @@ def _(y: Tensor, windows: Tensor, statistics: Tensor) -> Tensor:
 
 @custom_op("lgcnet_fast::normalised_depthwise_backward", mutates_args=())
 def normalised_depthwise_backward(
-    g: Tensor, x: Tensor, windows: Tensor, products: Tensor, statistics: Tensor, training: bool
+    g: Tensor,
+    x: Tensor,
+    windows: Tensor,
+    products: Tensor,
+    statistics: Tensor,
+    training: bool,
+    filtered: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of the window as (1, C, 3, 3), and of products.
 
     x: y of `normalised_depthwise`; products: (1, C_out, C) where g (1, N, C_out, H, W) is that of
-    the products, which are made again; empty where it is that of the depthwise map. training:
-    whether the statistics are the batch's. Gradients of weights are in the accumulator's dtype.
+    the products; empty where it is that of the depthwise map. training: whether the statistics are
+    the batch's. filtered: the result of `normalised_depthwise` for products; empty: make it again.
+    Gradients of weights are in the accumulator's dtype.
     """
 
     def of_products() -> Tensor:
@@ -49,9 +57,12 @@ def normalised_depthwise_backward(
 
     dy, norm = g[0], _norm(statistics)
     if products.numel():
-        own = filtered_maps("triton", x, windows[None], (1,), 1, norm)[0]
-        of_products = pointwise_gradients("triton", [g], own, products)
-        dy = own[0]
+        kept = bool(filtered.numel())
+        own = filtered[0] if kept else filtered_maps("triton", x, windows[None], (1,), 1, norm)[0]
+        out = empty_nhwc(own, own.shape) if kept else own
+        of_products = pointwise_gradients("triton", [g], own, products, out)
+        dy = out[0]
+        del own, out
     d_normalised, sums, of_weights = normalised_gradients(dy, x, windows[0], norm)
     del dy  # And with it the depthwise map, before there is one more.
     dx = norm_gradient(d_normalised, x, statistics, sums, training)
@@ -60,7 +71,13 @@ def normalised_depthwise_backward(
 
 @normalised_depthwise_backward.register_fake
 def _(
-    g: Tensor, x: Tensor, windows: Tensor, products: Tensor, statistics: Tensor, training: bool
+    g: Tensor,
+    x: Tensor,
+    windows: Tensor,
+    products: Tensor,
+    statistics: Tensor,
+    training: bool,
+    filtered: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulator(x.dtype)
     return (

@@ -20,20 +20,26 @@ from lgcnet_fast.ops.tuning import shape_key, tuned
 
 
 def pointwise_gradients(
-    backend: str, gradients: Sequence[Tensor], maps: Tensor, weights: Tensor
+    backend: str,
+    gradients: Sequence[Tensor],
+    maps: Tensor,
+    weights: Tensor,
+    out: Tensor | None = None,
 ) -> Callable[[], Tensor]:
-    """Of B products: those of the maps take the place of the maps.
+    """Of B products: those of the maps go to `out`, or take the place of the maps.
 
-    gradients: stacks (b, N, C_out, H, W), NHWC, of B products in all; maps: (B, N, C, H, W), NHWC;
-    weights: (B, C_out, C). What it returns adds up the gradients of the weights, (B, C_out, C) in
-    the accumulator's dtype, and may run beside what reads the maps.
+    gradients: stacks (b, N, C_out, H, W), NHWC, of B products in all; maps, out: (B, N, C, H, W),
+    NHWC; weights: (B, C_out, C). What it returns adds up the gradients of the weights,
+    (B, C_out, C) in the accumulator's dtype, and may run beside what reads the maps.
     """
+    out = maps if out is None else out
     if backend == "triton":
         from lgcnet_fast.kernels import pointwise_backward as kernel
 
         if kernel.serves(maps, weights.shape[1]):
-            return partial(kernel.summed, _by_kernel(unstacked(gradients), maps, weights, maps)[1])
-    return _by_library(gradients, maps, weights)
+            shares = _by_kernel(unstacked(gradients), maps, weights, out)[1]
+            return partial(kernel.summed, shares)
+    return _by_library(gradients, maps, weights, out)
 
 
 @custom_op(
@@ -92,24 +98,26 @@ def _by_kernel(
     return pointwise_backward(gradients, maps, weights, out, config)
 
 
-def _by_library(gradients: Sequence[Tensor], maps: Tensor, weights: Tensor) -> Callable[[], Tensor]:
+def _by_library(
+    gradients: Sequence[Tensor], maps: Tensor, weights: Tensor, out: Tensor
+) -> Callable[[], Tensor]:
     stacks = [len(g) for g in gradients]
     products = weights.new_empty(len(weights), _parts(maps), *weights.shape[1:])
-    shares = (part.split(stacks) for part in (maps, weights, products))
+    shares = (part.split(stacks) for part in (maps, weights, out, products))
     jobs = [partial(_products, *one) for one in zip(gradients, *shares, strict=True)]
     side_by_side(maps.device, jobs)
     return partial(products.sum, 1, dtype=accumulator(maps.dtype))
 
 
-def _products(g: Tensor, maps: Tensor, weights: Tensor, products: Tensor) -> None:
+def _products(g: Tensor, maps: Tensor, weights: Tensor, out: Tensor, products: Tensor) -> None:
     """Of a stack of b products: those of the weights, in parts, and of the maps.
 
     g: (b, N, C_out, H, W). The positions far outnumber the entries of a weight's gradient, so they
     are cut into parts, whose `products` (b, parts, C_out, C) run side by side and are yet to be
-    added. The gradients of the maps take the place of the maps, once these have served.
+    added. `out`, where the gradients of the maps go, may be the maps, once these have served.
     """
     _weight_products(g, maps, products)
-    torch.bmm(matrices(g), weights, out=matrices(maps))
+    torch.bmm(matrices(g), weights, out=matrices(out))
 
 
 def _weight_products(g: Tensor, maps: Tensor, products: Tensor) -> None:

@@ -16,7 +16,6 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 PyTorch's own operations round no operands to 19 bits on a GPU."""
+def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 PyTorch's own convolutions round no operands to 19 bits on a GPU."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -44,12 +45,12 @@ class Edges:
         self.pointwise = [leaf(3, 4, 1, 1) for _ in range(count)]
         self.leaves = (*maps, *self.depthwise, *self.pointwise)
 
-    def outcome(self, backend: str, autocast: bool = False) -> list[Tensor]:
+    def outcome(self, backend: str, autocast: bool = False, to_sum: bool = False) -> list[Tensor]:
         """Maps, gradients, states of the norms; norms are copied."""
         norms = [copy.deepcopy(norm) for norm in self.norms]
         device = self.depthwise[0].device.type
         with use_backend(backend), torch.autocast(device, torch.bfloat16, enabled=autocast):
-            found = second_stages(self.ys, norms, self.depthwise, self.pointwise)
+            found = second_stages(self.ys, norms, self.depthwise, self.pointwise, to_sum)
         maps = [y.view(2, 3, 5, 3) if y.ndim == 5 else y for (y,) in found]
         torch.manual_seed(1)
         g = [torch.randn(y.shape, dtype=torch.float64).to(y) for y in maps]
@@ -98,6 +99,26 @@ def test_autocast(device: torch.device) -> None:
         assert error <= 2 * allowed + 0.02 * wanted.double().norm()
 
 
+def test_depthwise_maps_kept_or_made_again(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edges = Edges(2, device, torch.bfloat16)
+    made: list[Tensor] = []
+    make = registered.filtered_maps
+
+    def counted(*arguments: Any) -> Tensor:
+        made.append(make(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(registered, "filtered_maps", counted)
+    kept = edges.outcome("triton", to_sum=True)
+    assert len(made) == 2
+    monkeypatch.setattr("lgcnet_fast.ops.fused_second_stages.SMALLEST", 0)
+    again = edges.outcome("triton", to_sum=True)
+    assert len(made) == 2 + 4
+    assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_by_finite_differences(backend: str, device: torch.device) -> None:
     edges = Edges(2, device, torch.float64, size=(2, 3))
@@ -112,8 +133,8 @@ def test_gradients_by_finite_differences(backend: str, device: torch.device) -> 
         assert torch.autograd.gradcheck(joined, edges.leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("multiplied", [True, False])
-def test_registration(multiplied: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("multiplied, kept", [(True, True), (True, False), (False, False)])
+def test_registration(multiplied: bool, kept: bool, device: torch.device) -> None:
     edges = Edges(1, device)
     y = edges.ys[0][0][0].detach()
     statistics = torch.rand(3, 1, 4, device=device) + 0.5
@@ -122,8 +143,9 @@ def test_registration(multiplied: bool, device: torch.device) -> None:
     products = torch.randn(1, 3, 4, device=device) if multiplied else y.new_empty(1, 0)
     channels = 3 if multiplied else 4
     g = torch.randn(1, 2, 5, 3, channels, device=device).movedim(-1, 2)
+    filtered = registered.normalised_depthwise(y, windows, statistics) if kept else y.new_empty(0)
     for training in (True, False):
-        arguments = (g, y, windows, products, statistics, training)
+        arguments = (g, y, windows, products, statistics, training, filtered)
         torch.library.opcheck(registered.normalised_depthwise_backward, arguments)
 
 
