@@ -109,18 +109,18 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}
     streaming = {"AHEAD": 2, "LOADS": 2, "GROUPS": 128, "VECTOR": 8}
     statistics = {"K": BRANCHES, "ACC": tl.float32, "EPS": 1e-5}
-    slab = {"BLOCK_M": 16, "LOADS": 4, "BLOCK_C": 64, "BLOCK_S": 16}
-    yield mixed_sum._slab_statistics_kernel, statistics | slab, 4
-    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 1}, 4
+    many = {"BLOCK_M": 32, "LOADS": 4, "BLOCK_C": 32}
+    few = {"BLOCK_M": 128, "LOADS": 4, "BLOCK_C": 16}
+    for whole in (True, False):
+        merged = statistics | {"WHOLE": whole}
+        yield mixed_sum._slab_statistics_kernel, merged | many | {"BLOCK_S": 64}, 4
+        yield mixed_sum._slab_statistics_kernel, merged | few | {"BLOCK_S": 32}, 8
+    for maps in (1, 2):
+        summed = counts | {"MAPS": maps, "SUMMED": 64}
+        yield mixed_sum_backward._gradient_sums_kernel, summed | many | {"BLOCK_S": 16}, 4
+        yield mixed_sum_backward._gradient_sums_kernel, summed | few | {"BLOCK_S": 32}, 8
     yield mixed_sum._mixed_sum_kernel, counts | streaming | {"AFFINE": False}, 4
     yield mixed_sum._mixed_sum_kernel, NODE | streaming | {"AFFINE": True}, 4
-    slab |= {"MAPS": 2, "LOADS": 2, "BLOCK_S": 8}
-    yield mixed_sum_backward._gradient_sums_kernel, counts | slab, 4
-    slab = {"BLOCK_M": 64, "LOADS": 4, "BLOCK_C": 32, "BLOCK_S": 64}
-    yield mixed_sum._slab_statistics_kernel, statistics | slab, 8
-    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 1}, 8
-    slab |= {"LOADS": 2, "BLOCK_S": 32}
-    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 2}, 8
     yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming | {"AFFINE": False}, 4
     yield mixed_sum_backward._mixed_sum_grad_kernel, NODE | streaming | {"AFFINE": True}, 4
     yield common._sum_rows_kernel, {"BLOCK_ROWS": 256, "BLOCK_COLUMNS": 8}, 4
