@@ -139,8 +139,9 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield concat_upsample._concat_kernel, strips, 4
     for copied in (1, 7):
         yield concat_upsample._sum_kernel, strips | {"COPIED": copied}, 4
-    for taps in (3, 4, 9):
-        taken = {"TAPS": taps, "STEP": max(1, concat_upsample_backward._LOADS // taps)}
+    beside = concat_upsample_backward._LOADS_BESIDE_COPIES
+    for taps, step in ((1, 1), (3, beside // 3), (4, beside // 4), (9, 1)):
+        taken = {"TAPS": taps, "STEP": step}
         yield concat_upsample_backward._backward_kernel, strips | taken, 4
     tile = {"ACC": tl.float32, "BLOCK_P": 8, "BLOCK_C": 64, "ROWS": 8}
     for stride in (1, 2):
