@@ -297,7 +297,7 @@ def batch_statistics(
         tuple(ys), partial, out, take_counters(count * channel_blocks, out.device), positions, slab,
         channels, K=count, ACC=accumulator(ys[0].dtype), EPS=eps, WHOLE=positions % tile == 0,
         BLOCK_M=block_m, LOADS=config.loads, BLOCK_C=config.block_c,
-        BLOCK_S=config.shares(len(partial), config.block_c), num_warps=config.warps,
+        BLOCK_S=config.shares(len(partial), 2 * config.block_c), num_warps=config.warps,
     )  # fmt: skip
     return Statistics(*out.unbind())
 

@@ -17,7 +17,7 @@ import triton.language as tl
 
 MOST_SLABS = 512
 """More would take one program long to add up."""
-SHARES = 16
+SHARES = 32
 """Values that a thread loads at once of the sums that it adds up over the slabs. More would take
 registers, and with them programs, from all the others."""
 FEW_MAPS = 2
@@ -43,21 +43,24 @@ class SlabConfig:
 
     @classmethod
     def default(cls, channels: int, maps: int, gradients: bool = False) -> SlabConfig:
-        """For sums over so many maps, on 132 multiprocessors.
+        """For sums over so many maps, on 132 multiprocessors, as measured on an H200.
 
-        Of one map or two, one program of 256 threads on each, of few channels: the last program of
-        each group of channels then has little to add up. A block divides the channels, as a thread
-        without a channel would wait for the others. gradients: sums of products with a shared map,
-        whose last program adds up all channels, and so has few slabs, and those many threads.
+        Of one map or two, programs take few channels: the last one of each group of channels then
+        has little to add up. Blocks divide the channels, as a thread without one would wait for the
+        others. gradients: sums of products with a shared map. As the last program of those adds up
+        all channels, there is nothing to gain from many blocks of them, and its registers leave
+        room for three programs on each multiprocessor.
         """
-        most = 16 if maps <= FEW_MAPS else 64 if gradients else 32
-        dividing = channels & -channels
-        block_c = min(most, dividing if dividing >= 16 else triton.next_power_of_2(channels))
+        wide = triton.next_power_of_2(channels)
+        dividing = channels & -channels if channels % 16 == 0 else wide
         if maps <= FEW_MAPS:
+            block_c = min(16, dividing)
+            if gradients:
+                return cls(block_c, warps=4, loads=4, maps=1, programs=264)
             return cls(block_c, warps=8, loads=4, maps=1, programs=132)
         if gradients:
-            return cls(block_c, warps=8, loads=4, maps=1, programs=264)
-        return cls(block_c, warps=4, loads=4, maps=1, programs=528)
+            return cls(min(64, wide), warps=4, loads=4, maps=1, programs=396)
+        return cls(min(32, dividing), warps=4, loads=4, maps=1, programs=528)
 
     def rows(self, dtype: torch.dtype) -> int:
         """Positions of which a thread loads one vector."""

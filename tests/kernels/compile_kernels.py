@@ -115,10 +115,13 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         merged = statistics | {"WHOLE": whole}
         yield mixed_sum._slab_statistics_kernel, merged | many | {"BLOCK_S": 64}, 4
         yield mixed_sum._slab_statistics_kernel, merged | few | {"BLOCK_S": 32}, 8
-    for maps in (1, 2):
-        summed = counts | {"MAPS": maps, "SUMMED": 64}
-        yield mixed_sum_backward._gradient_sums_kernel, summed | many | {"BLOCK_S": 16}, 4
-        yield mixed_sum_backward._gradient_sums_kernel, summed | few | {"BLOCK_S": 32}, 8
+    many = {"BLOCK_M": 16, "LOADS": 4, "BLOCK_C": 64, "BLOCK_S": 32}
+    few = {"BLOCK_M": 64, "LOADS": 4, "BLOCK_C": 16, "BLOCK_S": 32}
+    for slab in (many, few):
+        summed = counts | {"MAPS": 1, "SUMMED": 64}
+        yield mixed_sum_backward._gradient_sums_kernel, summed | slab, 4
+    several = {"LOADS": 2, "BLOCK_S": 16, "MAPS": 2, "SUMMED": 64}
+    yield mixed_sum_backward._gradient_sums_kernel, counts | many | several, 4
     yield mixed_sum._mixed_sum_kernel, counts | streaming | {"AFFINE": False}, 4
     yield mixed_sum._mixed_sum_kernel, NODE | streaming | {"AFFINE": True}, 4
     yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming | {"AFFINE": False}, 4

@@ -275,7 +275,7 @@ def test_more_slabs_than_one_step_adds_up(device: torch.device) -> None:
     case = Case((1, 3, 1, 19), 1, 1)
     config = SlabConfig(block_c=256, warps=1, loads=1, maps=2, programs=MOST_SLABS)
     assert config.slab(19, 3, shares=1, tile=1) == 1
-    assert config.shares(19, 256) < 19 and config.shares(19, 3 * 256) == 1
+    assert config.shares(19, 2 * 256) < 19 and config.shares(19, 3 * 256) == 1
     values = inputs(case, torch.float32, device)
     (y,), (x,), g = values.ys, values.xs, values.g.double()
     statistics = batch_statistics([y], EPS, config)
@@ -314,7 +314,7 @@ def test_one_map_is_shared_out_to_all_multiprocessors() -> None:
     slabs = 32768 // slab
     assert blocks * slabs == 128 and slab % tile == 0
     # The last program of a group of channels adds up its slabs in one step.
-    assert config.shares(slabs, config.block_c) == slabs
+    assert config.shares(slabs, 2 * config.block_c) == slabs
 
 
 def test_a_constant_map_becomes_zero(device: torch.device) -> None:
