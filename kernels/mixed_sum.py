@@ -55,7 +55,7 @@ SMALL = 2**20
 class TileConfig:
     """Of one program that writes maps: a thread takes `loads` vectors of 16 bytes of each.
 
-    Those of the `ahead` maps that follow are on their way while one is added.
+    Those of `ahead` maps are on their way at once, the one that is added among them.
     """
 
     loads: int
@@ -66,14 +66,13 @@ class TileConfig:
     def streaming(cls, elements: int, gradients: bool = False) -> TileConfig:
         """For maps of so many elements: fewer bytes a thread where programs are few.
 
-        Measured on an H200 for 1 to 18 maps; more vectors on their way gain nothing where other
-        programs wait beside them. gradients: as many maps are written as read.
+        Measured on an H200 for 1 to 18 maps. gradients: as many maps are written as read.
         """
         if elements < SMALL:
             return cls(1, ahead=4, warps=4)
-        if gradients and SMALL < elements <= 2 * SMALL:
-            return cls(4, ahead=2, warps=4)
-        return cls(2, ahead=1, warps=4)
+        if gradients and not SMALL < elements <= 2 * SMALL:
+            return cls(2, ahead=1, warps=4)
+        return cls(4, ahead=2, warps=4)
 
     @staticmethod
     def reducing(channels: int, maps: int, gradients: bool = False) -> SlabConfig:
@@ -212,36 +211,55 @@ def weight_of(z_ptrs, k: tl.constexpr, channel, ACC: tl.constexpr, AFFINE: tl.co
 
 
 @triton.jit
-def _add_maps(
-    totals, values, map_ptrs, z_ptrs, plain_z_ptr, beta_ptrs, mean_ptr, r_ptr,
-    first, channel, offsets, masks, C, FIRST: tl.constexpr,
+def load_rows(pointers, k: tl.constexpr, C, channel):
+    """Row k of each of some tables (K, C), at these channels."""
+    rows = ()
+    for i in tl.static_range(len(pointers)):
+        rows = rows + (tl.load(pointers[i] + k * C + channel),)
+    return rows
+
+
+@triton.jit
+def _add_map(
+    totals, values, rows, map_ptrs, z_ptrs, plain_z_ptr, beta_ptrs, mean_ptr, r_ptr,
+    first, channel, offsets, masks, C, k: tl.constexpr,
     K: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr, AFFINE: tl.constexpr,
     AHEAD: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
-    """The totals with AHEAD maps from FIRST on added, and the values of those that follow."""
+    """The totals with map k added, which `values` begin with; the values and rows that follow.
+
+    rows: mean and r of each of the AHEAD maps that there are values of.
+    """
+    scale, mean, beta = 1.0, 0.0, 0.0
+    if k < K:
+        mean = rows[0]
+        scale = weight_of(z_ptrs, k, channel, ACC, AFFINE) * rows[1]
+        if AFFINE:
+            beta = tl.load(beta_ptrs[k] + channel).to(ACC)
+    elif not AFFINE:
+        scale = tl.load(plain_z_ptr + (k - K)).to(ACC)
+    sums = ()
+    for load in tl.static_range(LOADS):
+        value = values[load].to(ACC)
+        sums = sums + (totals[load] + (scale * (value - mean) + beta),)
     following = ()
-    for k in tl.static_range(FIRST, FIRST + AHEAD):
-        if k + AHEAD < K + J:
-            following = following + load_runs(map_ptrs[k + AHEAD], first, offsets, masks)
-        else:
-            for load in tl.static_range(LOADS):  # as many, of which none is used
-                following = following + (values[(k - FIRST) * LOADS + load],)
-        if k < K + J:
-            scale, mean, beta = 1.0, 0.0, 0.0
-            if k < K:
-                mean = tl.load(mean_ptr + k * C + channel)
-                r = tl.load(r_ptr + k * C + channel)
-                scale = weight_of(z_ptrs, k, channel, ACC, AFFINE) * r
-                if AFFINE:
-                    beta = tl.load(beta_ptrs[k] + channel).to(ACC)
-            elif not AFFINE:
-                scale = tl.load(plain_z_ptr + (k - K)).to(ACC)
-            sums = ()
-            for load in tl.static_range(LOADS):
-                value = values[(k - FIRST) * LOADS + load].to(ACC)
-                sums = sums + (totals[load] + (scale * (value - mean) + beta),)
-            totals = sums
-    return totals, following
+    for load in tl.static_range(LOADS, AHEAD * LOADS):
+        following = following + (values[load],)
+    next_rows = ()
+    for row in tl.static_range(2, 2 * AHEAD):
+        next_rows = next_rows + (rows[row],)
+    if k + AHEAD < K + J:
+        following = following + load_runs(map_ptrs[k + AHEAD], first, offsets, masks)
+    else:
+        for load in tl.static_range(LOADS):  # as many, of which none is used
+            following = following + (values[load],)
+    if k + AHEAD < K:
+        next_rows = next_rows + load_rows((mean_ptr, r_ptr), k + AHEAD, C, channel)
+    else:
+        next_rows = next_rows + (rows[0], rows[1])
+    # No load may pass it: the compiler would move each to its use.
+    tl.debug_barrier()
+    return sums, following, next_rows
 
 
 @triton.jit(do_not_specialize=["vectors"])
@@ -256,16 +274,19 @@ def _mixed_sum_kernel(
     than to add its map.
     """
     first, channel, offsets, masks = tile_of(vectors, per_pixel, period, LOADS, GROUPS, VECTOR)
+    C = per_pixel * VECTOR
     totals = (tl.zeros((GROUPS, VECTOR), dtype=ACC),) * LOADS
     values = load_ahead(map_ptrs, first, AHEAD, offsets, masks)
-    for k in tl.static_range(0, K + J, AHEAD):
+    rows = ()
+    for k in tl.static_range(AHEAD):
+        rows = rows + load_rows((mean_ptr, r_ptr), k if k < K else 0, C, channel)
+    for k in tl.static_range(K + J):
         # Always so, which the compiler does not know: it moves no load to before a branch. Of
         # unbranched code it moves all there are, and the registers do not hold them.
         if vectors > k - (K + J):
-            totals, values = _add_maps(
-                totals, values, map_ptrs, z_ptrs, plain_z_ptr, beta_ptrs, mean_ptr, r_ptr,
-                first, channel, offsets, masks, per_pixel * VECTOR, k,
-                K, J, ACC, AFFINE, AHEAD, LOADS,
+            totals, values, rows = _add_map(
+                totals, values, rows, map_ptrs, z_ptrs, plain_z_ptr, beta_ptrs, mean_ptr, r_ptr,
+                first, channel, offsets, masks, C, k, K, J, ACC, AFFINE, AHEAD, LOADS,
             )  # fmt: skip
     for load in tl.static_range(LOADS):
         tl.store(out_ptr + first + offsets[load], totals[load], mask=masks[load])
