@@ -46,8 +46,9 @@ BACKWARD = StripConfig(block=1024, rows=4, warps=4)
 
 _PROGRAMS = 528
 """Four on each of 132 multiprocessors."""
-_LOADS = 4
-"""Vectors of the gradient on their way to a thread, of the most output rows that fit."""
+_LOADS, _LOADS_BESIDE_COPIES = 4, 8
+"""Vectors of the gradient on their way to a thread, of the most output rows that fit: where all
+maps are resized, and where programs that copy others run beside them."""
 
 _LARGEST_DIRECT_SCALE = 4
 """Beyond it the gradient is summed along one axis after the other."""
@@ -338,7 +339,9 @@ def _launch_backward(
     batch, _, height, width = slices[0].shape
     channels = [x.shape[1] for x in outs]
     vector = vector_width(slices[0].dtype, pitch, *channels)
-    taps = max(most_outputs_beside(x.shape[3], width) for x in outs)
+    resized = [x for x in outs if x.shape[2:] != (height, width)]
+    taps = max((most_outputs_beside(x.shape[3], width) for x in resized), default=1)
+    loads = _LOADS if len(resized) == len(outs) else _LOADS_BESIDE_COPIES
     groups = max(1, 2 * config.block // slices[0].dtype.itemsize // vector)
     blocks = [triton.cdiv(x.shape[3] * x.shape[1], groups * vector) for x in outs]
     rows = config.rows
@@ -348,7 +351,7 @@ def _launch_backward(
         *four(slices), *four(outs), *four_sizes(outs), height, width,
         *four([c // vector for c in channels]), pitch // vector,
         MAPS=len(outs), GROUPS=groups, VECTOR=vector, ROWS=rows,
-        TAPS=taps, STEP=max(1, _LOADS // taps), ACC=accumulator(slices[0].dtype),
+        TAPS=taps, STEP=max(1, loads // taps) if resized else 1, ACC=accumulator(slices[0].dtype),
         num_warps=config.warps,
     )  # fmt: skip
 

@@ -38,7 +38,7 @@ from lgcnet_fast.kernels.common import (
 )
 from lgcnet_fast.kernels.last_program import finishes_last, take_counters
 from lgcnet_fast.kernels.rows import vector_width
-from lgcnet_fast.kernels.slabs import SlabConfig, pointer_of, tile_positions
+from lgcnet_fast.kernels.slabs import SlabConfig, load_tile, pointer_of, sums_of
 from lgcnet_fast.kernels.tile_statistics import (
     Statistics,
     check_positions,
@@ -55,7 +55,7 @@ SMALL = 2**20
 class TileConfig:
     """Of one program that writes maps: a thread takes `loads` vectors of 16 bytes of each.
 
-    Those of the `ahead` maps that follow are on their way while one is added.
+    Those of `ahead` maps are on their way at once, the one that is added among them.
     """
 
     loads: int
@@ -66,19 +66,18 @@ class TileConfig:
     def streaming(cls, elements: int, gradients: bool = False) -> TileConfig:
         """For maps of so many elements: fewer bytes a thread where programs are few.
 
-        Measured on an H200 for 1 to 18 maps; more vectors on their way gain nothing where other
-        programs wait beside them. gradients: as many maps are written as read.
+        Measured on an H200 for 1 to 18 maps. gradients: as many maps are written as read.
         """
         if elements < SMALL:
             return cls(1, ahead=4, warps=4)
-        if gradients and SMALL < elements <= 2 * SMALL:
-            return cls(4, ahead=2, warps=4)
-        return cls(2, ahead=1, warps=4)
+        if gradients and not SMALL < elements <= 2 * SMALL:
+            return cls(2, ahead=1, warps=4)
+        return cls(4, ahead=2, warps=4)
 
     @staticmethod
-    def reducing(channels: int, maps: int) -> SlabConfig:
-        """For kernels that add up this many maps."""
-        return SlabConfig.default(channels, maps)
+    def reducing(channels: int, maps: int, gradients: bool = False) -> SlabConfig:
+        """For kernels that add up this many maps, or their products with a gradient."""
+        return SlabConfig.default(channels, maps, gradients)
 
     def launch(self, like: Tensor, count: int) -> tuple[int, dict[str, int]]:
         """Programs for `count` maps like this one, and what a kernel is told of them."""
@@ -143,51 +142,55 @@ def load_ahead(map_ptrs, first, AHEAD: tl.constexpr, offsets, masks):
 @triton.jit(do_not_specialize=["M", "slab"])
 def _slab_statistics_kernel(
     y_ptrs, partial_ptr, statistics_ptr, counter_ptr, M, slab, C,
-    K: tl.constexpr, ACC: tl.constexpr, EPS: tl.constexpr,
+    K: tl.constexpr, ACC: tl.constexpr, EPS: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, LOADS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """partial[s, k] = (mean, M2) of the positions of slab s, per channel.
 
-    They merge into statistics[:, k]. Each row of a tile has a thread's n_t of the slab's n values,
-    and its own pivot p, the mean of the first ones. From the sums of d = y - p and of its square,
+    They merge into statistics[:, k]. With p, the mean of four of the slab's n values, from the sums
+    of d = y - p and of its square,
 
-        mean_t = p + sum d / n_t,   M2_t = sum d^2 - (sum d)^2 / n_t
+        mean = p + sum d / n,   M2 = sum d^2 - (sum d)^2 / n
 
-    and rows merge as tiles do. However large the mean, nothing cancels: p is typically half a
-    deviation from it, and at worst the terms of M2_t are n_t + 1 times M2_t.
+    However large the mean, nothing cancels: p is typically half a deviation from it, and at worst
+    the terms of M2 are n + 1 times M2. WHOLE: slabs are whole tiles.
     """
     channel_blocks = tl.cdiv(C, BLOCK_C)
     number, k = tl.program_id(0) // channel_blocks, tl.program_id(1)
     block = tl.program_id(0) % channel_blocks
-    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, :]
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     inside = channel < C
     first = number.to(tl.int64) * slab
     count = tl.minimum(M - first, slab).to(tl.int32)
     y = pointer_of(y_ptrs, k, K) + first * C + channel
-    lane = tile_positions(BLOCK_M, LOADS)
-    following = tl.load(y + lane * C, mask=(lane < count) & inside, other=0.0)
-    # Of a slab that is shorter than a tile, the last rows have no value: sums of 0 are 0.
-    values = (count + BLOCK_M - 1 - tl.arange(0, BLOCK_M)[:, None, None]) // BLOCK_M
-    pivot = tl.sum(following.to(ACC), axis=1, keep_dims=True)
-    pivot *= 1 / tl.maximum(tl.minimum(values, LOADS), 1).to(ACC)
-    total = tl.zeros((BLOCK_M, 1, BLOCK_C), dtype=ACC)
-    square = tl.zeros((BLOCK_M, 1, BLOCK_C), dtype=ACC)
+    following = load_tile(y, 0, count, C, inside, BLOCK_M, BLOCK_C, LOADS)
+    few = ()
+    for quarter in tl.static_range(4):
+        few = few + (tl.load(y + count // 4 * quarter * C, mask=inside, other=0.0),)
+    pivot = tl.zeros((1, BLOCK_C), dtype=ACC)
+    # Always so, which the compiler does not know: it moves no load of the tile to behind a branch.
+    if count > 0:
+        pivot = (few[0].to(ACC) + few[1].to(ACC) + few[2].to(ACC) + few[3].to(ACC)) * 0.25
+    total = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
+    square = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
     for start in range(0, count, BLOCK_M * LOADS):
-        mask = (start + lane < count) & inside
-        distance = tl.where(mask, following.to(ACC) - pivot, 0.0)
+        values = following
         # On its way while this tile is added up.
-        position = start + BLOCK_M * LOADS + lane
-        following = tl.load(y + position * C, mask=(position < count) & inside, other=0.0)
-        total += tl.sum(distance, axis=1, keep_dims=True)
-        square += tl.sum(distance * distance, axis=1, keep_dims=True)
-    weight = values.to(ACC)
-    shift = total * (1 / tl.maximum(weight, 1.0))
-    mean = tl.sum(weight * (pivot + shift), axis=0, keep_dims=True) / count.to(ACC)
-    beside = pivot + shift - mean
-    m2 = tl.sum(square - total * shift + weight * beside * beside, axis=0, keep_dims=True)
+        second = start + BLOCK_M * LOADS
+        following = load_tile(y, second, count, C, inside, BLOCK_M, BLOCK_C, LOADS)
+        for load in tl.static_range(LOADS):
+            distance = values[load].to(ACC) - pivot
+            if not WHOLE:
+                position = start + load * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+                distance = tl.where(position < count, distance, 0.0)
+            total += distance
+            square += distance * distance
+    share = 1 / count.to(ACC)
+    total, square = sums_of((total, square))
     partial = partial_ptr + (number.to(tl.int64) * K + k) * (2 * C) + channel
-    tl.store(partial, mean, mask=inside)
+    tl.store(partial, pivot + total * share, mask=inside)
     # Rounding may take it below zero; NaN stays.
+    m2 = square - total * total * share
     tl.store(partial + C, tl.where(m2 < 0, 0.0, m2), mask=inside)
     slabs = tl.num_programs(0) // channel_blocks
     if finishes_last(counter_ptr + k * channel_blocks + block, slabs):
@@ -208,36 +211,55 @@ def weight_of(z_ptrs, k: tl.constexpr, channel, ACC: tl.constexpr, AFFINE: tl.co
 
 
 @triton.jit
-def _add_maps(
-    totals, values, map_ptrs, z_ptrs, plain_z_ptr, beta_ptrs, mean_ptr, r_ptr,
-    first, channel, offsets, masks, C, FIRST: tl.constexpr,
+def load_rows(pointers, k: tl.constexpr, C, channel):
+    """Row k of each of some tables (K, C), at these channels."""
+    rows = ()
+    for i in tl.static_range(len(pointers)):
+        rows = rows + (tl.load(pointers[i] + k * C + channel),)
+    return rows
+
+
+@triton.jit
+def _add_map(
+    totals, values, rows, map_ptrs, z_ptrs, plain_z_ptr, beta_ptrs, mean_ptr, r_ptr,
+    first, channel, offsets, masks, C, k: tl.constexpr,
     K: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr, AFFINE: tl.constexpr,
     AHEAD: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
-    """The totals with AHEAD maps from FIRST on added, and the values of those that follow."""
+    """The totals with map k added, which `values` begin with; the values and rows that follow.
+
+    rows: mean and r of each of the AHEAD maps that there are values of.
+    """
+    scale, mean, beta = 1.0, 0.0, 0.0
+    if k < K:
+        mean = rows[0]
+        scale = weight_of(z_ptrs, k, channel, ACC, AFFINE) * rows[1]
+        if AFFINE:
+            beta = tl.load(beta_ptrs[k] + channel).to(ACC)
+    elif not AFFINE:
+        scale = tl.load(plain_z_ptr + (k - K)).to(ACC)
+    sums = ()
+    for load in tl.static_range(LOADS):
+        value = values[load].to(ACC)
+        sums = sums + (totals[load] + (scale * (value - mean) + beta),)
     following = ()
-    for k in tl.static_range(FIRST, FIRST + AHEAD):
-        if k + AHEAD < K + J:
-            following = following + load_runs(map_ptrs[k + AHEAD], first, offsets, masks)
-        else:
-            for load in tl.static_range(LOADS):  # as many, of which none is used
-                following = following + (values[(k - FIRST) * LOADS + load],)
-        if k < K + J:
-            scale, mean, beta = 1.0, 0.0, 0.0
-            if k < K:
-                mean = tl.load(mean_ptr + k * C + channel)
-                r = tl.load(r_ptr + k * C + channel)
-                scale = weight_of(z_ptrs, k, channel, ACC, AFFINE) * r
-                if AFFINE:
-                    beta = tl.load(beta_ptrs[k] + channel).to(ACC)
-            elif not AFFINE:
-                scale = tl.load(plain_z_ptr + (k - K)).to(ACC)
-            sums = ()
-            for load in tl.static_range(LOADS):
-                value = values[(k - FIRST) * LOADS + load].to(ACC)
-                sums = sums + (totals[load] + (scale * (value - mean) + beta),)
-            totals = sums
-    return totals, following
+    for load in tl.static_range(LOADS, AHEAD * LOADS):
+        following = following + (values[load],)
+    next_rows = ()
+    for row in tl.static_range(2, 2 * AHEAD):
+        next_rows = next_rows + (rows[row],)
+    if k + AHEAD < K + J:
+        following = following + load_runs(map_ptrs[k + AHEAD], first, offsets, masks)
+    else:
+        for load in tl.static_range(LOADS):  # as many, of which none is used
+            following = following + (values[load],)
+    if k + AHEAD < K:
+        next_rows = next_rows + load_rows((mean_ptr, r_ptr), k + AHEAD, C, channel)
+    else:
+        next_rows = next_rows + (rows[0], rows[1])
+    # No load may pass it: the compiler would move each to its use.
+    tl.debug_barrier()
+    return sums, following, next_rows
 
 
 @triton.jit(do_not_specialize=["vectors"])
@@ -252,16 +274,19 @@ def _mixed_sum_kernel(
     than to add its map.
     """
     first, channel, offsets, masks = tile_of(vectors, per_pixel, period, LOADS, GROUPS, VECTOR)
+    C = per_pixel * VECTOR
     totals = (tl.zeros((GROUPS, VECTOR), dtype=ACC),) * LOADS
     values = load_ahead(map_ptrs, first, AHEAD, offsets, masks)
-    for k in tl.static_range(0, K + J, AHEAD):
+    rows = ()
+    for k in tl.static_range(AHEAD):
+        rows = rows + load_rows((mean_ptr, r_ptr), k if k < K else 0, C, channel)
+    for k in tl.static_range(K + J):
         # Always so, which the compiler does not know: it moves no load to before a branch. Of
         # unbranched code it moves all there are, and the registers do not hold them.
         if vectors > k - (K + J):
-            totals, values = _add_maps(
-                totals, values, map_ptrs, z_ptrs, plain_z_ptr, beta_ptrs, mean_ptr, r_ptr,
-                first, channel, offsets, masks, per_pixel * VECTOR, k,
-                K, J, ACC, AFFINE, AHEAD, LOADS,
+            totals, values, rows = _add_map(
+                totals, values, rows, map_ptrs, z_ptrs, plain_z_ptr, beta_ptrs, mean_ptr, r_ptr,
+                first, channel, offsets, masks, C, k, K, J, ACC, AFFINE, AHEAD, LOADS,
             )  # fmt: skip
     for load in tl.static_range(LOADS):
         tl.store(out_ptr + first + offsets[load], totals[load], mask=masks[load])
@@ -284,15 +309,16 @@ def batch_statistics(
     positions, count = images * height * width, len(ys)
     check_positions("ys", ys[0], positions)
     config = config or TileConfig.reducing(channels, count)
-    block_m, loads = config.rows(ys[0].dtype), config.tile_loads(1)
-    channel_blocks = triton.cdiv(channels, config.block_c)
-    slab = config.slab(positions, channels, count * channel_blocks, block_m * loads)
+    block_m = config.rows(ys[0].dtype)
+    channel_blocks, tile = triton.cdiv(channels, config.block_c), block_m * config.loads
+    slab = config.slab(positions, channels, count * channel_blocks, tile)
     partial = empty_partial(count, channels, positions, slab, ys[0])
     out = checked_statistics(out, partial)
     _slab_statistics_kernel[(len(partial) * channel_blocks, count)](
         tuple(ys), partial, out, take_counters(count * channel_blocks, out.device), positions, slab,
-        channels, K=count, ACC=accumulator(ys[0].dtype), EPS=eps, BLOCK_M=block_m, LOADS=loads,
-        BLOCK_C=config.block_c, BLOCK_S=config.shares(), num_warps=config.warps,
+        channels, K=count, ACC=accumulator(ys[0].dtype), EPS=eps, WHOLE=positions % tile == 0,
+        BLOCK_M=block_m, LOADS=config.loads, BLOCK_C=config.block_c,
+        BLOCK_S=config.shares(len(partial), 2 * config.block_c), num_warps=config.warps,
     )  # fmt: skip
     return Statistics(*out.unbind())
 

@@ -50,7 +50,7 @@ from lgcnet_fast.kernels.mixed_sum import (
     tile_of,
     weight_of,
 )
-from lgcnet_fast.kernels.slabs import SlabConfig, pointer_of, tile_positions
+from lgcnet_fast.kernels.slabs import SlabConfig, load_tile, pointer_of, sums_of
 
 
 @dataclass(frozen=True)
@@ -72,94 +72,141 @@ class GradientSums:
         return cls(rows[0], rows[1 : 1 + branches], rows[1 + branches :], weights)
 
 
-@triton.jit(do_not_specialize=["M", "slab", "blocks"])
+@triton.jit
+def _tiles_of(
+    g_ptr, map_ptrs, first, count, C, inside, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    LOADS: tl.constexpr,
+):  # fmt: skip
+    """A tile of g and of each of the maps, one after the other."""
+    values = load_tile(g_ptr, first, count, C, inside, BLOCK_M, BLOCK_C, LOADS)
+    for i in tl.static_range(len(map_ptrs)):
+        values = values + load_tile(map_ptrs[i], first, count, C, inside, BLOCK_M, BLOCK_C, LOADS)
+    return values
+
+
+@triton.jit(do_not_specialize=["M", "slab"])
 def _gradient_sums_kernel(
-    g_ptr, map_ptrs, mean_ptr, r_ptr, partial_ptr, sums_ptr, dz_ptr, counter_ptr,
-    M, slab, blocks, C,
+    g_ptr, map_ptrs, mean_ptr, r_ptr, partial_ptr, sums_ptr, dz_ptr, counter_ptr, M, slab, C,
     K: tl.constexpr, J: tl.constexpr, MAPS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, LOADS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """partial[s] = S0, S1_1 to S1_K, P_1 to P_J of the positions of slab s, per channel.
+    """partial[s] = S0, S1_1 / r_1 to S1_K / r_K, P_1 to P_J of slab s of positions, per channel.
 
-    sums is their sum over s. One program adds up the shares of `blocks` of BLOCK_C channels, which
-    are one or all there are; where all, also dz, the sums over the channels but for that of S0.
-    The maps are y_1 to y_K, x_1 to x_J; a program takes MAPS of them, for one reading of g.
+    sums are their sums over s, times r_k. One program adds up the shares of SUMMED channels, which
+    are a block of BLOCK_C or all; where all, also dz, the sums over the channels but for that of
+    S0. The maps are y_1 to y_K, x_1 to x_J; a program takes MAPS of them, for one reading of g.
     """
     groups: tl.constexpr = (K + J + MAPS - 1) // MAPS
     group, block = tl.program_id(0) % groups, tl.program_id(0) // groups
     number = tl.program_id(1).to(tl.int64)
     first = number * slab
     count = tl.minimum(M - first, slab).to(tl.int32)
-    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, None, :]
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     inside = channel < C
-    k = group * MAPS + tl.arange(0, MAPS)[None, None, :, None]
-    taken = inside & (k < K + J)
-    g_start = g_ptr + first * C + channel
-    start_of = pointer_of(map_ptrs, k, K + J) + first * C + channel
-    # Those of the plain maps: 0 and 1.
-    mean = tl.load(mean_ptr + k * C + channel, mask=inside & (k < K), other=0.0)
-    r = tl.load(r_ptr + k * C + channel, mask=inside & (k < K), other=1.0)
-
-    lane = tile_positions(BLOCK_M, LOADS)[:, :, :, None]
-    present = lane < count
-    next_g = tl.load(g_start + lane * C, mask=present & inside, other=0.0)
-    next_value = tl.load(start_of + lane * C, mask=present & taken, other=0.0)
-    gradient = tl.zeros((BLOCK_M, 1, BLOCK_C), dtype=ACC)
-    total = tl.zeros((BLOCK_M, MAPS, BLOCK_C), dtype=ACC)
+    start_of_g = g_ptr + first * C + channel
+    starts = ()
+    means = ()
+    totals = ()
+    for i in tl.static_range(MAPS):
+        # Where maps are no multiple of MAPS, the last group has one several times.
+        k = tl.minimum(group * MAPS + i, K + J - 1)
+        starts = starts + (pointer_of(map_ptrs, k, K + J) + first * C + channel,)
+        # Those of the plain maps are 0.
+        means = means + (tl.load(mean_ptr + k * C + channel, mask=inside & (k < K), other=0.0),)
+        totals = totals + (tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC),)
+    gradient = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
+    following = _tiles_of(start_of_g, starts, 0, count, C, inside, BLOCK_M, BLOCK_C, LOADS)
     for start in range(0, count, BLOCK_M * LOADS):
-        g = next_g.to(ACC)
-        value = next_value.to(ACC)
+        values = following
         # On their way together while this tile is added up: left to itself, ptxas moves every load
         # of a tile to its use, one after the other, but none to another round.
-        position = start + BLOCK_M * LOADS + lane
-        present = position < count
-        next_g = tl.load(g_start + position * C, mask=present & inside, other=0.0)
-        next_value = tl.load(start_of + position * C, mask=present & taken, other=0.0)
-        # Past the end both are zero.
-        gradient += tl.sum(g, axis=1)
-        total += tl.sum(g * (value - mean), axis=1)
+        second = start + BLOCK_M * LOADS
+        following = _tiles_of(
+            start_of_g, starts, second, count, C, inside, BLOCK_M, BLOCK_C, LOADS
+        )  # fmt: skip
+        sums = ()
+        for i in tl.static_range(MAPS):
+            total = totals[i]
+            for load in tl.static_range(LOADS):
+                # Past the end both are zero.
+                distance = values[(1 + i) * LOADS + load].to(ACC) - means[i]
+                total += values[load].to(ACC) * distance
+            sums = sums + (total,)
+        totals = sums
+        for load in tl.static_range(LOADS):
+            gradient += values[load].to(ACC)
     partial = partial_ptr + number * ((1 + K + J) * C) + channel
     if group == 0:
-        tl.store(partial, tl.sum(gradient, axis=0)[None, None, :, :], mask=inside)
-    tl.store(partial + (1 + k) * C, tl.sum(total, axis=0)[None, None, :, :] * r, mask=taken)
-    together = tl.program_id(0) % (tl.num_programs(0) // blocks)
-    if finishes_last(counter_ptr + together, tl.num_programs(1) * blocks):
+        tl.store(partial, tl.sum(gradient, axis=0)[None, :], mask=inside)
+    rows = sums_of(totals)
+    for i in tl.static_range(MAPS):
+        k = group * MAPS + i
+        tl.store(partial + (1 + k) * C, rows[i], mask=inside & (k < K + J))
+    blocks: tl.constexpr = SUMMED // BLOCK_C
+    together = tl.program_id(0) // (groups * blocks)
+    programs = tl.num_programs(1) * tl.minimum(blocks, tl.num_programs(0) // groups)
+    if finishes_last(counter_ptr + together * groups + group, programs):
         _sum_slabs(
-            partial_ptr, sums_ptr, dz_ptr, group, together // groups, blocks, tl.num_programs(1), C,
-            K + J, MAPS, BLOCK_S, BLOCK_C,
+            partial_ptr, r_ptr, sums_ptr, dz_ptr, group, together * SUMMED, tl.num_programs(1), C,
+            K, K + J, MAPS, BLOCK_S, SUMMED,
         )  # fmt: skip
 
 
 @triton.jit
+def _shares(
+    partial, group, first, slabs, C, inside,
+    COUNT: tl.constexpr, MAPS: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Rows of BLOCK_S slabs from `first` on: S0, of the first group only, and those of a group."""
+    number = first + tl.arange(0, BLOCK_S)[:, None]
+    present = (number < slabs) & inside
+    share = partial + number.to(tl.int64) * ((1 + COUNT) * C)
+    mask = present & (group == 0)
+    values = (tl.load(share, mask=mask, other=0.0, cache_modifier=".cg"),)
+    for i in tl.static_range(MAPS):
+        row = 1 + group * MAPS + i
+        mask = present & (row <= COUNT)
+        values = values + (tl.load(share + row * C, mask=mask, other=0.0, cache_modifier=".cg"),)
+    return values
+
+
+@triton.jit
 def _sum_slabs(
-    partial_ptr, sums_ptr, dz_ptr, group, first_block, blocks, slabs, C,
-    COUNT: tl.constexpr, MAPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    partial_ptr, r_ptr, sums_ptr, dz_ptr, group, first_channel, slabs, C,
+    K: tl.constexpr, COUNT: tl.constexpr, MAPS: tl.constexpr, BLOCK_S: tl.constexpr,
+    SUMMED: tl.constexpr,
 ):  # fmt: skip
     """What a group of the COUNT maps has in sums and dz, the first group also S0."""
     ACC = partial_ptr.dtype.element_ty
-    k = group * MAPS + tl.arange(0, MAPS)[None, :]
-    lane = tl.arange(0, BLOCK_S)[:, None, None]
-    dz = tl.zeros((1, MAPS), dtype=ACC)
-    for block in range(first_block, first_block + blocks):
-        channel = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, :]
-        row = (1 + k[:, :, None]) * C + channel
-        inside = (channel < C) & (group == 0)
-        taken = (channel < C) & (k[:, :, None] < COUNT)
-        gradient = tl.zeros((BLOCK_S, 1, BLOCK_C), dtype=ACC)
-        total = tl.zeros((BLOCK_S, MAPS, BLOCK_C), dtype=ACC)
-        for first in range(0, slabs, BLOCK_S):
-            number = first + lane
-            present = number < slabs
-            share = partial_ptr + number.to(tl.int64) * ((1 + COUNT) * C)
-            mask = present & inside
-            gradient += tl.load(share + channel, mask=mask, other=0.0, cache_modifier=".cg")
-            mask = present & taken
-            total += tl.load(share + row, mask=mask, other=0.0, cache_modifier=".cg")
-        tl.store(sums_ptr + channel, tl.sum(gradient, axis=0)[None, :, :], mask=inside)
-        rows = tl.sum(total, axis=0)[None, :, :]
-        tl.store(sums_ptr + row, rows, mask=taken)
-        dz += tl.sum(rows, axis=2)
-    tl.store(dz_ptr + k, dz, mask=(k < COUNT) & (blocks == tl.cdiv(C, BLOCK_C)))
+    channel = first_channel + tl.arange(0, SUMMED)[None, :]
+    inside = channel < C
+    factors = ()
+    for i in tl.static_range(MAPS):
+        k = group * MAPS + i
+        factors = factors + (tl.load(r_ptr + k * C + channel, mask=inside & (k < K), other=1.0),)
+    totals = (tl.zeros((BLOCK_S, SUMMED), dtype=ACC),) * (1 + MAPS)
+    following = _shares(
+        partial_ptr + channel, group, 0, slabs, C, inside, COUNT, MAPS, BLOCK_S
+    )  # fmt: skip
+    for first in range(0, slabs, BLOCK_S):
+        values = following
+        # As in the kernel: the compilers move loads to their use, where one would wait for another,
+        # but none to another round.
+        following = _shares(
+            partial_ptr + channel, group, first + BLOCK_S, slabs, C, inside, COUNT, MAPS, BLOCK_S
+        )  # fmt: skip
+        sums = ()
+        for i in tl.static_range(1 + MAPS):
+            sums = sums + (totals[i] + values[i],)
+        totals = sums
+    rows = sums_of(totals)
+    tl.store(sums_ptr + channel, rows[0], mask=inside & (group == 0))
+    for i in tl.static_range(MAPS):
+        k = group * MAPS + i
+        total = rows[1 + i] * factors[i]
+        tl.store(sums_ptr + (1 + k) * C + channel, total, mask=inside & (k < COUNT))
+        tl.store(dz_ptr + k, tl.sum(total), mask=(k < COUNT) & (SUMMED >= C))
 
 
 @triton.jit(do_not_specialize=["vectors", "count"])
@@ -239,21 +286,22 @@ def _sums(
     check_statistics(statistics, ys)
     channels = g.shape[1]
     positions, count = g.numel() // channels, len(ys) + len(xs)
-    config = config or TileConfig.reducing(channels, count)
-    together = min(config.maps, triton.next_power_of_2(count))
-    block_m, loads = config.rows(g.dtype), config.tile_loads(together)
-    channel_blocks = triton.cdiv(channels, config.block_c)
+    config = config or TileConfig.reducing(channels, count, gradients=True)
+    together = min(config.maps, count)
+    block_m, block_c = config.rows(g.dtype), config.block_c
+    channel_blocks = triton.cdiv(channels, block_c)
     shares = triton.cdiv(count, together) * channel_blocks
-    slab = config.slab(positions, channels, shares, block_m * loads, together)
+    slab = config.slab(positions, channels, shares, block_m * config.loads)
     slabs = triton.cdiv(positions, slab)
+    summed = max(block_c, triton.next_power_of_2(channels)) if with_weights else block_c
     partial = g.new_empty(slabs, 1 + count, channels, dtype=accumulator_dtype(g.dtype))
     rows, weights = partial.new_empty(1 + count, channels), partial.new_empty(count)
     _gradient_sums_kernel[(shares, slabs)](
         g, (*ys, *xs), statistics.mean, statistics.inverse_deviation, partial, rows,
-        weights, take_counters(shares, g.device), positions, slab,
-        channel_blocks if with_weights else 1, channels, K=len(ys), J=len(xs), MAPS=together,
-        ACC=accumulator(g.dtype), BLOCK_M=block_m, LOADS=loads, BLOCK_C=config.block_c,
-        BLOCK_S=config.shares(together), num_warps=config.warps,
+        weights, take_counters(shares, g.device), positions, slab, channels, K=len(ys), J=len(xs),
+        MAPS=together, ACC=accumulator(g.dtype), BLOCK_M=block_m, LOADS=config.loads,
+        BLOCK_C=block_c, BLOCK_S=config.shares(slabs, (1 + together) * summed), SUMMED=summed,
+        num_warps=config.warps,
     )  # fmt: skip
     return rows, weights
 

@@ -1,9 +1,10 @@
 """Slabs of positions: the share of a map that one program of a reducing kernel adds up.
 
 Each thread of a program adds up its own channels and positions while the program walks down the
-slab, with several loads in flight; once, at the end, the threads add up theirs. There are no more
-programs than the GPU holds at once, so that the one that adds up their shares has few; see
-last_program.py.
+slab, with the loads of a tile in flight; once, at the end, the threads add up theirs. There are no
+more programs than the GPU holds at once, so that the one that adds up their shares has few. It
+loads as many at once as it has registers for: a few loads that wait for one another take as long as
+a small map. See last_program.py.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import triton.language as tl
 
 MOST_SLABS = 512
 """More would take one program long to add up."""
-SHARES = 8
-"""Values that a thread loads at once of each of the sums that it adds up over the slabs."""
+SHARES = 32
+"""Values that a thread loads at once of the sums that it adds up over the slabs. More would take
+registers, and with them programs, from all the others."""
 FEW_MAPS = 2
 """Whose sums take larger programs."""
 MOST_ELEMENTS = 2**30
@@ -26,9 +28,9 @@ MOST_ELEMENTS = 2**30
 
 @dataclass(frozen=True)
 class SlabConfig:
-    """Of one program: `block_c` channels; a thread holds `loads` vectors of 16 bytes of maps.
+    """Of one program: `block_c` channels; a thread loads `loads` vectors of 16 bytes of each map.
 
-    Half of them are of the tile that follows, which is on its way while one is added up.
+    As many are of the tile that follows, which is on its way while one is added up.
     """
 
     block_c: int
@@ -37,53 +39,61 @@ class SlabConfig:
     maps: int
     """That a program takes, of those that are multiplied with a shared one."""
     programs: int
-    """The most that a launch has, but for maps that are very large; half as many of four maps."""
+    """The most that a launch has, but for maps that are very large."""
 
     @classmethod
-    def default(cls, channels: int, maps: int) -> SlabConfig:
-        """For sums over so many maps, on 132 multiprocessors.
+    def default(cls, channels: int, maps: int, gradients: bool = False) -> SlabConfig:
+        """For sums over so many maps, on 132 multiprocessors, as measured on an H200.
 
-        Of one map or two, one program of 256 threads on each, with as many bytes on their way as
-        otherwise four of 128 threads. Few channels of a program leave the one that adds up the
-        shares of a group few slabs, and those fewer channels. Of several maps each has programs of
-        its own: to read a shared one as often costs less than to add up twice the slabs of two.
+        Of one map or two, programs take few channels: the last one of each group of channels then
+        has little to add up. Blocks divide the channels, as a thread without one would wait for the
+        others. gradients: sums of products with a shared map. As the last program of those adds up
+        all channels, there is nothing to gain from many blocks of them, and its registers leave
+        room for three programs on each multiprocessor.
         """
+        wide = triton.next_power_of_2(channels)
+        dividing = channels & -channels if channels % 16 == 0 else wide
         if maps <= FEW_MAPS:
-            block_c = min(32, triton.next_power_of_2(channels))
-            return cls(block_c, warps=8, loads=8, maps=2, programs=132)
-        block_c = min(64, triton.next_power_of_2(channels))
-        return cls(block_c, warps=4, loads=8, maps=1, programs=528)
-
-    def tile_loads(self, maps: int) -> int:
-        """Vectors of a tile that a thread loads of each of `maps` maps."""
-        return max(1, self.loads // (2 * maps))
+            block_c = min(16, dividing)
+            if gradients:
+                return cls(block_c, warps=4, loads=4, maps=1, programs=264)
+            return cls(block_c, warps=8, loads=4, maps=1, programs=132)
+        if gradients:
+            return cls(min(64, wide), warps=4, loads=4, maps=1, programs=396)
+        return cls(min(32, dividing), warps=4, loads=4, maps=1, programs=528)
 
     def rows(self, dtype: torch.dtype) -> int:
         """Positions of which a thread loads one vector."""
         return max(1, self.warps * 32 * (16 // dtype.itemsize) // self.block_c)
 
-    def shares(self, maps: int = 1) -> int:
-        """Slabs whose shares, of `maps` sums, a program adds up in one step."""
-        return max(1, self.warps * 32 * SHARES // (self.block_c * maps))
+    def shares(self, slabs: int, values: int) -> int:
+        """Slabs whose shares, of so many values each, a program adds up in one step."""
+        most = max(1, self.warps * 32 * SHARES // values)
+        return min(triton.next_power_of_2(slabs), 1 << most.bit_length() - 1)
 
-    def slab(self, positions: int, channels: int, shares: int, tile: int, maps: int = 1) -> int:
-        """Positions of a slab, whole tiles; `shares`: programs that a slab has, each of `maps`."""
-        # Four sums take twice the registers of one or two.
-        programs = self.programs // max(1, maps // 2)
-        slabs = min(MOST_SLABS, max(1, programs // shares))
+    def slab(self, positions: int, channels: int, shares: int, tile: int) -> int:
+        """Positions of a slab, whole tiles; `shares`: programs that a slab has."""
+        slabs = min(MOST_SLABS, max(1, self.programs // shares))
         slabs = max(slabs, triton.cdiv(positions * channels, MOST_ELEMENTS))
         return triton.cdiv(triton.cdiv(positions, tile), slabs) * tile
 
 
 @triton.jit
-def tile_positions(BLOCK_M: tl.constexpr, LOADS: tl.constexpr):
-    """Positions (BLOCK_M, LOADS, 1) of a tile.
+def load_tile(
+    map_ptr, first, count, C, inside, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    LOADS: tl.constexpr,
+):  # fmt: skip
+    """LOADS tensors (BLOCK_M, BLOCK_C) of the positions from `first` on; 0 from `count` on.
 
-    Triton 3.6 gives all of the second axis to one thread, so that sums over it are free; 3.7 lays
-    threads along it, with the same results from more instructions.
+    map_ptr: (1, BLOCK_C), the channels of position 0; inside: which of them there are.
     """
-    load = tl.arange(0, LOADS)[None, :, None]
-    return load * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
+    row = tl.arange(0, BLOCK_M)[:, None]
+    values = ()
+    for load in tl.static_range(LOADS):
+        position = first + load * BLOCK_M + row
+        mask = (position < count) & inside
+        values = values + (tl.load(map_ptr + position * C, mask=mask, other=0.0),)
+    return values
 
 
 @triton.jit
@@ -93,3 +103,21 @@ def pointer_of(pointers, index, COUNT: tl.constexpr):
     for k in tl.static_range(1, COUNT):
         chosen = tl.where(index == k, pointers[k], chosen)
     return chosen
+
+
+@triton.jit
+def sums_of(tensors):
+    """(1, BLOCK_C) of each of the tensors (BLOCK, BLOCK_C), two in one exchange of the threads."""
+    sums = ()
+    for i in tl.static_range(0, len(tensors), 2):
+        if i + 1 < len(tensors):
+            first, second = tl.reduce((tensors[i], tensors[i + 1]), 0, _add_two)
+            sums = sums + (first[None, :], second[None, :])
+        else:
+            sums = sums + (tl.sum(tensors[i], axis=0)[None, :],)
+    return sums
+
+
+@triton.jit
+def _add_two(a, b, c, d):
+    return a + c, b + d

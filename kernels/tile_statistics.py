@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator_dtype, check_dense
+from lgcnet_fast.kernels.slabs import sums_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,16 @@ class Statistics:
     """Biased, for the running statistics; the sums need only the other two."""
     inverse_deviation: Tensor
     """r = 1 / sqrt(variance + eps)."""
+
+
+@triton.jit
+def _tiles(partial, first, tiles, K, C, inside, BLOCK_T: tl.constexpr):
+    """Mean and M2 of BLOCK_T tiles, (BLOCK_T, BLOCK_C) each; 0 beyond those that there are."""
+    tile = first + tl.arange(0, BLOCK_T)[:, None]
+    mask = (tile < tiles) & inside
+    tile_ptr = partial + tile.to(tl.int64) * (2 * K * C)
+    mean = tl.load(tile_ptr, mask=mask, other=0.0, cache_modifier=".cg")
+    return mean, tl.load(tile_ptr + C, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -55,18 +66,22 @@ def merge_tiles(
     pivot = tl.load(partial, mask=inside, other=0.0, cache_modifier=".cg")
     total = tl.zeros((BLOCK_T, BLOCK_C), dtype=ACC)
     square = tl.zeros((BLOCK_T, BLOCK_C), dtype=ACC)
+    whole = tile_size.to(ACC)
+    rest = (M - (tiles - 1).to(tl.int64) * tile_size).to(ACC)
+    following = _tiles(partial, 0, tiles, K, C, inside, BLOCK_T)
     for first in range(0, tiles, BLOCK_T):
-        tile = (first + lane).to(tl.int64)
-        mask = (tile < tiles) & inside
-        tile_ptr = partial + tile * (2 * K * C)
-        tile_mean = tl.load(tile_ptr, mask=mask, other=0.0, cache_modifier=".cg")
-        m2 = tl.load(tile_ptr + C, mask=mask, other=0.0, cache_modifier=".cg")
-        count = tl.minimum(M - tile * tile_size, tile_size).to(ACC)
-        distance = tl.where(mask, tile_mean - pivot, 0.0)
+        tile_mean, m2 = following
+        # All of a round are on their way together: the compilers move loads to their use, where one
+        # would wait for another, but none to another round.
+        following = _tiles(partial, first + BLOCK_T, tiles, K, C, inside, BLOCK_T)
+        tile = first + lane
+        count = tl.where(tile == tiles - 1, rest, whole)
+        distance = tl.where((tile < tiles) & inside, tile_mean - pivot, 0.0)
         total += count * distance
         square += m2 + count * distance * distance
-    shift = tl.sum(total, axis=0)[None, :] / M.to(ACC)
-    variance = tl.sum(square, axis=0)[None, :] / M.to(ACC) - shift * shift
+    total, square = sums_of((total, square))
+    shift = total / M.to(ACC)
+    variance = square / M.to(ACC) - shift * shift
     # Rounding may take it below zero; NaN stays.
     variance = tl.where(variance < 0, 0.0, variance)
     target = statistics_ptr + k * C + channel

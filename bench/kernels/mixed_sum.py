@@ -40,26 +40,26 @@ EDGE, NODE, FUSION = (6, 1), (18, 3), (10, 0)
 SHAPES = [(1, 4, 4), (1, 8, 4), (2, 1, 4), (2, 2, 4), (2, 2, 8), (4, 1, 4)]
 TILES = list(itertools.starmap(TileConfig, [*SHAPES, (4, 2, 4)]))
 SLABS: list[dict[str, int]] = [
-    {"programs": 792},
-    {"loads": 4},
-    {"loads": 4, "programs": 792},
-    {"loads": 16},
+    {"block_c": 16},
     {"block_c": 32},
-    {"maps": 2},
+    {"block_c": 64},
+    {"loads": 8},
+    {"loads": 2, "maps": 2},
+    {"warps": 4, "programs": 396},
+    {"warps": 4, "programs": 528},
     {"warps": 8, "programs": 264},
+    {"block_c": 32, "warps": 4, "programs": 528},
 ]
 FEW_SLABS: list[dict[str, int]] = [
-    {"block_c": 16},
-    {"block_c": 64},
-    {"warps": 16},
-    {"loads": 16},
-    {"programs": 264},
+    {"block_c": 32},
+    {"loads": 8},
+    {"maps": 2},
     {"warps": 4, "programs": 264},
-    {"warps": 4, "loads": 16, "programs": 264},
+    {"block_c": 32, "warps": 4, "programs": 264},
+    {"warps": 4, "loads": 8, "programs": 264},
+    {"warps": 4, "maps": 2, "programs": 264},
 ]
 """What is tried in place of the defaults of kernels that add up many maps, and one or two."""
-FEW_DEFAULT = {"warps": 16, "loads": 4, "programs": 132}
-"""What is tried of three or four as well: the default of fewer."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def sweep(operation: str, key: str) -> Sweep:
     maps, configs = {
         "mixed_sum_statistics": (k, alone),
         "mixed_sum_forward": (k + j + 1, streaming),
-        "mixed_sum_gradient_sums": (k + j + 1, _slabs(channels, k + j)),
+        "mixed_sum_gradient_sums": (k + j + 1, _slabs(channels, k + j, gradients=True)),
         "mixed_sum_gradients": (2 * k + j + 1, writing),
     }[operation]
     return Sweep(
@@ -258,12 +258,10 @@ def sweep(operation: str, key: str) -> Sweep:
     )
 
 
-def _slabs(channels: int, maps: int) -> list[Any]:
+def _slabs(channels: int, maps: int, gradients: bool = False) -> list[Any]:
     """The default for so many maps, and what else is tried."""
-    default = TileConfig.reducing(channels, maps)
+    default = TileConfig.reducing(channels, maps, gradients)
     tried = FEW_SLABS if maps <= FEW_MAPS else SLABS
-    if FEW_MAPS < maps <= 2 * FEW_MAPS:  # also as of fewer maps
-        tried = [*tried[:-1], FEW_DEFAULT]
     return [default, *(replace(default, **changes) for changes in tried)]
 
 

@@ -162,8 +162,9 @@ def tile(backend: str, launch: str, maps: Sequence[Tensor], plain: int) -> dict[
     if launch in ("forward", "gradients"):
         default = TileConfig.streaming(y.numel(), gradients=launch == "gradients")
     else:
-        summed = len(maps) + (plain if launch == "gradient_sums" else 0)
-        default = TileConfig.reducing(y.shape[1], summed)
+        products = launch == "gradient_sums"
+        summed = len(maps) + (plain if products else 0)
+        default = TileConfig.reducing(y.shape[1], summed, gradients=products)
     key = shape_key(y.dtype, y.shape, (len(maps), plain))
     return {"config": tuned(default, f"mixed_sum_{launch}", key, y.device)}
 

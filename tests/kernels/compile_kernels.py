@@ -110,18 +110,21 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}
     streaming = {"AHEAD": 2, "LOADS": 2, "GROUPS": 128, "VECTOR": 8}
     statistics = {"K": BRANCHES, "ACC": tl.float32, "EPS": 1e-5}
-    slab = {"BLOCK_M": 16, "LOADS": 4, "BLOCK_C": 64, "BLOCK_S": 16}
-    yield mixed_sum._slab_statistics_kernel, statistics | slab, 4
-    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 1}, 4
+    many = {"BLOCK_M": 32, "LOADS": 4, "BLOCK_C": 32}
+    few = {"BLOCK_M": 128, "LOADS": 4, "BLOCK_C": 16}
+    for whole in (True, False):
+        merged = statistics | {"WHOLE": whole}
+        yield mixed_sum._slab_statistics_kernel, merged | many | {"BLOCK_S": 64}, 4
+        yield mixed_sum._slab_statistics_kernel, merged | few | {"BLOCK_S": 32}, 8
+    many = {"BLOCK_M": 16, "LOADS": 4, "BLOCK_C": 64, "BLOCK_S": 32}
+    few = {"BLOCK_M": 64, "LOADS": 4, "BLOCK_C": 16, "BLOCK_S": 32}
+    for slab in (many, few):
+        summed = counts | {"MAPS": 1, "SUMMED": 64}
+        yield mixed_sum_backward._gradient_sums_kernel, summed | slab, 4
+    several = {"LOADS": 2, "BLOCK_S": 16, "MAPS": 2, "SUMMED": 64}
+    yield mixed_sum_backward._gradient_sums_kernel, counts | many | several, 4
     yield mixed_sum._mixed_sum_kernel, counts | streaming | {"AFFINE": False}, 4
     yield mixed_sum._mixed_sum_kernel, NODE | streaming | {"AFFINE": True}, 4
-    slab |= {"MAPS": 2, "LOADS": 2, "BLOCK_S": 8}
-    yield mixed_sum_backward._gradient_sums_kernel, counts | slab, 4
-    slab = {"BLOCK_M": 64, "LOADS": 4, "BLOCK_C": 32, "BLOCK_S": 64}
-    yield mixed_sum._slab_statistics_kernel, statistics | slab, 8
-    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 1}, 8
-    slab |= {"LOADS": 2, "BLOCK_S": 32}
-    yield mixed_sum_backward._gradient_sums_kernel, counts | slab | {"MAPS": 2}, 8
     yield mixed_sum_backward._mixed_sum_grad_kernel, counts | streaming | {"AFFINE": False}, 4
     yield mixed_sum_backward._mixed_sum_grad_kernel, NODE | streaming | {"AFFINE": True}, 4
     yield common._sum_rows_kernel, {"BLOCK_ROWS": 256, "BLOCK_COLUMNS": 8}, 4
@@ -140,8 +143,9 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield concat_upsample._concat_kernel, strips, 4
     for copied in (1, 7):
         yield concat_upsample._sum_kernel, strips | {"COPIED": copied}, 4
-    for taps in (3, 4, 9):
-        taken = {"TAPS": taps, "STEP": max(1, concat_upsample_backward._LOADS // taps)}
+    beside = concat_upsample_backward._LOADS_BESIDE_COPIES
+    for taps, step in ((1, 1), (3, beside // 3), (4, beside // 4), (9, 1)):
+        taken = {"TAPS": taps, "STEP": step}
         yield concat_upsample_backward._backward_kernel, strips | taken, 4
     tile = {"ACC": tl.float32, "BLOCK_P": 8, "BLOCK_C": 64, "ROWS": 8}
     for stride in (1, 2):
