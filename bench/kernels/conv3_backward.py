@@ -73,7 +73,7 @@ def cases(size: Size | None) -> Iterator[Case]:
 
 
 def ours(i: Inputs, config: WeightGradConfig | None = None) -> Tensor:
-    return summed(conv3_weight_grad(i.gs, i.xs, config))
+    return summed(conv3_weight_grad(i.gs, i.xs, config=config))
 
 
 def check(case: Case, i: Inputs) -> None:
@@ -139,23 +139,19 @@ def sweep(key: str) -> Sweep:
 def tiles(case: Case) -> Iterator[WeightGradConfig]:
     """Tiles worth trying; the first is the default."""
 
-    def tile(block_p: int, block_o: int, block_c: int, a_core: int) -> WeightGradConfig:
+    def tile(block_o: int, block_c: int, warps: int, a_core: int) -> WeightGradConfig:
         return WeightGradConfig.of_tile(
             case.branches, case.shape, case.out_channels,
-            block_p, block_o, block_c, resident=132 * a_core,
+            32, block_o, block_c, warps, resident=132 * a_core,
         )  # fmt: skip
 
     default = WeightGradConfig.default(case.branches, case.shape, case.out_channels)
     yield default
-    yield replace(default, warps=4)
-    yield tile(32, 32, 32, 1)
-    yield tile(32, 32, 32, 4)
-    yield tile(64, 32, 32, 1)
+    yield replace(default, stages=4)
+    yield tile(32, 64, 4, 2)
     if case.shape[1] >= 64:
-        yield tile(32, 32, 64, 1)
-        yield tile(64, 32, 64, 1)
-    if case.out_channels >= 64:
-        yield tile(32, 64, 32, 1)
+        yield tile(32, 32, 4, 2)
+        yield tile(64, 64, 8, 1)
 
 
 FAMILY = Family(

@@ -16,7 +16,7 @@ from lgcnet_fast.ops import tuning
 from lgcnet_fast.ops.availability import is_interpreted
 
 FAMILIES = (
-    *("depthwise", "pointwise_backward", "conv3_backward", "mixed_sum", "max_pool"),
+    *("depthwise", "pointwise_backward", "conv3", "conv3_backward", "mixed_sum", "max_pool"),
     *("concat_upsample", "concat_pointwise", "upsample_loss", "products"),
 )
 Launch = tuple[str, str]

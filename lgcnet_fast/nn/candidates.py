@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import cast
 
@@ -23,7 +22,6 @@ from lgcnet_fast.nn.primitives import (
     ReLUConvBN,
     SeparablePair,
     Source,
-    raw_convolutions,
 )
 from lgcnet_fast.nn.together import Part, together
 from lgcnet_fast.ops import Products, second_stages, separable_branches
@@ -130,8 +128,7 @@ def _rectifying(source: Source, edges: Edges, inputs: Sequence[object]) -> list[
     convolutions = [one for one in every if isinstance(one, ReLUConvBN)]
     maps: dict[nn.Module, Tensor] = {}
     if convolutions:
-        sources = [source] * len(convolutions)
-        found = Source.rectified_together(sources, partial(raw_convolutions, convolutions))
+        found = source.convolved([one.layer for one in convolutions])
         maps |= zip(convolutions, found, strict=True)
     for edge in edges:
         bins = [run[0].bins for run in edge if isinstance(run[0], GlobalPool)]

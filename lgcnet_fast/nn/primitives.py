@@ -30,6 +30,7 @@ from lgcnet_fast.ops import (
     recomputable,
     recomputable_max_pool,
     recomputes,
+    rectified_convolutions,
     rectified_together,
     separable_branches,
     upsample,
@@ -64,6 +65,25 @@ class Source:
         """A function of the ReLU that convolutions begin with."""
         return self._readers.rectified(function)
 
+    def convolved(self, layers: Sequence[nn.Conv2d]) -> list[Tensor]:
+        """What each layer makes of the ReLU, those that can be in one operation; no biases."""
+        fused: dict[int, list[nn.Conv2d]] = {}
+        others: list[nn.Conv2d] = []
+        for layer in layers:
+            geometry = (layer.kernel_size[0], layer.stride[0], layer.padding[0], layer.dilation[0])
+            if geometry == (3, 1, 1, 1) and self._readers.fuses(layer.out_channels):
+                fused.setdefault(layer.out_channels, []).append(layer)
+            else:
+                others.append(layer)
+        maps: dict[nn.Conv2d, Tensor] = {}
+        for group in fused.values():
+            found = rectified_convolutions(self.plain(), [layer.weight for layer in group])
+            maps |= zip(group, found, strict=True)
+        if others:
+            found = rectified_together([self._readers] * len(others), partial(convolved, others))
+            maps |= zip(others, found, strict=True)
+        return [maps[layer] for layer in layers]
+
     def average(self, bins: Sequence[int]) -> None:
         """Fills `means` for the readers that pool the ReLU to so many bins, in one operation."""
         self.means.update(zip(bins, self.rectified(partial(average_pools, bins=bins)), strict=True))
@@ -71,13 +91,6 @@ class Source:
     def rectify(self) -> tuple[Tensor, list[Recomputable]]:
         """The ReLU that convolutions begin with, for one reader, who keeps it `recomputed`."""
         return self._readers.rectify()
-
-    @staticmethod
-    def rectified_together(
-        sources: Sequence[Source], function: Callable[[Sequence[Tensor]], list[Tensor]]
-    ) -> list[Tensor]:
-        """A function of the ReLU of each of these, which may come repeatedly."""
-        return rectified_together([source._readers for source in sources], function)
 
     def cheap(self, raw: Recomputable) -> Tensor:
         """A raw map that is cheaper to compute again than to keep."""
@@ -123,6 +136,10 @@ class ReLUConvBN(nn.Sequential):
         )
 
     @property
+    def layer(self) -> nn.Conv2d:
+        return cast(nn.Conv2d, self[1])
+
+    @property
     def norm(self) -> nn.Module:
         return self[2]
 
@@ -145,13 +162,13 @@ def is_pointwise(module: nn.Module) -> TypeGuard[ReLUConvBN]:
     """Whether it is a 1x1 convolution of stride 1, with its ReLU and batch norm."""
     if not isinstance(module, ReLUConvBN):
         return False
-    layer = cast(nn.Conv2d, module[1])
+    layer = module.layer
     return layer.kernel_size == (1, 1) and layer.stride == (1, 1)
 
 
 def raw_convolutions(modules: Sequence[ReLUConvBN], rectified: Sequence[Tensor]) -> list[Tensor]:
     """What the norms of the modules receive; rectified: the ReLU that each begins with."""
-    return convolved([cast(nn.Conv2d, module[1]) for module in modules], rectified)
+    return convolved([module.layer for module in modules], rectified)
 
 
 def convolved(layers: Sequence[nn.Conv2d], maps: Sequence[Tensor]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from lgcnet_fast.ops.pair_readers import pair_readers
 from lgcnet_fast.ops.products import Products
 from lgcnet_fast.ops.readers import Readers, readers, rectified_together
 from lgcnet_fast.ops.recompute import Recomputable, recomputable, recomputed, recomputes
+from lgcnet_fast.ops.rectified_convolutions import rectified_convolutions
 from lgcnet_fast.ops.running_statistics import gathered_running_statistics
 from lgcnet_fast.ops.second_stages import second_stages
 from lgcnet_fast.ops.separable_branches import separable_branches
@@ -49,6 +50,7 @@ __all__ = [
     "recomputable_max_pool",
     "recomputed",
     "recomputes",
+    "rectified_convolutions",
     "rectified_together",
     "relu_depthwise_separable",
     "second_stages",

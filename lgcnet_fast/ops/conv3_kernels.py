@@ -1,4 +1,4 @@
-"""The weight gradients of plain 3x3 convolutions: Triton's kernel with tuned tiles, or torch's."""
+"""Plain 3x3 convolutions by Triton's kernels with tuned tiles; weight gradients also by torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from functools import partial
 
 from torch import Tensor
 from torch.library import custom_op
+from torch.nn import functional as F
 
 from lgcnet_fast.ops.lanes import side_by_side
-from lgcnet_fast.ops.maps import accumulator
+from lgcnet_fast.ops.maps import accumulator, empty_nhwc, nhwc
 from lgcnet_fast.ops.pointwise_kernels import convolution_gradient
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
@@ -19,34 +20,37 @@ GEOMETRY = (1, 1, 1)
 
 def suits(x: Tensor, weight: Tensor, geometry: tuple[int, int, int]) -> bool:
     """Whether `conv3_weight_gradients` shall take this convolution under the backend `triton`."""
-    from lgcnet_fast.kernels import conv3_backward as kernel
+    from lgcnet_fast.kernels.conv3 import fits
 
     if weight.shape[2:] != (3, 3) or tuple(geometry) != GEOMETRY:
         return False
-    return kernel.fits(x, len(weight))
+    return fits(x, len(weight))
 
 
 @custom_op(
     "lgcnet_fast::conv3_weight_gradients",
     mutates_args=(),
-    schema="(Tensor[] gs, Tensor[] xs, Tensor[] weights) -> Tensor",
+    schema="(Tensor[] gs, Tensor[] xs, Tensor[] weights, bool relu=False) -> Tensor",
 )
 def conv3_weight_gradients(
-    gs: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor]
+    gs: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor], relu: bool = False
 ) -> Tensor:
     """Of B 3x3 convolutions of equal shapes, stride 1, padding 1: (B, C_out, C, 3, 3).
 
-    gs, xs: NHWC. Each gradient is channels_last, in the accumulator's dtype.
+    gs, xs: NHWC; relu: the convolutions are of relu(x). Each gradient is channels_last, in the
+    accumulator's dtype.
     """
+    from lgcnet_fast.kernels import conv3
     from lgcnet_fast.kernels import conv3_backward as kernel
 
     x, out_channels = xs[0], len(weights[0])
-    if kernel.serves(x, out_channels):
+    if conv3.serves(x, out_channels):
         default = kernel.WeightGradConfig.default(len(xs), x.shape, out_channels)
-        key = shape_key(x.dtype, x.shape, (len(xs), out_channels))
-        config = tuned(default, "conv3_weight_grad", key, x.device)
-        return kernel.summed(kernel.conv3_weight_grad(gs, xs, config))
+        config = tuned(default, "conv3_weight_grad", _key(x, weights), x.device)
+        return kernel.summed(kernel.conv3_weight_grad(gs, xs, relu, config))
     arguments = (*([length] * 2 for length in GEOMETRY), False, [0, 0], 1)
+    if relu:
+        xs = [F.relu(x) for x in xs]
     jobs = [
         partial(convolution_gradient, 1, *one, arguments)
         for one in zip(gs, xs, weights, strict=True)
@@ -58,7 +62,9 @@ def conv3_weight_gradients(
 
 
 @conv3_weight_gradients.register_fake
-def _(gs: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+def _(
+    gs: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor], relu: bool = False
+) -> Tensor:
     return _empty(weights, xs[0])
 
 
@@ -66,3 +72,52 @@ def _empty(weights: Sequence[Tensor], x: Tensor) -> Tensor:
     out_channels, channels = weights[0].shape[:2]
     shape = (len(weights), out_channels, 3, 3, channels)
     return x.new_empty(shape, dtype=accumulator(x.dtype)).movedim(-1, 2)
+
+
+@custom_op(
+    "lgcnet_fast::rectified_convolutions",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weights) -> Tensor[]",
+)
+def rectified_convolutions_forward(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """3x3 convolutions of relu(x), stride 1, padding 1; x: NHWC; weights: of one shape."""
+    from lgcnet_fast.kernels import conv3 as kernel
+
+    weights = [nhwc(weight) for weight in weights]
+    out_channels, channels = weights[0].shape[:2]
+    default = kernel.Conv3Config.default(x.shape, channels, out_channels, len(weights))
+    config = tuned(default, "conv3_forward", _key(x, weights), x.device)
+    return kernel.conv3_forward(x, weights, True, config)
+
+
+@rectified_convolutions_forward.register_fake
+def _(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    images, _, height, width = x.shape
+    return [empty_nhwc(x, (images, len(weight), height, width)) for weight in weights]
+
+
+@custom_op(
+    "lgcnet_fast::rectified_convolutions_input_gradient",
+    mutates_args=(),
+    schema="(Tensor[] gs, Tensor x, Tensor[] weights) -> Tensor",
+)
+def rectified_convolutions_input_gradient(
+    gs: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]
+) -> Tensor:
+    """Of x, from those of all results of `rectified_convolutions_forward`; gs: NHWC, like x."""
+    from lgcnet_fast.kernels import conv3 as kernel
+
+    weights = [nhwc(weight) for weight in weights]
+    out_channels, channels = weights[0].shape[:2]
+    default = kernel.Conv3Config.default(x.shape, out_channels, channels)
+    config = tuned(default, "conv3_input_grad", _key(x, weights), x.device)
+    return kernel.conv3_input_grad(gs, x, weights, True, config)
+
+
+@rectified_convolutions_input_gradient.register_fake
+def _(gs: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return empty_nhwc(x, x.shape)
+
+
+def _key(x: Tensor, weights: Sequence[Tensor]) -> str:
+    return shape_key(x.dtype, x.shape, (len(weights), len(weights[0])))

@@ -205,15 +205,25 @@ def _alone(
 def _like(
     tensors: Sequence[Tensor], places: Sequence[int], job: Callable[[], Iterable[Tensor]]
 ) -> list[Tensor]:
-    """The gradients of a job; those of weights as these lie in memory, in their dtypes.
+    """The gradients of a job; those of weights as `laid_like` gives them."""
+    found = list(job())
+    of_weights = [at for at, place in enumerate(places) if place >= len(tensors) // 2]
+    laid = laid_like([tensors[places[at]] for at in of_weights], [found[at] for at in of_weights])
+    for at, g in zip(of_weights, laid, strict=True):
+        found[at] = g
+    return found
+
+
+def laid_like(weights: Sequence[Tensor], gradients: Iterable[Tensor]) -> list[Tensor]:
+    """Gradients as their weights lie in memory, in their dtypes.
 
     Autograd then takes them as they are: a copy would read them, which may be too early.
     """
-    found, result = list(job()), []
-    for g, place in zip(found, places, strict=True):
-        tensor, is_map = tensors[place], place < len(tensors) // 2
-        alike = (g.dtype, g.stride()) == (tensor.dtype, tensor.stride())
-        result.append(g if is_map or alike else torch.empty_like(tensor))
+    found = list(gradients)
+    result = [
+        g if (g.dtype, g.stride()) == (w.dtype, w.stride()) else torch.empty_like(w)
+        for g, w in zip(found, weights, strict=True)
+    ]
     pairs = [(out, g) for out, g in zip(result, found, strict=True) if out is not g]
     if pairs:
         outs, sources = zip(*pairs, strict=True)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.recompute import Recomputable, recomputed, remembered
+from lgcnet_fast.ops.rectified_convolutions import fuses
 
 T = TypeVar("T")
 AT_ONCE = 8
@@ -42,6 +43,10 @@ class Readers:
     def rectify(self) -> tuple[Tensor, list[Recomputable]]:
         """relu(x), for one reader, and how to compute it again if it need not be kept."""
         return self._relu, []
+
+    def fuses(self, out_channels: int) -> bool:
+        """Whether 3x3 convolutions to so many channels should be `rectified_convolutions` of x."""
+        return False
 
     @cached_property
     def _relu(self) -> Tensor:
@@ -76,6 +81,10 @@ class SummedReaders(Readers):
             self._rectified += _FanOut.apply(x, True, self._only_rectified, self._backend)
         value = self._rectified.pop()
         return value, [] if self._only_rectified else [(value, self._again)]
+
+    def fuses(self, out_channels: int) -> bool:
+        served = self._backend == "triton" and not self._only_rectified
+        return served and fuses(self.x, out_channels)
 
 
 def aliases(x: Tensor, backend: str) -> list[Tensor]:

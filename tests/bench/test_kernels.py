@@ -25,6 +25,7 @@ FAMILIES = (
     "max_pool",
     "mixed_sum",
     "pointwise_backward",
+    "conv3",
     "conv3_backward",
     "products",
     "upsample_loss",

@@ -31,6 +31,8 @@ LOOKUPS = [
     ("depthwise_backward", "bfloat16 1x48x3x5 2 2x1"),
     ("depthwise_backward", "bfloat16 1x4x3x5 1 2x1"),
     ("pointwise_backward", "bfloat16 2x4x3x5 2x6"),
+    ("conv3_forward", "bfloat16 1x32x3x5 2x64"),
+    ("conv3_input_grad", "bfloat16 1x32x3x5 2x64"),
     ("conv3_weight_grad", "bfloat16 1x32x3x5 2x64"),
     ("mixed_sum_statistics", "bfloat16 2x4x3x5 3x1"),
     ("mixed_sum_forward", "bfloat16 2x4x3x5 1x2"),

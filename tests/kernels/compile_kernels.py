@@ -1,9 +1,10 @@
 """Compiles the kernels of training for one architecture, without a GPU.
 
-    python compile_kernels.py 90 bf16
+    python -m tests.kernels.compile_kernels 90 bf16
 
-Prints a JSON line a kernel: registers, bytes of stack (spills) and of shared memory, and atomic
-operations. Needs an interpreter in which Triton compiles, so not one with TRITON_INTERPRET set.
+Prints a JSON line a kernel: registers, bytes of stack (spills) and of shared memory, atomic
+operations, and what overwrites registers that products in flight still read. Needs an interpreter
+in which Triton compiles, so not one with TRITON_INTERPRET set.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from lgcnet_fast.kernels import (
     concat_pointwise_backward,
     concat_upsample,
     concat_upsample_backward,
+    conv3,
     conv3_backward,
     covariance,
     depthwise,
@@ -50,11 +52,13 @@ from lgcnet_fast.kernels import (
     product_sum,
     weight_stacks,
 )
+from tests.kernels.registers_in_flight import overwritten
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 BRANCHES, PLAIN, READERS = 18, 3, 8
 MAPS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "g_ptr", "out_ptr", "matrices_out_ptr"}
-MAPS |= {"even_ptr", "odd_ptr", "matrix_ptr", "weighted_ptr", "from_gradient_ptr", "from_map_ptr"}
+MAPS |= {"even_ptr", "odd_ptr", "mask_ptr", "matrix_ptr", "weighted_ptr"}
+MAPS |= {"from_gradient_ptr", "from_map_ptr"}
 MAPS |= {f"{name}{index}_ptr" for name in ("x", "y", "dx") for index in range(4)}
 LISTS = {
     "y_ptrs": BRANCHES,
@@ -64,6 +68,7 @@ LISTS = {
     "d_ptrs": BRANCHES,
     "dd_ptrs": BRANCHES,
     "map_ptrs": BRANCHES + PLAIN,
+    "w_ptrs": PLAIN,
     "g_ptrs": READERS,
 }
 WEIGHTS = {"z_ptrs", "beta_ptrs"}
@@ -181,7 +186,7 @@ def convolutions_of_images(
 
 def products(storage: str, arch: int) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
     """As `kernels`, and stages: those with matrix products, which need compute capability 8.0."""
-    yield from gradients_of_products(storage)
+    yield from gradients_of_products(storage, arch)
     yield from products_of_concatenations(storage)
     yield from nodes_of_products(storage, large=arch == 90)
 
@@ -249,7 +254,9 @@ def nodes_of_products(storage: str, large: bool) -> Iterator[tuple[Any, dict[str
         yield product_algebra._coefficients_kernel, rows | {"TRAINING": True}, warps, 3
 
 
-def gradients_of_products(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
+def gradients_of_products(
+    storage: str, arch: int
+) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
     """As `products`, one for each width of the cells."""
     dtype = DTYPES[storage]
     for channels in (32, 64, 128):
@@ -265,12 +272,31 @@ def gradients_of_products(storage: str) -> Iterator[tuple[Any, dict[str, Any], i
         del tile["BLOCK_C"]
         tile |= {"BLOCK_M": interleaved.BLOCK_M, "BLOCK_K": min(interleaved.BLOCK_K, channels)}
         yield interleaved._interleaved_kernel, tile, interleaved.WARPS, 3
-        if storage != "fp32":
+        if storage != "fp32" and arch >= 90:
             shape = (16, channels, 2048 // channels, 4096 // channels)
             walk = conv3_backward.WeightGradConfig.default(PLAIN, shape, channels)
             windows = {"BLOCK_P": walk.block_p, "BLOCK_C": walk.block_c, "BLOCK_O": walk.block_o}
             windows |= {"BRANCHES": PLAIN, "ACC": tl.float32, "OPERAND": OPERANDS[storage]}
-            yield conv3_backward._conv3_weight_grad_kernel, windows, walk.warps, 1
+            windows |= {"STAGES": walk.stages, "RELU": True}
+            yield conv3_backward._conv3_weight_grad_kernel, windows, walk.warps, 3
+            yield from edges_of_a_map(storage, shape)
+
+
+def edges_of_a_map(
+    storage: str, shape: tuple[int, ...]
+) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
+    """As `products`: one 3x3 convolution and two, and their gradients."""
+    channels = shape[1]
+    for edges in (1, 2):
+        for backward in (False, True):
+            sources, targets = (edges, 1) if backward else (1, edges)
+            tile = conv3.Conv3Config.default(shape, channels, channels, targets)
+            options = {"SOURCES": sources, "TARGETS": targets, "BACKWARD": backward, "RELU": True}
+            options |= {"BLOCKS_C": channels // tile.block_c, "WHOLE": True, "ROWS": tile.rows}
+            options |= {"BLOCK_P": tile.block_p, "BLOCK_O": tile.block_o, "BLOCK_C": tile.block_c}
+            options |= {"GROUP": tile.targets, "STAGES": tile.stages}
+            options |= {"ACC": tl.float32, "OPERAND": OPERANDS[storage]}
+            yield conv3._conv3_kernel, options, tile.warps, 3
 
 
 def compile_for(
@@ -341,6 +367,7 @@ def main() -> None:
         compiled = compile_for(kernel, constants, warps, arch, storage, stages)
         shown = {name: constants[name] for name in SHOWN if name in constants}
         row = {"kernel": kernel.fn.__name__} | shown | resources(compiled)
+        row |= {"overwritten": overwritten(compiled.asm["ptx"])}
         print(json.dumps(row | handovers(compiled.asm["ptx"])), flush=True)
 
 

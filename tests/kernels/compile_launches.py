@@ -26,6 +26,7 @@ from lgcnet_fast.kernels import (
     concat_pointwise_backward,
     concat_upsample,
     concat_upsample_backward,
+    conv3,
     conv3_backward,
     covariance,
     depthwise,
@@ -122,6 +123,9 @@ def products(x: Tensor) -> None:
         pointwise_backward.pointwise_backward([x] * maps, stack, weights, stack)
     for stride in (1, 2):
         conv3_backward.conv3_weight_grad([x] * stride, [x] * stride)
+        window = x.new_zeros(channels, 3, 3, channels).movedim(-1, 1)
+        conv3.conv3_forward(x, [window] * stride, relu=True)
+        conv3.conv3_input_grad([x] * stride, x, [window] * stride, relu=True)
     weight = x.new_zeros(channels, channels)
     y = interleaved.interleaved(x, weight, weight)
     interleaved.interleaved_gradients(y, x, weight, weight)

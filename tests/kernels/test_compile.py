@@ -12,22 +12,23 @@ from typing import Any
 import pytest
 
 from tests.kernels.carried_bounds import carried_bounds
+from tests.kernels.registers_in_flight import overwritten
 
 MOST_SHARED = {75: 48 * 1024, 80: 80 * 1024, 90: 112 * 1024}
 """Bytes a block: without an opt-in, and for two blocks a multiprocessor."""
-ALONE = {"_product_sum_kernel", "_input_gradients_kernel"}
+ALONE = {"_product_sum_kernel", "_input_gradients_kernel", "_conv3_kernel"}
 """Of wide maps, one block to a multiprocessor of an H200, which has 227 KB."""
 HANDING_OVER = {"_slab_statistics_kernel", "_gradient_sums_kernel"}
-SCRIPT = Path(__file__).with_name("compile_kernels.py")
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "storage"), [(75, "fp16"), (80, "bf16"), (90, "bf16")])
 def test_kernels_compile_without_spills(arch: int, storage: str) -> None:
-    rows = compiled(str(SCRIPT), str(arch), storage)
+    rows = compiled("-m", "tests.kernels.compile_kernels", str(arch), storage)
     assert [row for row in rows if row["stack"] > 0 or row["shared"] > most_shared(arch, row)] == []
     assert [row for row in rows if row["atomics"] != row["handovers"]] == []
+    assert [row for row in rows if row["overwritten"]] == []
     assert {row["kernel"] for row in rows if row["handovers"]} == HANDING_OVER
 
 
@@ -78,3 +79,30 @@ LOOPS = """
 @pytest.mark.parametrize(("bound", "count"), [("i", 0), ("first", 0), ("start_2", 1)])
 def test_a_loop_bounded_by_a_carried_value_is_found(bound: str, count: int) -> None:
     assert len(carried_bounds(LOOPS.replace("BOUND", bound))) == count
+
+
+PTX = """
+.visible .entry kernel()
+$L__BB0_1:                              // %loop
+	ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r1, %r2}, [%r9];
+	{ .reg .b32 z; mov.b32 z, 0; max.NaN.bf16x2 %r3, %r1, z; }
+	wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r5,%r6}, {%r3,%r2}, %rd1, %p1, 1, 1, 0;
+	wgmma.commit_group.sync.aligned;
+	FIRST
+	st.shared.b32 [%r3], %r2;
+	@%p2 bra $L__BB0_1;
+	wgmma.wait_group.sync.aligned 0;
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "count"),
+    [
+        ("wgmma.wait_group.sync.aligned 0;", 0),
+        ("wgmma.wait_group.sync.aligned 1;", 2 * 2),
+        ("wgmma.wait_group.sync.aligned 0;\n\tmov.b32 %r3, %r4;", 0),
+        ("mov.b32 %r3, %r4;\n\twgmma.wait_group.sync.aligned 0;", 3),
+    ],
+)
+def test_registers_overwritten_too_early_are_found(first: str, count: int) -> None:
+    assert len(overwritten(PTX.replace("FIRST", first))) == count

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import lgcnet_fast.nn.mixed
 from lgcnet_fast.nn import fusion
@@ -91,6 +92,53 @@ def test_search_cell(reduction: bool, training: bool, pay: bool, device: torch.d
     s0, s1 = (random_map(2, channels, *CELL_MAP, device=device) for channels in (3, 4))
     z = torch.rand(5, 8, device=device).softmax(1).requires_grad_()
     assert_same(cell, lambda cell: cell(s0, s1, z), [s0, s1, z])
+
+
+def test_search_cell_whose_dense_convolutions_read_the_map_itself(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter takes any dtype and any channels."""
+    monkeypatch.setattr("lgcnet_fast.kernels.conv3.serves", lambda x, out_channels: True)
+    torch.manual_seed(0)
+    cell = SearchCell(3, 4, 4, reduction=False, reduce_first=False)
+    cell = cell.to(device, memory_format=torch.channels_last)
+    s0, s1 = (random_map(2, channels, *CELL_MAP, device=device) for channels in (3, 4))
+    z = torch.rand(5, 8, device=device).softmax(1).requires_grad_()
+    assert_same(cell, lambda cell: cell(s0, s1, z), [s0, s1, z])
+
+
+def test_dense_convolutions_of_a_map(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of stride 1 of 16 bits and whole blocks make no ReLU, the others one together."""
+    torch.manual_seed(0)
+    shapes = [(32, 3, 1), (32, 3, 1), (32, 1, 1), (32, 3, 2), (64, 3, 1), (24, 3, 1)]
+    blocks = [ReLUConvBN(32, out, kernel, stride) for out, kernel, stride in shapes]
+    layers = [block.layer.to(device, torch.bfloat16) for block in blocks]
+    x = random_map(1, 32, 3, 4, device=device).detach().bfloat16().requires_grad_()
+    weights = [layer.weight for layer in layers]
+    relus: list[int] = []
+
+    def counted(x: Tensor, relu: Callable[[Tensor], Tensor] = F.relu) -> Tensor:
+        relus.append(1)
+        return relu(x)
+
+    monkeypatch.setattr(F, "relu", counted)
+
+    def outcome(backend: str, chosen: slice) -> list[Tensor]:
+        relus.clear()
+        with use_backend(backend):
+            maps = Source(x).convolved(layers[chosen])
+        total = sum(y.float().square().sum() for y in maps)
+        return [*maps, *torch.autograd.grad(total, [x, *weights[chosen]])]
+
+    for chosen, made in ((slice(2), 0), (slice(6), 2)):
+        found, wanted = outcome("triton", chosen), outcome("reference", chosen)
+        assert len(relus) == 1
+        outcome("triton", chosen)
+        assert len(relus) == made
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+            scale = theirs.double().square().mean().sqrt()
+            assert (ours - theirs).abs().max() <= 0.05 * scale
 
 
 @pytest.mark.parametrize("name", ["mscell"])

@@ -84,7 +84,7 @@ TO_DW = "nohw,nchw->oc"
 def test_weight_gradients_of_3x3_convolutions(
     served: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lgcnet_fast.kernels.conv3_backward.serves", lambda x, out_channels: served)
+    monkeypatch.setattr("lgcnet_fast.kernels.conv3.serves", lambda x, out_channels: served)
     torch.manual_seed(0)
     gs, xs, weights = (
         [torch.randn(shape, device=device, dtype=torch.bfloat16).movedim(-1, 1) for _ in range(2)]
