@@ -122,9 +122,6 @@ def rounding_of(case: Case) -> float:
     return 1e-5 * (100 if case.shape[0] * case.shape[2] * case.shape[3] < 4 else 1)
 
 
-OF_MEAN = 2e-6
-"""Absolute, of a deviation of 1: the interpreter adds the rows of a tile up one after the other."""
-
 TERM = 4 * 2**-24
 """Of a term of a sum: float32 rounds it up to three times, and partial sums, which cancel, less."""
 
@@ -143,9 +140,9 @@ def moved_by_mean(values: Inputs, statistics: Statistics) -> Tensor:
     """(K,) what a rounded mean may change dz by.
 
     It moves every normalised value of a channel alike, and so counts sum(g) times; `test_forward`
-    allows it OF_MEAN and one rounding.
+    allows it 1e-6 and one rounding.
     """
-    of_mean = torch.finfo(torch.float32).eps * statistics.mean.double().abs() + OF_MEAN
+    of_mean = torch.finfo(torch.float32).eps * statistics.mean.double().abs() + 1e-6
     r = statistics.inverse_deviation.double()
     return (values.g.double().sum((0, 2, 3)).abs() * r * of_mean).sum(1)
 
@@ -157,7 +154,7 @@ def test_forward(case: Case, dtype: torch.dtype, device: torch.device, guarded: 
     statistics = batch_statistics(values.ys, EPS, case.slabs)
     for k, y in enumerate(values.ys):
         y = y.double()
-        assert_close(statistics.mean[k], y.mean((0, 2, 3)), OF_MEAN)
+        assert_close(statistics.mean[k], y.mean((0, 2, 3)), 1e-6)
         variance = y.var((0, 2, 3), correction=0)
         # Where what the sums are about is two deviations off, their rounding counts five times.
         assert_close(statistics.variance[k], variance, 1e-6 + 5 * 2**-22 * variance)
