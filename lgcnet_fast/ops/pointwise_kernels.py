@@ -7,7 +7,7 @@ backend `cuda`, and for maps that the kernel does not take.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -155,15 +155,16 @@ def matrices(stack: Tensor) -> Tensor:
 
 
 def _parts(maps: Tensor) -> int:
-    """Into how many equal parts the positions of a map are cut."""
     images, _, height, width = maps.shape[-4:]
-    return images * _row_groups(height, width)
+    return equal_parts(images, images * height * width)
 
 
-def _row_groups(height: int, width: int) -> int:
-    """Equal groups of rows of a map, as many as leave each at least POSITIONS_A_PART positions."""
-    most = max(1, height * width // POSITIONS_A_PART)
-    return max(groups for groups in range(1, most + 1) if height % groups == 0)
+@cache
+def equal_parts(images: int, positions: int) -> int:
+    """Into how many the positions of all images are cut: one an image, or as many as leave each at
+    least POSITIONS_A_PART of them."""
+    most = max(images, positions // POSITIONS_A_PART)
+    return next(parts for parts in range(most, 0, -1) if positions % parts == 0)
 
 
 POSITIONS_A_PART = 1024

@@ -16,7 +16,7 @@ from lgcnet_fast.ops.fused_separable_branches import (
     stacked_matrices,
     stacked_windows,
 )
-from lgcnet_fast.ops.pointwise_kernels import POSITIONS_A_PART, _row_groups
+from lgcnet_fast.ops.pointwise_kernels import equal_parts
 
 CPU = not torch.cuda.is_available()
 
@@ -216,11 +216,22 @@ def test_products_of_a_library_do_as_well(
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("height, width", [(64, 128), (193, 193), (49, 97), (16, 32), (1, 1)])
-def test_parts_of_a_weight_gradient_are_long_and_equal(height: int, width: int) -> None:
-    groups = _row_groups(height, width)
-    assert height % groups == 0
-    assert groups == 1 or height // groups * width >= POSITIONS_A_PART
+@pytest.mark.parametrize(
+    "images, height, width, parts",
+    [
+        (16, 64, 128, 128),
+        (16, 16, 32, 16),
+        (16, 193, 193, 386),
+        (1, 193, 385, 55),
+        (2, 49, 97, 7),
+        (3, 1, 1, 3),
+        (1, 1, 2053, 1),
+    ],
+)
+def test_parts_of_a_weight_gradient_are_long_and_equal(
+    images: int, height: int, width: int, parts: int
+) -> None:
+    assert equal_parts(images, images * height * width) == parts
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
