@@ -267,11 +267,11 @@ def gradients_of_products(
         yield (
             pointwise_backward._product_gradients_kernel, tile, config.warps, config.stages,
         )  # fmt: skip
-        del tile["BRANCHES"]
-        yield interleaved._interleaved_gradients_kernel, tile, config.warps, config.stages
-        del tile["BLOCK_C"]
-        tile |= {"BLOCK_M": interleaved.BLOCK_M, "BLOCK_K": min(interleaved.BLOCK_K, channels)}
-        yield interleaved._interleaved_kernel, tile, interleaved.WARPS, 3
+        half = {name: value for name, value in tile.items() if name != "BRANCHES"}
+        yield interleaved._interleaved_gradients_kernel, half, config.warps, config.stages
+        of_map = {name: value for name, value in half.items() if name != "BLOCK_C"}
+        of_map |= {"BLOCK_M": interleaved.BLOCK_M, "BLOCK_K": min(interleaved.BLOCK_K, channels)}
+        yield interleaved._interleaved_kernel, of_map, interleaved.WARPS, 3
         if storage != "fp32" and arch >= 90:
             shape = (16, channels, 2048 // channels, 4096 // channels)
             walk = conv3_backward.WeightGradConfig.default(PLAIN, shape, channels)
