@@ -42,7 +42,6 @@ TILES = list(itertools.starmap(TileConfig, [*SHAPES, (4, 2, 4)]))
 SLABS: list[dict[str, int]] = [
     {"block_c": 16},
     {"block_c": 32},
-    {"block_c": 64},
     {"loads": 8},
     {"loads": 2, "maps": 2},
     {"warps": 4, "programs": 396},
