@@ -209,11 +209,18 @@ print(*sys.modules)
 """
 
 
-def test_the_import_is_light() -> None:
+def imported() -> tuple[float, str]:
+    """Seconds of the import, and the modules that it has brought."""
     done = subprocess.run(
         [sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True
     )
     seconds, modules = done.stdout.splitlines()
+    return float(seconds), modules
+
+
+def test_the_import_is_light() -> None:
+    # The least of several: other processes may be busy.
+    seconds, modules = min(imported() for _ in range(3))
     ours = {name for name in modules.split() if name.startswith("lgcnet_fast.")}
     data = {name for name in ours if name.startswith("lgcnet_fast.data.")}
     assert not {
@@ -221,4 +228,4 @@ def test_the_import_is_light() -> None:
     }
     assert data == {"lgcnet_fast.data.classes", "lgcnet_fast.data.normalise"}
     assert not {"triton", "matplotlib", "tensorboard", "av"} & set(modules.split())
-    assert float(seconds) < 1
+    assert seconds < 1
