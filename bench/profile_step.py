@@ -9,6 +9,7 @@ parallel branches overlap, so that their sum may exceed the step.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 from bench.device import require_gpu, use_fastest_convolutions
 from bench.options import image_size, parser
 from bench.results_file import Rows, provenance
-from bench.rounds import median
 from bench.training.case import OURS, Step, TrainingCase
 from bench.training.server import STAGES, timed
+from lgcnet_fast.train.run import ALGORITHMS, WORKSPACE, WORKSPACE_VARIABLE
 
 WARM_UP, STEPS = 5, 20
 SHOWN = 25
@@ -35,7 +36,8 @@ def main() -> None:
     options.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
     chosen = options.parse_args()
     require_gpu(dry=False)
-    use_fastest_convolutions()
+    use_fastest_convolutions(ALGORITHMS)
+    os.environ.setdefault(WORKSPACE_VARIABLE, WORKSPACE)
     about = {"space": {"widths": [32, 64, 128]}} if chosen.stage == "search" else {}
     genotype = "" if chosen.stage == "search" else "reference"
     case = TrainingCase(chosen.batch, chosen.size, chosen.precision, **about, genotype=genotype)
@@ -55,7 +57,7 @@ def profiled(step: Step) -> dict[str, Any]:
     for _ in range(WARM_UP):
         step()
     torch.cuda.synchronize()
-    ms = 1e3 * median([timed(step) for _ in range(STEPS)])
+    ms = 1e3 * timed(step, STEPS)
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         step()
         torch.cuda.synchronize()

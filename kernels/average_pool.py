@@ -7,10 +7,12 @@ and ends in front of ceil((i + 1) n / b). Windows overlap where b does not divid
 
     dx[n, h, w, c] = sum over windows (i, j) with (h, w) in it of dy[n, i, j, c] / its area
 
+With RELU the mean is that of relu(x), and dx is 0 where x <= 0; NaN passes both ways.
+
 Large windows are cut into pieces of some rows: one launch sums every piece, another adds the pieces
 of each window. Means and gradients of all b lie in one vector: b after b, (N, b, b, C).
 
-Least traffic: x forward, dx backward.
+Least traffic: x forward, dx backward, and x for RELU.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ def _cut(rows: range, most: int) -> Iterator[range]:
 @triton.jit(do_not_specialize=["P", "H", "W"])
 def _pieces_kernel(
     x_ptr, partial_ptr, pieces_ptr, P, H, W, C,
-    ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    RELU: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: the sum over a piece of BLOCK_C channels."""
     blocks = tl.cdiv(C, BLOCK_C)
@@ -96,7 +98,10 @@ def _pieces_kernel(
         pixel = start + tl.arange(0, BLOCK_P)[:, None]
         mask = (pixel < (end_row - first_row) * width) & (channel < C)[None, :]
         offset = (pixel // width * W + pixel % width).to(tl.int64) * C
-        total += tl.load(x + offset, mask=mask, other=0.0).to(ACC)
+        value = tl.load(x + offset, mask=mask, other=0.0)
+        if RELU:
+            value = tl.where(value <= 0, 0.0, value)
+        total += value.to(ACC)
     partial = partial_ptr + (image * P + piece) * C
     tl.store(partial + channel, tl.sum(total, axis=0), mask=channel < C)
 
@@ -133,9 +138,10 @@ def _share(position, window, length, bins, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "H", "W"])
 def _spread_kernel(
-    dy_ptr, dx_ptr, N, H, W, C,
+    dy_ptr, x_ptr, dx_ptr, N, H, W, C,
     POOLS: tl.constexpr, BINS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
-    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    RELU: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: dx of ROWS x BLOCK_P pixels and BLOCK_C channels.
 
@@ -166,15 +172,18 @@ def _spread_kernel(
                     g = tl.load(dy + offset, mask=mask & (share > 0), other=0.0)
                     dx += g.to(ACC) * share
             dy += N.to(tl.int64) * bins * bins * C
-        out = dx_ptr + ((image * H + row) * W + column) * C + channel
-        tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=mask & (row < H))
+        at = ((image * H + row) * W + column) * C + channel
+        inside = mask & (row < H)
+        if RELU:
+            dx = tl.where(tl.load(x_ptr + at, mask=inside, other=0.0) <= 0, 0.0, dx)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def average_pools_forward(x: Tensor, windows: PoolWindows) -> Tensor:
+def average_pools_forward(x: Tensor, windows: PoolWindows, relu: bool = False) -> Tensor:
     """x: (N, C, H, W), channels_last -> (N K C,), the means in x's dtype, ordered as above.
 
-    windows: those of x's size. Sums are rounded once. Raises `ValueError` naming the argument at
-    fault.
+    windows: those of x's size. relu: the means of relu(x). Sums are rounded once. Raises
+    `ValueError` naming the argument at fault.
     """
     check_map("x", x)
     images, channels, height, width = x.shape
@@ -184,7 +193,7 @@ def average_pools_forward(x: Tensor, windows: PoolWindows) -> Tensor:
     block = _block_c(channels)
     _pieces_kernel[(images * pieces * triton.cdiv(channels, block),)](
         x, partial, windows.pieces, pieces, height, width, channels,
-        ACC=accumulator(x.dtype), BLOCK_P=TILE // block, BLOCK_C=block, num_warps=WARPS,
+        RELU=relu, ACC=accumulator(x.dtype), BLOCK_P=TILE // block, BLOCK_C=block, num_warps=WARPS,
     )  # fmt: skip
     block = min(256, triton.next_power_of_2(channels))
     _means_kernel[(images * means * triton.cdiv(channels, block),)](
@@ -195,11 +204,16 @@ def average_pools_forward(x: Tensor, windows: PoolWindows) -> Tensor:
 
 
 def average_pools_backward(
-    dy: Tensor, shape: Sequence[int], bins: Sequence[int], rows: int | None = None
+    dy: Tensor,
+    shape: Sequence[int],
+    bins: Sequence[int],
+    x: Tensor | None = None,
+    rows: int | None = None,
 ) -> Tensor:
     """dx: `shape` (N, C, H, W), channels_last, from the gradient of `average_pools_forward`.
 
-    rows: of a program. Sums are rounded once. Raises `ValueError` naming the argument at fault.
+    x: like dx, where the means are those of relu(x). rows: of a program. Sums are rounded once.
+    Raises `ValueError` naming the argument at fault.
     """
     images, channels, height, width = shape
     numbers = images * channels * sum(count * count for count in bins)
@@ -207,14 +221,18 @@ def average_pools_backward(
         raise ValueError(f"dy: shape {tuple(dy.shape)}, need ({numbers},), contiguous")
     if not bins or not all(0 < count <= MOST_BINS for count in bins):
         raise ValueError(f"bins: {list(bins)}, need some of 1 to {MOST_BINS}")
+    if x is not None:
+        check_map("x", x)
+        if tuple(x.shape) != tuple(shape):
+            raise ValueError(f"x: shape {tuple(x.shape)}, need {tuple(shape)}")
     dx = empty_map(tuple(shape), dy)
     rows = rows or (4 if height * width >= 4096 else 1)
     block_c = _block_c(channels)
     block_p = min(TILE // 2 // block_c, triton.next_power_of_2(width))
     programs = images * triton.cdiv(height, rows) * triton.cdiv(width, block_p)
     _spread_kernel[(programs * triton.cdiv(channels, block_c),)](
-        dy, dx, images, height, width, channels,
-        POOLS=len(bins), BINS=_packed(bins), TALL=_packed(_spans(height, bins)),
+        dy, dx if x is None else x, dx, images, height, width, channels,
+        RELU=x is not None, POOLS=len(bins), BINS=_packed(bins), TALL=_packed(_spans(height, bins)),
         WIDE=_packed(_spans(width, bins)), ACC=accumulator(dy.dtype),
         ROWS=rows, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=WARPS,
     )  # fmt: skip

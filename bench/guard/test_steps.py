@@ -15,7 +15,7 @@ from bench.training.gradients import judge
 from bench.training.server import GATE_BATCH, GATE_SIZE, timed
 
 STOCK = ("graph-nchw", "graph-nhwc") if CUDA else ("eager-nchw",)
-ROUNDS, WARM_UP = 15, 3
+ROUNDS, WARM_UP, STEPS = 15, 3, 3
 PRECISIONS = {"triton": "bf16", "cuda": "fp32", "reference": "fp32"}
 STAGES = {
     "search": (search, TrainingCase(16, (256, 512), "", {"widths": (32, 64, 128)})),
@@ -34,7 +34,7 @@ def test_step(stage: str, backend: str, guard: Any) -> None:
     truth = found["truth"]
     assert judge(found[ours].errors(truth), found["eager-nchw"].errors(truth)) == []
     steps = {name: module.make_step(name, case) for name in (ours, *STOCK)}
-    clocks = {name: (lambda step=step: timed(step)) for name, step in steps.items()}
+    clocks = {name: (lambda step=step: timed(step, STEPS)) for name, step in steps.items()}
     clocks["ours"] = clocks.pop(ours)
     times = alternate(clocks, ROUNDS, WARM_UP)
     del steps, clocks

@@ -26,7 +26,7 @@ def training_parser(description: str, batch: int, size: str) -> argparse.Argumen
     options.add_argument("--size", type=image_size, nargs="+", default=[image_size(size)])
     options.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
     options.add_argument("--rounds", type=int, default=10)
-    options.add_argument("--steps", type=int, default=3, help="a round")
+    options.add_argument("--steps", type=int, default=5, help="a round")
     options.add_argument(
         "--build-seconds", type=float, default=320, help="a subject that takes longer is given up"
     )

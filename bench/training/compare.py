@@ -21,8 +21,11 @@ from bench.process import WorkerFailed, Workers
 from bench.results_file import Rows
 from bench.rounds import alternate, median, ratios, tenth_percentile
 from bench.training.case import TrainingCase
+from lgcnet_fast.train.run import WORKSPACE, WORKSPACE_VARIABLE
 
 TARGET = "bench.training.server:TrainingServer"
+AS_A_RUN = {WORKSPACE_VARIABLE: WORKSPACE}
+"""Environment of ours."""
 ANSWER_SECONDS = 120
 """For anything but building."""
 
@@ -34,7 +37,7 @@ class Plan:
     stock: Sequence[str]
     rounds: int
     steps: int
-    """A round."""
+    """A round, back to back."""
     build_seconds: float
     """After which a subject is given up."""
     compile_jobs: int = 1
@@ -64,14 +67,14 @@ class Comparison:
         subject = self._plan.ours
         with empty_caches() as environment:
             for name in ("cold", "warm"):
-                with Workers(TARGET, environment) as ours:
+                with Workers(TARGET, {**environment, **AS_A_RUN}) as ours:
                     built = self._build(ours, subject, case, started=ours.started)
                 self._add(case, f"{subject} {name}", **built)
                 print(f"{case} {subject} {name}: {_told(built)}", flush=True)
 
     def run(self, cases: Sequence[TrainingCase]) -> None:
         """The gate; then every stock subject beside ours on all cases before the next one."""
-        with Workers(TARGET) as ours:
+        with Workers(TARGET, AS_A_RUN) as ours:
             try:
                 for case in cases:
                     self._require_right(ours, case)
@@ -123,9 +126,9 @@ class Comparison:
         plan = self._plan
         for case in cases:
             built = self._build(ours, plan.ours, case)
-            times = ours.ask("measure", ANSWER_SECONDS, steps=plan.rounds * plan.steps)
-            self._add(case, plan.ours, ms=median(times), **built)
-            print(f"{case} {plan.ours}: {median(times):.2f} ms, {_told(built)}", flush=True)
+            ms = median([self._round(ours) for _ in range(plan.rounds)])
+            self._add(case, plan.ours, ms=ms, **built)
+            print(f"{case} {plan.ours}: {ms:.2f} ms, {_told(built)}", flush=True)
 
     def _pair(self, ours: Workers, other: Workers, subject: str, case: TrainingCase) -> None:
         plan, mine = self._plan, self._plan.ours
@@ -153,7 +156,8 @@ class Comparison:
         )
 
     def _round(self, process: Workers) -> float:
-        return median(process.ask("measure", ANSWER_SECONDS, steps=self._plan.steps))
+        ms: float = process.ask("measure", ANSWER_SECONDS, steps=self._plan.steps)
+        return ms
 
     def _build(
         self, process: Workers, subject: str, case: TrainingCase, started: float | None = None

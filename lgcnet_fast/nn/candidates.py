@@ -31,6 +31,8 @@ Run = Sequence[nn.Module]
 """A candidate, or neighbouring depthwise-separable ones, which go on as one stack."""
 Edges = Sequence[Sequence[Run]]
 """The candidates of each edge."""
+Compute = Callable[[Source, Edges, Sequence[object]], Sequence[Sequence[Entry]]]
+"""The maps of each run, from what `raw_maps` takes."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def raw_maps(source: Source, edges: Edges, *inputs: object) -> dict[nn.Module, R
     source: the map of the node; edges: they have the same candidates; inputs: what candidates take
     beside the map.
     """
-    works = [_Work(source, edges, inputs, *kind) for kind in _KINDS]
+    works = [_Work(source, edges, inputs, *kind) for kind in _kinds(source)]
     works = [work for work in works if work.candidates]
     found = together([Part(work, [source.plain()], work.candidates) for work in works])
     computed: dict[nn.Module, Raw] = {}
@@ -67,7 +69,7 @@ class _Work:
         edges: Edges,
         inputs: Sequence[object],
         kinds: tuple[type[nn.Module], ...],
-        compute: Callable[[Source, Edges, Sequence[object]], Sequence[Sequence[Entry]]],
+        compute: Compute,
     ) -> None:
         self._source, self._inputs, self._compute = source, inputs, compute
         self._edges = [[run for run in edge if isinstance(run[0], kinds)] for edge in edges]
@@ -131,23 +133,37 @@ def _rectifying(source: Source, edges: Edges, inputs: Sequence[object]) -> list[
         found = source.convolved([one.layer for one in convolutions])
         maps |= zip(convolutions, found, strict=True)
     for edge in edges:
-        bins = [run[0].bins for run in edge if isinstance(run[0], GlobalPool)]
-        if bins:
-            source.average(bins)
-        maps |= {run[0]: _raw(run[0], source, inputs) for run in edge if run[0] not in maps}
+        others = [[run[0]] for run in edge if run[0] not in maps]
+        maps |= zip((one for (one,) in others), _alone(source, others, inputs), strict=True)
     return [[maps[one]] for one in every]
 
 
 def _plain(source: Source, edges: Edges, inputs: Sequence[object]) -> list[list[Tensor]]:
     """Candidates that read the map as it is."""
-    return [[_raw(one, source, inputs)] for one in _single(edges)]
+    return [[y] for edge in edges for y in _alone(source, edge, inputs)]
 
 
-_KINDS = (
-    ((DepthwiseSeparable, SeparablePair), _separable),
-    ((ReLUConvBN, FactorizedReduce, GlobalPool, Deconvolution), _rectifying),
-    ((PoolBN, Interpolate), _plain),
-)
+def _alone(source: Source, edge: Sequence[Run], inputs: Sequence[object]) -> list[Tensor]:
+    """Of runs of one, whose averages are taken together."""
+    bins = [run[0].bins for run in edge if isinstance(run[0], GlobalPool)]
+    if bins:
+        source.average(bins)
+    return [_raw(run[0], source, inputs) for run in edge]
+
+
+def _kinds(source: Source) -> list[tuple[tuple[type[nn.Module], ...], Compute]]:
+    """Candidates that are computed together, and how."""
+    plain: tuple[type[nn.Module], ...] = (PoolBN, Interpolate)
+    rectifying: tuple[type[nn.Module], ...] = (ReLUConvBN, FactorizedReduce, Deconvolution)
+    if source.averages_itself:  # Many short launches, beside the convolutions.
+        plain += (GlobalPool,)
+    else:
+        rectifying += (GlobalPool,)
+    return [
+        ((DepthwiseSeparable, SeparablePair), _separable),
+        (rectifying, _rectifying),
+        (plain, _plain),
+    ]
 
 
 def _raw(candidate: nn.Module, source: Source, inputs: Sequence[object]) -> Tensor:

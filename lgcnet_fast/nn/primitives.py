@@ -86,7 +86,16 @@ class Source:
 
     def average(self, bins: Sequence[int]) -> None:
         """Fills `means` for the readers that pool the ReLU to so many bins, in one operation."""
-        self.means.update(zip(bins, self.rectified(partial(average_pools, bins=bins)), strict=True))
+        if self.averages_itself:
+            found = average_pools(self.plain(), bins, relu=True)
+        else:
+            found = self.rectified(partial(average_pools, bins=bins))
+        self.means.update(zip(bins, found, strict=True))
+
+    @property
+    def averages_itself(self) -> bool:
+        """Whether `average` reads the map, so that it need not be where its ReLU is made."""
+        return self._readers.reads_itself
 
     def rectify(self) -> tuple[Tensor, list[Recomputable]]:
         """The ReLU that convolutions begin with, for one reader, who keeps it `recomputed`."""
@@ -207,8 +216,8 @@ class PoolBN(nn.Sequential):
 
     def raw(self, source: Source) -> Tensor:
         if self.stride not in source.pooled:
-            pooled = recomputable_max_pool(source.plain(), self.stride)
-            source.pooled[self.stride] = source.cheap(pooled)
+            pooled, again = recomputable_max_pool(source.plain(), self.stride)
+            source.pooled[self.stride] = pooled if again is None else source.cheap((pooled, again))
         return source.pooled[self.stride]
 
 

@@ -31,14 +31,14 @@ def average_pool(x: Tensor, bins: int) -> Tensor:
     return average_pools(x, (bins,))[0]
 
 
-def average_pools(x: Tensor, bins: Sequence[int]) -> list[Tensor]:
-    """(N, C, H, W) -> (N, C, b, b) for each b of bins, the means of windows.
+def average_pools(x: Tensor, bins: Sequence[int], relu: bool = False) -> list[Tensor]:
+    """(N, C, H, W) -> (N, C, b, b) for each b of bins, the means of windows; of relu(x) if `relu`.
 
     As `F.adaptive_avg_pool2d`: window i of a side of n positions begins at floor(i n / b) and ends
     in front of ceil((i + 1) n / b), so that windows overlap where b does not divide n.
 
-    The fused form adds up in float32 and keeps nothing for the backward pass, and finds the
-    gradient of x through all of them together.
+    The fused form adds up in float32, keeps nothing but x of a ReLU for the backward pass, and
+    finds the gradient of x through all of them together. Triton's kernels rectify what they load.
 
     Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
     cannot serve.
@@ -47,7 +47,7 @@ def average_pools(x: Tensor, bins: Sequence[int]) -> list[Tensor]:
     for count in bins:
         if count < 1:
             raise OperandError(f"bins: {count}, need at least 1")
-    result: list[Tensor] = _operation(x, tuple(bins))
+    result: list[Tensor] = _operation(x, tuple(bins), relu)
     return result
 
 
@@ -55,10 +55,12 @@ class _AveragePools(torch.autograd.Function):
     """By the Triton kernels."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bins: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, bins: tuple[int, ...], relu: bool) -> tuple[Tensor, ...]:
+        x = nhwc(x)
         ctx.shape, ctx.bins = x.shape, bins
+        ctx.save_for_backward(*([x] if relu else []))
         images, channels, *_ = x.shape
-        means = _average_pools(nhwc(x), bins)
+        means = _average_pools(x, bins, relu)
         sizes = [images * count * count * channels for count in bins]
         return tuple(
             part.view(images, count, count, channels).movedim(-1, 1)
@@ -66,35 +68,40 @@ class _AveragePools(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         together = torch.cat([_positions_first(g).flatten() for g in gradients])
-        return _average_pools_backward(together, ctx.shape, ctx.bins), None
+        rectified = ctx.saved_tensors[0] if ctx.saved_tensors else None
+        return _average_pools_backward(together, ctx.shape, ctx.bins, rectified), None, None
 
 
 @custom_op("lgcnet_fast::average_pools", mutates_args=())
-def _average_pools(x: Tensor, bins: Sequence[int]) -> Tensor:
+def _average_pools(x: Tensor, bins: Sequence[int], relu: bool) -> Tensor:
     """The means to every number of bins, one vector: (N, b, b, C) behind one another."""
     from lgcnet_fast.kernels.average_pool import PoolWindows, average_pools_forward
 
     windows = made_once(PoolWindows.of, *x.shape[2:], tuple(bins), x.device)
-    return average_pools_forward(x, windows)
+    return average_pools_forward(x, windows, relu)
 
 
 @_average_pools.register_fake
-def _(x: Tensor, bins: Sequence[int]) -> Tensor:
+def _(x: Tensor, bins: Sequence[int], relu: bool) -> Tensor:
     return x.new_empty(x.shape[0] * x.shape[1] * sum(count * count for count in bins))
 
 
 @custom_op("lgcnet_fast::average_pools_backward", mutates_args=())
-def _average_pools_backward(gradient: Tensor, shape: Sequence[int], bins: Sequence[int]) -> Tensor:
-    """The gradient of x, shaped (N, C, H, W), from that of the vector."""
+def _average_pools_backward(
+    gradient: Tensor, shape: Sequence[int], bins: Sequence[int], rectified: Tensor | None
+) -> Tensor:
+    """The gradient of x, shaped (N, C, H, W), from that of the vector; rectified: x of a ReLU."""
     from lgcnet_fast.kernels.average_pool import average_pools_backward
 
-    return average_pools_backward(gradient, shape, bins)
+    return average_pools_backward(gradient, shape, bins, rectified)
 
 
 @_average_pools_backward.register_fake
-def _(gradient: Tensor, shape: Sequence[int], bins: Sequence[int]) -> Tensor:
+def _(
+    gradient: Tensor, shape: Sequence[int], bins: Sequence[int], rectified: Tensor | None
+) -> Tensor:
     return empty_nhwc(gradient, shape)
 
 
@@ -176,19 +183,21 @@ def _sides(length: int, bins: int) -> list[range]:
     return [range(i * length // bins, -(-(i + 1) * length // bins)) for i in range(bins)]
 
 
-def _reference(x: Tensor, bins: tuple[int, ...]) -> list[Tensor]:
+def _reference(x: Tensor, bins: tuple[int, ...], relu: bool) -> list[Tensor]:
+    x = F.relu(x) if relu else x
     return [F.adaptive_avg_pool2d(x, count) for count in bins]
 
 
-def _run(x: Tensor, bins: tuple[int, ...]) -> list[Tensor]:
-    return list(_AveragePools.apply(x, bins))
+def _run(x: Tensor, bins: tuple[int, ...], relu: bool) -> list[Tensor]:
+    return list(_AveragePools.apply(x, bins, relu))
 
 
-def _run_products(x: Tensor, bins: tuple[int, ...]) -> list[Tensor]:
+def _run_products(x: Tensor, bins: tuple[int, ...], relu: bool) -> list[Tensor]:
+    x = F.relu(x) if relu else x
     return [_Mean.apply(x) if count == 1 else _Product.apply(x, count) for count in bins]
 
 
-def _refuse(x: Tensor, bins: tuple[int, ...]) -> str | None:
+def _refuse(x: Tensor, bins: tuple[int, ...], relu: bool) -> str | None:
     return dtype_refusal("x", x)
 
 

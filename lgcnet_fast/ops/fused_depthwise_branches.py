@@ -1,11 +1,11 @@
 """Branches of which the backend `triton` hands on some as depthwise maps, for `mixed_norm_sum`.
 
 One launch makes the depthwise maps that are handed on, another those that are multiplied here,
-first stages of pairs. The nodes keep theirs for the backward pass; those of first stages, whose
-products are kept, are computed again. Gradients are read where the nodes have put them.
+first stages of pairs. All of them are kept for the backward pass. Gradients are read where the
+nodes have put them.
 
 Traffic in maps of the output's size, with B branches, F of them multiplied here, C_out = C and
-stride 1: forward reads 2 + F and writes B + F, backward reads 2 B + 2 F + 3 and writes 2 F + 1.
+stride 1: forward reads 2 + F and writes B + F, backward reads 2 B + 2 F + 2 and writes F + 1.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from torch.library import custom_op
 from lgcnet_fast.ops import fused_separable_branches
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.cast_together import gradient_owners
-from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, filtered_maps
+from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients
 from lgcnet_fast.ops.fused_separable_branches import (
     by_edge,
+    depthwise_maps,
+    kept_maps,
     stacked_matrices,
     stacked_windows,
+    taken,
     weight_gradients,
 )
 from lgcnet_fast.ops.lanes import settle
@@ -106,8 +109,10 @@ class _DepthwiseBranches(torch.autograd.Function):
         if here:
             windows = stacked_windows(_of_branches(depthwise, here, len(dilations)))
             products = stacked_matrices(pointwise, x)
-            maps = depthwise_maps(x, windows, [dilations[branch] for branch in here], stride)
+            own = [dilations[branch] for branch in here]
+            maps = depthwise_maps(x, windows, own, stride, "triton")
             raw = multiplied_maps(maps, products)
+            ctx.filtered = kept_maps(maps, x, "triton")
         ctx.save_for_backward(x, stacked_windows(depthwise), windows, products)
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
         groups = [group for group in (depthwise, pointwise) if group]
@@ -116,8 +121,14 @@ class _DepthwiseBranches(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        kept = ctx.saved_tensors
-        dx, *found = depthwise_branches_backward(list(map(nhwc, gradients)), *kept, *ctx.settings)
+        x, windows, own_windows, products = ctx.saved_tensors
+        dilations, stride, here = ctx.settings
+        own = x.new_empty(0)
+        if here:
+            again = [dilations[branch] for branch in here]
+            own = taken(ctx.filtered, x, own_windows, again, stride, "triton")
+        stacks = list(map(nhwc, gradients))
+        dx, *found = depthwise_branches_backward(stacks, own, x, windows, products, *ctx.settings)
         settle(dx.device, ctx.owners)
         weights = [
             gradient
@@ -143,7 +154,8 @@ def _filtered(
 ) -> Tensor:
     """(edges, branches, N, C, H', W')."""
     windows = stacked_windows(_of_branches(depthwise, branches, len(dilations)))
-    return depthwise_maps(x, windows, [dilations[branch] for branch in branches], stride)
+    own = [dilations[branch] for branch in branches]
+    return depthwise_maps(x, windows, own, stride, "triton")
 
 
 def multiplied_maps(maps: Tensor, products: Tensor) -> Tensor:
@@ -169,26 +181,12 @@ def _stacks(
         first += count
 
 
-@custom_op("lgcnet_fast::depthwise_maps", mutates_args=())
-def depthwise_maps(x: Tensor, windows: Tensor, dilations: list[int], stride: int) -> Tensor:
-    """(edges, B, N, C, H', W') of B dilations; windows: (edges * B, 3, 3, C)."""
-    return filtered_maps("triton", x, by_edge(windows, dilations), dilations, stride)
-
-
-@depthwise_maps.register_fake
-def _(x: Tensor, windows: Tensor, dilations: list[int], stride: int) -> Tensor:
-    images, channels, height, width = x.shape
-    size = (-(-height // stride), -(-width // stride))
-    edges = len(windows) // len(dilations)
-    return empty_nhwc(x, (edges, len(dilations), images, channels, *size))
-
-
-@custom_op("lgcnet_fast::depthwise_branches_backward", mutates_args=())
+@custom_op("lgcnet_fast::depthwise_branches_backward", mutates_args=("own",))
 def depthwise_branches_backward(
     gradients: list[Tensor],
+    own: Tensor,
     x: Tensor,
     windows: Tensor,
-    own_windows: Tensor,
     products: Tensor,
     dilations: list[int],
     stride: int,
@@ -197,8 +195,9 @@ def depthwise_branches_backward(
     """Gradients of x, of the windows as (edges * B, C, 3, 3), and of the products.
 
     gradients: stacks of them, of the raw maps of branches that are multiplied here and of the
-    depthwise maps of the others; own_windows, products: of those, empty where there are none.
-    Gradients of weights are in the accumulator's dtype.
+    depthwise maps of the others; own, products: the depthwise maps of the former, whose place
+    their gradients take, and what multiplies them, empty where there are none. Gradients of weights
+    are in the accumulator's dtype.
     """
     maps = unstacked(gradients)
 
@@ -206,12 +205,10 @@ def depthwise_branches_backward(
         return products.new_empty(0, dtype=accumulator(products.dtype))
 
     if multiplied:
-        again = [dilations[branch] for branch in multiplied]
-        own = filtered_maps("triton", x, by_edge(own_windows, again), again, stride).flatten(0, 1)
         places = [at for at in range(len(maps)) if at % len(dilations) in multiplied]
         raw = [maps[at][None] for at in places]
-        of_products = pointwise_gradients("triton", raw, own, products)
-        for at, found in zip(places, own, strict=True):
+        of_products = pointwise_gradients("triton", raw, own.flatten(0, 1), products)
+        for at, found in zip(places, own.flatten(0, 1), strict=True):
             maps[at] = found
     launch = (x, by_edge(windows, dilations), dilations, stride)
     return depthwise_gradients("triton", maps, *launch, of_products)
@@ -220,9 +217,9 @@ def depthwise_branches_backward(
 @depthwise_branches_backward.register_fake
 def _(
     gradients: list[Tensor],
+    own: Tensor,
     x: Tensor,
     windows: Tensor,
-    own_windows: Tensor,
     products: Tensor,
     dilations: list[int],
     stride: int,

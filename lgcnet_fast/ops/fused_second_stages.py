@@ -24,8 +24,9 @@ from lgcnet_fast.ops.fused_depthwise_branches import multiplied_maps
 from lgcnet_fast.ops.fused_mixed_norm_sum import mixed_sum, mixed_sum_backward, norm_statistics
 from lgcnet_fast.ops.fused_mixed_norm_sum import refuse as refuse_norms
 from lgcnet_fast.ops.fused_separable_branches import (
+    depthwise_maps,
     separable_branches_backward,
-    separable_branches_forward,
+    separable_maps,
     stacked_matrices,
     stacked_windows,
     weight_gradients,
@@ -154,7 +155,7 @@ def _stage(
             return filtered[0], nothing
         return multiplied_maps(filtered, matrix)[0], filtered if keeps else nothing
     x = mixed_sum([y], [], one, statistics, training, backend)
-    (out,) = separable_branches_forward(x, window, matrix, [1], 1, backend)
+    _, (out,) = separable_maps(x, window, matrix, [1], 1, backend)
     return out, nothing
 
 
@@ -177,7 +178,8 @@ def _stage_gradients(
         )
         return dx.expand_as(y), *weights
     x = mixed_sum([y], [], one, statistics, training, backend)
-    dx, *weights = separable_branches_backward([g], x, window, matrix, [1], 1, backend)
+    again = depthwise_maps(x, window, [1], 1, backend)
+    dx, *weights = separable_branches_backward([g], again, x, window, matrix, [1], 1, backend)
     (dy,) = mixed_sum_backward(dx, [y], [], one, statistics, training, False, backend)
     return dy, *weights
 

@@ -2,14 +2,13 @@
 
 It takes the backend of the depthwise kernels (see depthwise_kernels.py). The pointwise products are
 one batched matrix product an edge: in NHWC memory a depthwise map is a (positions, C) matrix. The
-backward pass computes the depthwise maps again, multiplies for the pointwise gradients and for
-those of the depthwise maps (see pointwise_kernels.py), and ends in the gradients of x and of the
-depthwise weights.
+backward pass multiplies for the pointwise gradients and for those of the depthwise maps (see
+pointwise_kernels.py), and ends in the gradients of x and of the depthwise weights. Under Triton
+large depthwise maps in 16-bit storage are kept for it; others it computes again.
 
 Traffic in maps of the output's size, with B branches, C_out = C and stride 1: forward reads
-B + 1 and writes 2 B, backward reads 4 B + 3 and writes 2 B + 1 where one kernel takes both
-gradients of the products. B depthwise maps are in memory until the end of each pass, none between
-them.
+B + 1 and writes 2 B, backward reads 4 B + 2 and writes B + 1 where one kernel takes both
+gradients of the products; B + 1 more each way where depthwise maps are computed again.
 """
 
 from __future__ import annotations
@@ -24,10 +23,11 @@ from torch.library import custom_op
 
 from lgcnet_fast.ops.cast_together import gradient_owners
 from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, filtered_maps
-from lgcnet_fast.ops.lanes import settle, side_by_side
+from lgcnet_fast.ops.lanes import keep_until_joined, settle, side_by_side
 from lgcnet_fast.ops.maps import accumulator, computed_dtype, dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.packed_weights import packed
 from lgcnet_fast.ops.pointwise_kernels import matrices, pointwise_gradients
+from lgcnet_fast.ops.products import SMALLEST
 
 
 class Settings(NamedTuple):
@@ -78,16 +78,21 @@ class _SeparableBranches(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         half = len(weights) // 2
         windows, matrices = stacked_windows(weights[:half]), stacked_matrices(weights[half:], x)
-        edges = separable_branches_forward(x, windows, matrices, *settings)
+        filtered, edges = separable_maps(x, windows, matrices, *settings)
         ctx.save_for_backward(x, windows, matrices)
+        ctx.filtered = kept_maps(filtered, x, settings.backend)
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
         ctx.like = [(weight.dtype, weight.shape) for weight in (weights[0], weights[half])]
         return tuple(_stacks(edges, stacks))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        kept = ctx.saved_tensors
-        dx, *found = separable_branches_backward(list(map(nhwc, gradients)), *kept, *ctx.settings)
+        x, windows, matrices = ctx.saved_tensors
+        filtered = taken(ctx.filtered, x, windows, *ctx.settings)
+        stacks = list(map(nhwc, gradients))
+        dx, *found = separable_branches_backward(
+            stacks, filtered, x, windows, matrices, *ctx.settings
+        )
         settle(dx.device, ctx.owners)
         weights = [
             gradient
@@ -143,22 +148,35 @@ def _output_shape(x: Tensor, pointwise: Tensor, stride: int) -> tuple[int, int, 
     return images, pointwise.shape[1], -(-height // stride), -(-width // stride)
 
 
-@custom_op(
-    "lgcnet_fast::separable_branches",
-    mutates_args=(),
-    schema="(Tensor x, Tensor depthwise, Tensor pointwise, int[] dilations, int stride, "
-    "str backend) -> Tensor[]",
-)
-def separable_branches_forward(
+@custom_op("lgcnet_fast::depthwise_maps", mutates_args=())
+def depthwise_maps(
+    x: Tensor, windows: Tensor, dilations: list[int], stride: int, backend: str
+) -> Tensor:
+    """(edges, B, N, C, H', W') of B dilations; windows: (edges * B, 3, 3, C)."""
+    return filtered_maps(backend, x, by_edge(windows, dilations), dilations, stride)
+
+
+@depthwise_maps.register_fake
+def _(x: Tensor, windows: Tensor, dilations: list[int], stride: int, backend: str) -> Tensor:
+    images, channels, height, width = x.shape
+    size = (-(-height // stride), -(-width // stride))
+    edges = len(windows) // len(dilations)
+    return empty_nhwc(x, (edges, len(dilations), images, channels, *size))
+
+
+def separable_maps(
     x: Tensor,
-    depthwise: Tensor,
+    windows: Tensor,
     pointwise: Tensor,
-    dilations: Sequence[int],
+    dilations: list[int],
     stride: int,
     backend: str,
-) -> list[Tensor]:
-    """depthwise: (B, 3, 3, C), pointwise: (B, C_out, C) like x; the maps of each edge."""
-    filtered = filtered_maps(backend, x, by_edge(depthwise, dilations), dilations, stride)
+) -> tuple[Tensor, list[Tensor]]:
+    """The depthwise maps, and what the products make of those of each edge.
+
+    windows: (edges * B, 3, 3, C), pointwise: (edges * B, C_out, C) like x.
+    """
+    filtered = depthwise_maps(x, windows, dilations, stride, backend)
     shape = (len(dilations), *_output_shape(x, pointwise, stride))
     edges = [empty_nhwc(x, shape) for _ in filtered]
     products = zip(filtered, pointwise.split(len(dilations)), edges, strict=True)
@@ -167,30 +185,43 @@ def separable_branches_forward(
         for maps, weights, out in products
     ]
     side_by_side(x.device, jobs)
-    return edges
+    return filtered, edges
 
 
-@separable_branches_forward.register_fake
-def _(
+def kept_maps(filtered: Tensor, x: Tensor, backend: str) -> list[Tensor]:
+    """What `taken` takes in the backward pass: the maps of a large x, or nothing.
+
+    To make them again takes 0.9 us of an H200 for a MiB of large maps, and 0.6 of small ones.
+    """
+    keeps = backend == "triton" and x.element_size() == 2 and x.numel() >= SMALLEST
+    return [filtered] if keeps else []
+
+
+def taken(
+    kept: list[Tensor],
     x: Tensor,
-    depthwise: Tensor,
-    pointwise: Tensor,
-    dilations: Sequence[int],
+    windows: Tensor,
+    dilations: list[int],
     stride: int,
     backend: str,
-) -> list[Tensor]:
-    shape = (len(dilations), *_output_shape(x, pointwise, stride))
-    return [empty_nhwc(x, shape) for _ in pointwise.split(len(dilations))]
+) -> Tensor:
+    """The depthwise maps, over which gradients may be written: a second pass makes them again."""
+    if not kept:
+        return depthwise_maps(x, windows, dilations, stride, backend)
+    filtered = kept.pop()
+    keep_until_joined(filtered)
+    return filtered
 
 
 @custom_op(
     "lgcnet_fast::separable_branches_backward",
-    mutates_args=(),
-    schema="(Tensor[] gradients, Tensor x, Tensor depthwise, Tensor pointwise, int[] dilations, "
-    "int stride, str backend) -> (Tensor, Tensor, Tensor)",
+    mutates_args=("filtered",),
+    schema="(Tensor[] gradients, Tensor(a!) filtered, Tensor x, Tensor depthwise, "
+    "Tensor pointwise, int[] dilations, int stride, str backend) -> (Tensor, Tensor, Tensor)",
 )
 def separable_branches_backward(
     gradients: list[Tensor],
+    filtered: Tensor,
     x: Tensor,
     depthwise: Tensor,
     pointwise: Tensor,
@@ -200,10 +231,10 @@ def separable_branches_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, depthwise (as (B, C, 3, 3)) and pointwise from those of stacks of maps.
 
-    Those of the weights are in the accumulator's dtype.
+    filtered: the depthwise maps, whose place their gradients take. Those of the weights are in the
+    accumulator's dtype.
     """
     windows = by_edge(depthwise, dilations)
-    filtered = filtered_maps(backend, x, windows, dilations, stride)
     added_up = pointwise_gradients(backend, gradients, filtered.flatten(0, 1), pointwise)
     return depthwise_gradients(backend, filtered, x, windows, dilations, stride, added_up)
 
@@ -211,6 +242,7 @@ def separable_branches_backward(
 @separable_branches_backward.register_fake
 def _(
     gradients: list[Tensor],
+    filtered: Tensor,
     x: Tensor,
     depthwise: Tensor,
     pointwise: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch.nn import functional as F
 
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
-from lgcnet_fast.ops.lanes import keep_until_joined
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.operands import check_map
 from lgcnet_fast.ops.recompute import Recomputable, recomputable
 from lgcnet_fast.ops.tuning import shape_key, tuned
+
+Way = Callable[[], Tensor]
 
 
 def max_pool(x: Tensor, stride: int = 1) -> Tensor:
@@ -34,14 +36,14 @@ def max_pool(x: Tensor, stride: int = 1) -> Tensor:
     return result
 
 
-def recomputable_max_pool(x: Tensor, stride: int = 1) -> Recomputable:
+def recomputable_max_pool(x: Tensor, stride: int = 1) -> tuple[Tensor, Way | None]:
     """max_pool(x, stride), and the way to compute it again going backward, `remembered`.
 
-    The fused form keeps x. Where that way is taken, the gradient of x needs no search of its own.
-    Raises as `max_pool`.
+    None for Triton's form: a map and its bytes take less than the launch in front of a node's
+    backward pass. Raises as `max_pool`.
     """
     _check(x, stride)
-    result: Recomputable = _recomputable(x, stride)
+    result: tuple[Tensor, Way | None] = _recomputable(x, stride)
     return result
 
 
@@ -61,15 +63,18 @@ def _recomputable_reference(x: Tensor, stride: int) -> Recomputable:
 
 
 def _run(backend: str, x: Tensor, stride: int) -> Tensor:
-    if backend == "triton" and x.requires_grad and torch.is_grad_enabled():
-        result: Tensor = _WinnersKept.apply(nhwc(x), stride)
-        return result
-    return _run_recomputable(backend, x, stride)[0]
+    x = nhwc(x)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return _max_pool(x, stride, backend)
+    form = _WinnersKept if backend == "triton" else _MapKept
+    result: Tensor = form.apply(x, stride)
+    return result
 
 
-def _run_recomputable(backend: str, x: Tensor, stride: int) -> Recomputable:
-    x, again = nhwc(x), _Again(stride, backend)
-    return _MaxPool.apply(x, again), partial(again.pooled, x.detach())
+def _run_recomputable(backend: str, x: Tensor, stride: int) -> tuple[Tensor, Way | None]:
+    if backend == "triton":
+        return _run(backend, x, stride), None
+    return recomputable(partial(_run, backend, stride=stride), x)
 
 
 def _refuse(backend: str, x: Tensor, stride: int) -> str | None:
@@ -78,56 +83,23 @@ def _refuse(backend: str, x: Tensor, stride: int) -> str | None:
     return dtype_refusal("x", x)
 
 
-class _Again:
-    """The second computation of a pooled map, by which the gradient learns the winners.
+class _MapKept(torch.autograd.Function):
+    """By the backend `cuda`, whose gradient searches again."""
 
-    Whoever comes first computes; the gradient of x comes last.
-    """
-
-    def __init__(self, stride: int, backend: str) -> None:
-        self._stride, self._backend = stride, backend
-        self._found: tuple[Tensor, Tensor] | None = None
-        """The map, and what its gradient needs."""
-
-    def first(self, x: Tensor) -> Tensor:
-        return _max_pool(x, self._stride, self._backend)
-
-    def pooled(self, x: Tensor) -> Tensor:
-        return self._computed(x)[0]
-
-    def gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
-        kept = x if self._backend == "cuda" else self._computed(x)[1]
-        if self._found is not None:
-            keep_until_joined(*self._found)
-            self._found = None
-        return _max_pool_backward(
-            kept, gradient, x.shape[2], x.shape[3], self._stride, self._backend
-        )
-
-    def _computed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self._found is None:
-            if self._backend == "cuda":
-                self._found = self.first(x), x
-            else:
-                self._found = _max_pool_winners(x, self._stride)
-        return self._found
-
-
-class _MaxPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, again: _Again) -> Tensor:
+    def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.again = again
-        return again.first(x)
+        ctx.stride = stride
+        return _max_pool(x, stride, "cuda")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return ctx.again.gradient(x, nhwc(gradient)), None
+        return _max_pool_backward(x, nhwc(gradient), *x.shape[2:], ctx.stride, "cuda"), None
 
 
 class _WinnersKept(torch.autograd.Function):
-    """By Triton's kernels, for a map that need not be computed again."""
+    """By Triton's kernels."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:

@@ -48,6 +48,11 @@ class Readers:
         """Whether 3x3 convolutions to so many channels should be `rectified_convolutions` of x."""
         return False
 
+    @property
+    def reads_itself(self) -> bool:
+        """Whether what reads relu(x) best rectifies x itself, where it can."""
+        return False
+
     @cached_property
     def _relu(self) -> Tensor:
         return F.relu(self.x)
@@ -83,8 +88,11 @@ class SummedReaders(Readers):
         return value, [] if self._only_rectified else [(value, self._again)]
 
     def fuses(self, out_channels: int) -> bool:
-        served = self._backend == "triton" and not self._only_rectified
-        return served and fuses(self.x, out_channels)
+        return self.reads_itself and fuses(self.x, out_channels)
+
+    @property
+    def reads_itself(self) -> bool:
+        return self._backend == "triton" and not self._only_rectified
 
 
 def aliases(x: Tensor, backend: str) -> list[Tensor]:

@@ -13,13 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 ROUNDING = 512
 """Bytes: torch's CUDA allocator hands out multiples of them."""
-WITH_DEPTHWISE_MAPS = {
-    "lgcnet_fast::separable_branches": "depthwise",
-    "lgcnet_fast::separable_branches_backward": "depthwise",
-    "lgcnet_fast::depthwise_branches_backward": "own_windows",
-    "lgcnet_fast::normalised_depthwise_backward": "windows",
-}
-"""Operations inside which depthwise maps exist, one for each of these windows."""
+WITH_DEPTHWISE_MAP = "lgcnet_fast::normalised_depthwise_backward"
+"""An operation inside which a depthwise map exists."""
 WITH_CONCATENATIONS = {
     "lgcnet_fast::concat_upsample_pointwise": 1,
     "lgcnet_fast::concat_upsample_pointwise_backward": 2,
@@ -92,16 +87,14 @@ def rounded(size: int) -> int:
 def scratch(operation: Any, args: Any) -> int:
     """Bytes of maps that an operation of this package makes inside and frees before it ends."""
     name = operation.name()
-    if name not in WITH_DEPTHWISE_MAPS and name not in WITH_CONCATENATIONS:
+    if name != WITH_DEPTHWISE_MAP and name not in WITH_CONCATENATIONS:
         return 0
     names = (argument.name for argument in operation._schema.arguments)
     given = dict(zip(names, args, strict=False))
     if name in WITH_CONCATENATIONS:
         return WITH_CONCATENATIONS[name] * _concatenation(given)
-    x, branches = given["x"], len(given[WITH_DEPTHWISE_MAPS[name]])
-    images, channels, *size = x.shape
-    positions = math.prod(-(-side // given.get("stride", 1)) for side in size)
-    return branches * images * channels * positions * x.element_size()
+    x: Tensor = given["x"]
+    return x.numel() * x.element_size()
 
 
 def _concatenation(given: dict[str, Any]) -> int:

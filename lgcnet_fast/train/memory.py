@@ -29,9 +29,9 @@ from lgcnet_fast.train.search import Searcher, SearchNetwork
 
 WITHOUT_DATA = torch.device("cpu")
 """Where tensors without data say they are; their backends are chosen as for another device."""
-CUBLAS_WORKSPACE = 2 * 32 * 2**20
-"""Bytes that cuBLAS takes on a stream of GPUs from Hopper on, for the forward and for the backward
-thread."""
+CUBLAS_WORKSPACE = 2 * 4 * 2**20
+"""Bytes that cuBLAS takes on a stream (see `WORKSPACE` of run.py), for the forward and for the
+backward thread."""
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,10 @@ ALGORITHMS = 3
 """Of cuDNN, tried for each convolution, in the order of its own guess. Torch tries 10 by itself,
 all before the first step is over; the search step was as fast with 3."""
 
+WORKSPACE_VARIABLE, WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:1"
+"""Of cuBLAS: 4 MiB for every stream and thread, unless the user has set it. On GPUs from Hopper on
+torch takes 32 by itself, which for the many streams of a captured search step is half a GiB."""
+
 FEW_THREADS = 2
 """Up to so many cores, CPU stages use one thread. The operations of a small network are too short
 to share: a second thread that other work keeps from running made a search step 10 times slower.
@@ -243,6 +247,7 @@ def _entries(folder: Path) -> list[str]:
 
 def _prepare(device: torch.device) -> None:
     if device.type == "cuda":
+        os.environ.setdefault(WORKSPACE_VARIABLE, WORKSPACE)  # Read by the first matrix product.
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.benchmark_limit = ALGORITHMS

@@ -160,11 +160,15 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield max_pool._max_pool_backward_kernel, tile, 4
     yield max_pool._max_pool_backward_stride_2_kernel, tile, 4
     tile = {"ACC": tl.float32, "BLOCK_P": 128, "BLOCK_C": 16}
-    yield average_pool._pieces_kernel, tile | {"BLOCK_P": 256}, average_pool.WARPS
+    for relu in (False, True):
+        rectified = tile | {"BLOCK_P": 256, "RELU": relu}
+        yield average_pool._pieces_kernel, rectified, average_pool.WARPS
     yield average_pool._means_kernel, tile | {"BLOCK_P": 16, "BLOCK_C": 64}, average_pool.WARPS
     # To 1, 2 and 5 bins, of which only 5 divide no side.
     spans = {"POOLS": 3, "BINS": 0x050201, "TALL": 0x020101, "WIDE": 0x020101}
-    yield average_pool._spread_kernel, tile | spans | {"ROWS": 4}, average_pool.WARPS
+    for relu in (False, True):
+        rectified = tile | spans | {"ROWS": 4, "RELU": relu}
+        yield average_pool._spread_kernel, rectified, average_pool.WARPS
 
 
 def convolutions_of_images(

@@ -30,10 +30,16 @@ def case(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Te
     return values.to(device, dtype).movedim(-1, 1).requires_grad_()
 
 
+def signed_case(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """With zeros."""
+    x = case(shape, device, torch.float64).detach()
+    return (x - x.flatten().median()).requires_grad_()
+
+
 def pooled(form: str, x: Tensor, bins: int) -> Tensor:
     """form: a backend, or `products`, those of the backend `cuda`, which need no GPU."""
     if form == "products":
-        return _run_products(x, (bins,))[0]
+        return _run_products(x, (bins,), False)[0]
     with use_backend(form):
         return average_pool(x, bins)
 
@@ -100,10 +106,39 @@ def test_several_numbers_of_bins_together(used: tuple[int, ...], device: torch.d
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("form", ["triton", "products"])
+def test_average_of_a_relu(form: str, device: torch.device) -> None:
+    x = signed_case((2, 17, 7, 5), device)
+    expected = [F.adaptive_avg_pool2d(x.relu(), bins) for bins in (1, 2, 5)]
+    if form == "products":
+        found = _run_products(x, (1, 2, 5), True)
+    else:
+        with use_backend("triton"):
+            found = average_pools(x, (1, 2, 5), relu=True)
+    torch.testing.assert_close(found, expected)
+    gradients = [
+        torch.autograd.grad(sum(y.square().sum() for y in ys), x) for ys in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_nan_passes_the_relu(device: torch.device) -> None:
+    x = signed_case((1, 2, 3, 4), device).detach()
+    x[0, 1, 1, 2] = float("nan")
+    x.requires_grad_()
+    with use_backend("triton"):
+        (y,) = average_pools(x, (1,), relu=True)
+    assert y.isnan().flatten().tolist() == [False, True]
+    (dx,) = torch.autograd.grad(y.nansum() + 0 * y[0, 0].sum(), x)
+    assert dx.isfinite().all()
+
+
 def test_registration(device: torch.device) -> None:
     x = case((1, 3, 4, 5), device, torch.float32).detach()
-    torch.library.opcheck(_average_pools, (x, [1, 2]))
-    torch.library.opcheck(_average_pools_backward, (_average_pools(x, [2]), [1, 3, 4, 5], [2]))
+    torch.library.opcheck(_average_pools, (x, [1, 2], True))
+    means = _average_pools(x, [2], False)
+    for rectified in (None, x):
+        torch.library.opcheck(_average_pools_backward, (means, [1, 3, 4, 5], [2], rectified))
 
 
 @pytest.mark.parametrize("bins", [1, 2])

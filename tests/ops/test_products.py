@@ -467,12 +467,11 @@ def test_registration_of_branches(device: torch.device) -> None:
     x, *weights = (leaf.detach() for leaf in case.leaves(device, torch.float32))
     windows, matrices = stacked_windows(weights[:4]), stacked_matrices(weights[4:6], x)
     for stride in (1, 2):
-        check(branches.depthwise_maps, (x, windows, [1, 2], stride))
-        maps = branches.depthwise_maps(x, windows, [1, 2], stride)
+        maps = branches.depthwise_maps(x, windows, [1, 2], stride, "triton")
         raw = torch.ones(2, *maps.shape[2:3], *maps.shape[4:], 3, device=device).movedim(-1, -3)
         gradients = [raw[:1], maps[0, 1:], raw[1:], maps[1, 1:]]
         settings = ([1, 2], stride, [0])
         check(
             branches.depthwise_branches_backward,
-            (gradients, x, windows, windows[::2].contiguous(), matrices, *settings),
+            (gradients, maps[:, :1].contiguous(), x, windows, matrices, *settings),
         )

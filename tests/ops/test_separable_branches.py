@@ -11,8 +11,9 @@ from torch import Tensor
 from lgcnet_fast.errors import BackendError, OperandError
 from lgcnet_fast.ops import relu_depthwise_separable, separable_branches, use_backend
 from lgcnet_fast.ops.fused_separable_branches import (
+    depthwise_maps,
     separable_branches_backward,
-    separable_branches_forward,
+    separable_maps,
     stacked_matrices,
     stacked_windows,
 )
@@ -195,10 +196,13 @@ def test_registration(device: torch.device) -> None:
     x, (depthwise, pointwise) = x.detach(), ([w.detach() for w in group] for group in weights)
     weights = stacked_windows(depthwise), stacked_matrices(pointwise, x)
     for stride in (1, 2):
-        settings = (x, *weights, [1, 2], stride, "triton")
-        torch.library.opcheck(separable_branches_forward, settings)
-        stacks = [torch.ones_like(edge) for edge in separable_branches_forward(*settings)]
-        torch.library.opcheck(separable_branches_backward, (stacks, *settings))
+        settings = ([1, 2], stride, "triton")
+        torch.library.opcheck(depthwise_maps, (x, weights[0], *settings))
+        filtered, edges = separable_maps(x, *weights, *settings)
+        stacks = [torch.ones_like(edge) for edge in edges]
+        torch.library.opcheck(
+            separable_branches_backward, (stacks, filtered, x, *weights, *settings)
+        )
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[7], CASES[8]], ids=str)

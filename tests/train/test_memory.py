@@ -135,20 +135,12 @@ def test_the_fused_backend_saves_less(new_run):
     assert fused.activations < 0.6 * reference.activations
 
 
-def test_depthwise_maps_inside_a_fused_operation_count():
-    x, depthwise = torch.empty(2, 8, 5, 7, dtype=torch.bfloat16), torch.empty(3, 8, 1, 3, 3)
-    weights = (depthwise, torch.empty(3, 4, 8), [1, 2, 4], 2)
-    expected = 3 * 2 * 8 * 3 * 4 * 2
-    forward = torch.ops.lgcnet_fast.separable_branches.default
-    assert scratch(forward, (x, *weights, [3])) == expected
-    backward = torch.ops.lgcnet_fast.separable_branches_backward.default
-    assert scratch(backward, ([x], x, *weights)) == expected
-    backward = torch.ops.lgcnet_fast.depthwise_branches_backward.default
-    expected = 2 * 2 * 8 * 5 * 7 * 2
-    for own, scratched in ((depthwise[:2], expected), (depthwise[:0], 0)):
-        assert (
-            scratch(backward, ([], x, depthwise, own, weights[1], [1, 2, 4], 1, [0])) == scratched
-        )
+def test_a_depthwise_map_inside_a_fused_operation_counts():
+    x, statistics = torch.empty(2, 8, 5, 7, dtype=torch.bfloat16), torch.empty(3, 1, 8)
+    weights = torch.empty(1, 3, 3, 8), torch.empty(1, 4, 8)
+    backward = torch.ops.lgcnet_fast.normalised_depthwise_backward.default
+    arguments = (x[None, :, :4], x, *weights, statistics, True, x.new_empty(0))
+    assert scratch(backward, arguments) == 2 * 8 * 5 * 7 * 2
     assert scratch(torch.ops.aten.add.Tensor, (x, x)) == 0
 
 
