@@ -24,6 +24,7 @@ from torch.library import custom_op
 
 from lgcnet_fast.ops.cast_together import gradient_owners
 from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, filtered_maps
+from lgcnet_fast.ops.gradient_places import homes, in_their_places
 from lgcnet_fast.ops.lanes import settle, side_by_side
 from lgcnet_fast.ops.maps import accumulator, computed_dtype, dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.packed_weights import packed
@@ -82,18 +83,20 @@ class _SeparableBranches(torch.autograd.Function):
         ctx.save_for_backward(x, windows, matrices)
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
         ctx.like = [(weight.dtype, weight.shape) for weight in (weights[0], weights[half])]
+        ctx.homes = homes(weights)
         return tuple(_stacks(edges, stacks))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors
         dx, *found = separable_branches_backward(list(map(nhwc, gradients)), *kept, *ctx.settings)
-        settle(dx.device, ctx.owners)
         weights = [
             gradient
             for of_kind, like in zip(found, ctx.like, strict=True)
             for gradient in weight_gradients(of_kind, *like)
         ]
+        weights = in_their_places(ctx.homes, weights)
+        settle(dx.device, ctx.owners)
         return None, None, dx, *weights
 
 
