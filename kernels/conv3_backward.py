@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -246,11 +247,14 @@ def conv3_weight_grad(
     return shares
 
 
-def summed(shares: Tensor) -> Tensor:
-    """dw (B, C_out, C, 3, 3), each channels_last, from the shares of all programs."""
+def summed(shares: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """dw (B, C_out, C, 3, 3), each channels_last, from the shares of all programs.
+
+    In their dtype, or rounded to `dtype`.
+    """
     if len(shares) > 1:
         rows, columns = (64, 32) if shares[0].numel() < MANY_SUMS else (8, 256)
-        total = sum_rows(shares, block_rows=rows, block_columns=columns)
+        total = sum_rows(shares, block_rows=rows, block_columns=columns, dtype=dtype)
     else:
-        total = shares[0]
+        total = shares[0].to(dtype or shares.dtype)
     return total.movedim(-1, 2)

@@ -18,6 +18,7 @@ Q C_out backward.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -147,7 +148,8 @@ def interleaved_gradients(
     odd: Tensor,
     config: ProductGradientsConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx like x, and dw (C_0 + C_1, C), even outputs first, of the weights' dtype.
+    """dx like x, and the shares (programs, C_0 + C_1, C) of dw, even outputs first, in the
+    accumulator's dtype, for `summed`.
 
     dy: like the result of `interleaved`; the others as there. Raises `ValueError` naming the
     argument at fault.
@@ -172,7 +174,12 @@ def interleaved_gradients(
         BLOCK_C=config.block_c, BLOCK_O=_block_of_outputs(even, odd),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    return dx, sum_rows(shares, dtype=even.dtype)
+    return dx, shares
+
+
+def summed(shares: Tensor, dtype: torch.dtype) -> Tensor:
+    """dw (C_0 + C_1, C) in `dtype`, that of the weights, from the shares of all programs."""
+    return sum_rows(shares, dtype=dtype)
 
 
 def _block_of_outputs(even: Tensor, odd: Tensor) -> int:

@@ -171,12 +171,15 @@ def pointwise_backward(
     return out, shares
 
 
-def summed(shares: Tensor) -> Tensor:
-    """dw (B, C_out, C) from the shares of all programs, in tiles of up to 2048 of their values."""
+def summed(shares: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """dw (B, C_out, C) from the shares of all programs, in tiles of up to 2048 of their values.
+
+    In their dtype, or rounded to `dtype`.
+    """
     if len(shares) == 1:
-        return shares[0]
+        return shares[0].to(dtype or shares.dtype)
     rows = min(256, triton.next_power_of_2(len(shares)))
-    return sum_rows(shares, block_rows=rows, block_columns=min(128, 2048 // rows))
+    return sum_rows(shares, rows, block_columns=min(128, 2048 // rows), dtype=dtype)
 
 
 def _like(x: Tensor) -> Tensor:

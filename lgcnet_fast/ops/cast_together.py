@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.ops.backend import Implementation, Operation, supposing
+from lgcnet_fast.ops.gradient_places import homes, taken
 from lgcnet_fast.ops.lanes import lanes_of, settle, side_by_side
 
 
@@ -51,15 +52,23 @@ class _CastTogether(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         settle(ctx.saved_tensors[0].device)
-        # Like the weights in memory, as the optimiser wants them.
         found = [
-            None if g is None else torch.empty_like(weight)
+            None if g is None else _place(weight)
             for g, weight in zip(gradients, ctx.saved_tensors, strict=True)
         ]
         copy_together(
             [out for out in found if out is not None], [g for g in gradients if g is not None]
         )
         return None, *found
+
+
+def _place(weight: Tensor) -> Tensor:
+    """For its gradient: like the weight in memory, as the optimiser wants it."""
+    (home,) = homes([weight])
+    place = taken(home)
+    if place is None or (place.shape, place.stride()) != (weight.shape, weight.stride()):
+        return torch.empty_like(weight)
+    return place
 
 
 def gradient_owners(weights: Sequence[Tensor]) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ from torch.library import custom_op
 from torch.nn import functional as F
 
 from lgcnet_fast.ops.lanes import side_by_side
-from lgcnet_fast.ops.maps import accumulator, empty_nhwc, nhwc
+from lgcnet_fast.ops.maps import empty_nhwc, nhwc
 from lgcnet_fast.ops.pointwise_kernels import convolution_gradient
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
@@ -38,7 +38,7 @@ def conv3_weight_gradients(
     """Of B 3x3 convolutions of equal shapes, stride 1, padding 1: (B, C_out, C, 3, 3).
 
     gs, xs: NHWC; relu: the convolutions are of relu(x). Each gradient is channels_last, in the
-    accumulator's dtype.
+    dtype of the weights.
     """
     from lgcnet_fast.kernels import conv3
     from lgcnet_fast.kernels import conv3_backward as kernel
@@ -47,7 +47,8 @@ def conv3_weight_gradients(
     if conv3.serves(x, out_channels):
         default = kernel.WeightGradConfig.default(len(xs), x.shape, out_channels)
         config = tuned(default, "conv3_weight_grad", _key(x, weights), x.device)
-        return kernel.summed(kernel.conv3_weight_grad(gs, xs, relu, config))
+        shares = kernel.conv3_weight_grad(gs, xs, relu, config)
+        return kernel.summed(shares, weights[0].dtype)
     arguments = (*([length] * 2 for length in GEOMETRY), False, [0, 0], 1)
     if relu:
         xs = [F.relu(x) for x in xs]
@@ -55,7 +56,7 @@ def conv3_weight_gradients(
         partial(convolution_gradient, 1, *one, arguments)
         for one in zip(gs, xs, weights, strict=True)
     ]
-    out = _empty(weights, x)
+    out = _empty(weights)
     for place, found in zip(out, side_by_side(x.device, jobs), strict=True):
         place.copy_(found)
     return out
@@ -65,13 +66,11 @@ def conv3_weight_gradients(
 def _(
     gs: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor], relu: bool = False
 ) -> Tensor:
-    return _empty(weights, xs[0])
+    return _empty(weights)
 
 
-def _empty(weights: Sequence[Tensor], x: Tensor) -> Tensor:
-    out_channels, channels = weights[0].shape[:2]
-    shape = (len(weights), out_channels, 3, 3, channels)
-    return x.new_empty(shape, dtype=accumulator(x.dtype)).movedim(-1, 2)
+def _empty(weights: Sequence[Tensor]) -> Tensor:
+    return empty_nhwc(weights[0], (len(weights), *weights[0].shape))
 
 
 @custom_op(

@@ -17,7 +17,7 @@ from lgcnet_fast.ops.conv3_kernels import conv3_weight_gradients, suits
 from lgcnet_fast.ops.image_convolution import image_convolution
 from lgcnet_fast.ops.image_convolution import suits as suits_image
 from lgcnet_fast.ops.lanes import settle, side_by_side
-from lgcnet_fast.ops.maps import computed_dtype, dtype_refusal, nhwc
+from lgcnet_fast.ops.maps import computed_dtype, dtype_refusal, laid_like, nhwc
 from lgcnet_fast.ops.operands import check_beside, check_map
 from lgcnet_fast.ops.pointwise_kernels import convolution_gradient, pointwise_convolution_backward
 
@@ -212,23 +212,6 @@ def _like(
     for at, g in zip(of_weights, laid, strict=True):
         found[at] = g
     return found
-
-
-def laid_like(weights: Sequence[Tensor], gradients: Iterable[Tensor]) -> list[Tensor]:
-    """Gradients as their weights lie in memory, in their dtypes.
-
-    Autograd then takes them as they are: a copy would read them, which may be too early.
-    """
-    found = list(gradients)
-    result = [
-        g if (g.dtype, g.stride()) == (w.dtype, w.stride()) else torch.empty_like(w)
-        for g, w in zip(found, weights, strict=True)
-    ]
-    pairs = [(out, g) for out, g in zip(result, found, strict=True) if out is not g]
-    if pairs:
-        outs, sources = zip(*pairs, strict=True)
-        torch._foreach_copy_(outs, sources)
-    return result
 
 
 _operation = Operation(

@@ -74,7 +74,7 @@ def depthwise_gradients(
     if windows.shape[:2] == (1, 1):
         one = dy.flatten(0, 1)[0] if isinstance(dy, Tensor) else dy[0]
         (dx, dw), shares = unsummed(lambda: _gradients_of_one(one, *launch))
-        return dx, *_summed(dw, shares, of_products)
+        return dx, *_summed_later(dw, shares, of_products)
     from lgcnet_fast.kernels.depthwise_input_grad import (
         InputGradConfig,
         depthwise_multi_input_grad,
@@ -122,12 +122,16 @@ def _gradients_of_one(
 
 
 def normalised_gradients(
-    dy: Tensor, x: Tensor, window: Tensor, norm: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]]]:
+    dy: Tensor,
+    x: Tensor,
+    window: Tensor,
+    norm: tuple[Tensor, Tensor],
+    of_products: Callable[[], Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of `filtered_maps` of relu(yhat), yhat = norm(x), by Triton's kernels: stride 1, dilation 1.
 
     window: (3, 3, C). The gradient of yhat, the rows of sums that its norm needs of it (see
-    kernels/depthwise_backward.py), and what gives the others of `depthwise_gradients`.
+    kernels/depthwise_backward.py), and the others of `depthwise_gradients`.
     """
     from lgcnet_fast.kernels.common import unsummed
     from lgcnet_fast.kernels.depthwise_backward import normalised_depthwise_backward
@@ -139,7 +143,16 @@ def normalised_gradients(
     (d_yhat, dw, sums), shares = unsummed(
         lambda: normalised_depthwise_backward(dy, x, window, norm, config)
     )
-    return d_yhat, sums, partial(_summed, dw, shares)
+    return d_yhat, sums, *_summed_later(dw, shares, of_products)
+
+
+def _summed_later(
+    dw: Tensor, shares: Tensor | None, of_products: Callable[[], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """As `_summed`, beside what goes on with the gradients of the maps."""
+    job = partial(_summed, dw, shares, of_products)
+    (found,) = side_by_side(dw.device, [], [job])
+    return found
 
 
 def _summed(

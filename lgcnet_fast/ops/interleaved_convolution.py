@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.cast_together import gradient_owners
+from lgcnet_fast.ops.lanes import settle, side_by_side
 from lgcnet_fast.ops.maps import computed_dtype, dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.operands import check_beside, check_map
 from lgcnet_fast.ops.pointwise_kernels import convolution_gradient
@@ -60,13 +62,14 @@ class _Interleaved(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
         ctx.save_for_backward(x, even, odd)
-        ctx.backend = backend
+        ctx.backend, ctx.owners = backend, gradient_owners([even, odd])
         return _interleaved(x, even, odd, backend)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
         x, even, odd = ctx.saved_tensors
         dx, dw = _gradients(nhwc(gradient), x, even, odd, ctx.backend)
+        settle(x.device, ctx.owners)
         d_even, d_odd = dw.split([len(even), len(odd)])
         return None, dx, d_even.view_as(even), d_odd.view_as(odd)
 
@@ -93,21 +96,34 @@ def _(x: Tensor, even: Tensor, odd: Tensor, backend: str) -> Tensor:
 def _gradients(
     g: Tensor, x: Tensor, even: Tensor, odd: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Of x, and of both weights, (A + B, C), in their dtype; g, x: NHWC."""
+    """Of x, and of both weights, (A + B, C), in their dtype; g, x: NHWC.
+
+    That of the weights comes of a job for later, see lanes.py.
+    """
     if backend == "triton":
         from lgcnet_fast.kernels import interleaved as kernel
 
         if kernel.serves(x, even, odd):
-            return kernel.interleaved_gradients(g, x, even.flatten(1), odd.flatten(1))
+            dx, shares = kernel.interleaved_gradients(g, x, even.flatten(1), odd.flatten(1))
+            (dw,) = side_by_side(x.device, [], [partial(kernel.summed, shares, even.dtype)])
+            return dx, dw
     weight, padding = _as_one(x, even, odd)
     geometry = ([2, 2], [padding] * 2, [1, 1], False, [0, 0], 1)
-    dx, dw = (convolution_gradient(which, g, x, weight, geometry) for which in (0, 1))
-    return nhwc(dx), torch.cat([corner.flatten(1) for corner in _corners(dw, len(even))])
+    dx, dw = side_by_side(
+        x.device,
+        [partial(convolution_gradient, 0, g, x, weight, geometry)],
+        [lambda: _of_corners(convolution_gradient(1, g, x, weight, geometry), len(even))],
+    )
+    return nhwc(dx), dw
 
 
 @_gradients.register_fake
 def _(g: Tensor, x: Tensor, even: Tensor, odd: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return empty_nhwc(x, x.shape), even.new_empty(len(even) + len(odd), even.shape[1])
+
+
+def _of_corners(dw: Tensor, even: int) -> Tensor:
+    return torch.cat([corner.flatten(1) for corner in _corners(dw, even)])
 
 
 def _as_one(x: Tensor, even: Tensor, odd: Tensor) -> tuple[Tensor, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,32 @@ def empty_nhwc(like: Tensor, shape: Sequence[int]) -> Tensor:
     """An uninitialised map or stack (..., C, H, W) in NHWC memory, dtype and device of `like`."""
     *outer, channels, height, width = shape
     return like.new_empty(*outer, height, width, channels).movedim(-1, -3)
+
+
+def same_order(tensor: Tensor, strides: Sequence[int]) -> bool:
+    """Whether its numbers lie as these strides say; those of sizes 1 say nothing."""
+    if tensor.stride() == strides:
+        return True
+    every = zip(tensor.shape, tensor.stride(), strides, strict=True)
+    return all(size == 1 or own == wanted for size, own, wanted in every)
+
+
+def laid_like(weights: Sequence[Tensor], gradients: Iterable[Tensor]) -> list[Tensor]:
+    """Gradients as their weights lie in memory, in their dtypes.
+
+    Autograd then takes them as they are: a copy would read them, which may be too early.
+    """
+    result, outs, sources = [], [], []
+    for weight, g in zip(weights, gradients, strict=True):
+        if g.dtype == weight.dtype and same_order(g, weight.stride()):
+            result.append(g.as_strided(weight.shape, weight.stride()))
+            continue
+        result.append(torch.empty_like(weight))
+        outs.append(result[-1])
+        sources.append(g)
+    if outs:
+        torch._foreach_copy_(outs, sources)
+    return result
 
 
 def dtype_refusal(name: str, x: Tensor) -> str | None:

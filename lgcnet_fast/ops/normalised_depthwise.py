@@ -63,10 +63,9 @@ def normalised_depthwise_backward(
         of_products = pointwise_gradients("triton", [g], own, products, out)
         dy = out[0]
         del own, out
-    d_normalised, sums, of_weights = normalised_gradients(dy, x, windows[0], norm)
+    d_normalised, sums, *of_weights = normalised_gradients(dy, x, windows[0], norm, of_products)
     del dy  # And with it the depthwise map, before there is one more.
-    dx = norm_gradient(d_normalised, x, statistics, sums, training)
-    return dx, *of_weights(of_products)
+    return norm_gradient(d_normalised, x, statistics, sums, training), *of_weights
 
 
 @normalised_depthwise_backward.register_fake

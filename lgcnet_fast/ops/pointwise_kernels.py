@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from lgcnet_fast.ops.lanes import side_by_side
-from lgcnet_fast.ops.maps import accumulator, empty_nhwc, unstacked
+from lgcnet_fast.ops.maps import accumulator, empty_nhwc, laid_like, unstacked
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
 
@@ -50,25 +50,33 @@ def pointwise_gradients(
 def pointwise_convolution_backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Of a 1x1 convolution of stride 1 under the backend `triton`: gradients of x and weight.
 
-    g, x: NHWC; weight: (C_out, C, 1, 1). That of the weight is in the accumulator's dtype.
+    g, x: NHWC; weight: (C_out, C, 1, 1). Its own gradient is as `laid_like` gives it, and comes of
+    a job for later, see lanes.py.
     """
     from lgcnet_fast.kernels import pointwise_backward as kernel
 
     if kernel.serves(x, len(weight)):
         dx, shares = _by_kernel([g], x[None], weight.flatten(1)[None], empty_nhwc(x, x.shape)[None])
-        return dx[0], kernel.summed(shares).view(weight.shape)
+        (dw,) = side_by_side(
+            x.device, [], [lambda: _like(weight, kernel.summed(shares, weight.dtype))]
+        )
+        return dx[0], dw
     geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
     dx, dw = side_by_side(
         x.device,
-        [partial(convolution_gradient, which, g, x, weight, geometry) for which in (0, 1)],
+        [partial(convolution_gradient, 0, g, x, weight, geometry)],
+        [lambda: _like(weight, convolution_gradient(1, g, x, weight, geometry))],
     )
-    return dx, dw.to(accumulator(x.dtype))
+    return dx, dw
 
 
 @pointwise_convolution_backward.register_fake
 def _(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    dw = weight.new_empty(weight.shape, dtype=accumulator(x.dtype))
-    return empty_nhwc(x, x.shape), dw
+    return empty_nhwc(x, x.shape), torch.empty_like(weight)
+
+
+def _like(weight: Tensor, gradient: Tensor) -> Tensor:
+    return laid_like([weight], [gradient.view(weight.shape)])[0]
 
 
 def convolution_gradient(

@@ -22,9 +22,9 @@ from lgcnet_fast.ops.conv3_kernels import (
     rectified_convolutions_forward,
     rectified_convolutions_input_gradient,
 )
-from lgcnet_fast.ops.convolutions import Geometry, convolutions, laid_like
+from lgcnet_fast.ops.convolutions import Geometry, convolutions
 from lgcnet_fast.ops.lanes import settle, side_by_side
-from lgcnet_fast.ops.maps import computed_dtype, dtype_refusal, nhwc
+from lgcnet_fast.ops.maps import computed_dtype, dtype_refusal, laid_like, nhwc
 from lgcnet_fast.ops.operands import check_beside, check_map, check_shape
 
 GEOMETRY = Geometry(1, 1)

@@ -9,11 +9,13 @@ parameters one by one, and the rate as a number, as torch's do with one.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lgcnet_fast.ops.gradient_places import GradientPlaces
 from lgcnet_fast.train.schedules import DeviceScalar
 from lgcnet_fast.train.stretch import Stretch
 
@@ -64,7 +66,8 @@ class SGD(_Capturable, torch.optim.SGD):
 
     Parameters and their momenta move into a stretch of memory each, of which state dicts know
     nothing. Where every parameter has a gradient, a step gathers the gradients likewise and is then
-    one launch instead of one for some 50 parameters.
+    one launch instead of one for some 50 parameters. From `zero_grad` on operations may write
+    gradients where the step gathers them (see ops/gradient_places.py).
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class SGD(_Capturable, torch.optim.SGD):
         """After loading, and in copies, parameters or momenta lie elsewhere."""
         super().__setstate__(state)
         self._stretch: Stretch | None = None
+        self._places: GradientPlaces | None = None
         self._gradient: Tensor | None = None
         self._divisor: Tensor | None = None
 
@@ -127,6 +131,8 @@ class SGD(_Capturable, torch.optim.SGD):
         super().zero_grad(set_to_none)
         # Of a step that a loss scaler has left out.
         self._gradient = self._divisor = None
+        if set_to_none and self._places is not None:
+            self._places.offer()
 
     def _gathered(self) -> Tensor | None:
         """The gradients of the step in a stretch; None where a parameter has none."""
@@ -137,8 +143,12 @@ class SGD(_Capturable, torch.optim.SGD):
                 return None
             if self._stretch is None or not self._stretch.holds(self._weights, group["params"]):
                 self._lay_out()
-            assert self._stretch is not None
-            self._gradient = self._stretch.filled(gradients)
+            assert self._stretch is not None and self._places is not None
+            if self._places.memory is None:
+                self._gradient = self._stretch.filled(gradients)
+            else:
+                self._stretch.fill(self._places.memory, gradients)
+                self._gradient = self._places.memory
         return self._gradient
 
     def _allocate(self) -> None:
@@ -155,6 +165,8 @@ class SGD(_Capturable, torch.optim.SGD):
         self._weights = self._stretch.filled(parameters)
         for parameter, view in zip(parameters, self._stretch.views(self._weights), strict=True):
             parameter.data = view
+        make = partial(_gradients, self._stretch, self._weights)
+        self._places = GradientPlaces(parameters, make)
         if group["momentum"]:
             states = [self.state[parameter] for parameter in parameters]
             self._momenta = self._stretch.filled([state["momentum_buffer"] for state in states])
@@ -163,6 +175,12 @@ class SGD(_Capturable, torch.optim.SGD):
 
     def _initial_state(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(parameter)} if group["momentum"] else {}
+
+
+def _gradients(stretch: Stretch, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Memory for the gradients of weights in a stretch, and the place of each."""
+    memory = stretch.zeros(weights)
+    return memory, stretch.views(memory)
 
 
 class Adam(_Capturable, torch.optim.Adam):

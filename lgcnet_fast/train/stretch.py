@@ -8,6 +8,7 @@ from itertools import accumulate
 from torch import Tensor
 
 from lgcnet_fast.ops.cast_together import copy_together
+from lgcnet_fast.ops.maps import same_order
 
 ALIGNMENT = 64
 """Numbers from which a tensor may begin, 256 bytes of float32: kernels load 16 bytes at once."""
@@ -34,25 +35,29 @@ class Stretch:
             for tensor, start in zip(tensors, self._starts, strict=True)
         )
 
+    def zeros(self, like: Tensor) -> Tensor:
+        """A new stretch, of the dtype and device of `like`."""
+        return like.new_zeros(self._size)
+
     def filled(self, tensors: Sequence[Tensor]) -> Tensor:
         """A new stretch with copies of the tensors, and zeros between them."""
-        stretch = tensors[0].new_zeros(self._size)
+        stretch = self.zeros(tensors[0])
+        self.fill(stretch, tensors)
+        return stretch
+
+    def fill(self, stretch: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Copies the tensors to where `views` has them, but for those that lie there."""
+        own = stretch.untyped_storage()._cdata
         places, pieces = [], []
         for tensor, (shape, strides), start in zip(
             tensors, self._shapes, self._starts, strict=True
         ):
-            if not _same_order(tensor, strides):
+            if tensor.untyped_storage()._cdata == own and tensor.storage_offset() == start:
+                continue
+            if not same_order(tensor, strides):
                 tensor = tensor.new_empty_strided(shape, strides).copy_(tensor)
             # Of one dimension: strides that differ where a size is 1 would make it a launch each.
             pieces.append(tensor.as_strided((tensor.numel(),), (1,)))
             places.append(stretch[start : start + tensor.numel()])
-        copy_together(places, pieces)
-        return stretch
-
-
-def _same_order(tensor: Tensor, strides: Sequence[int]) -> bool:
-    """Strides of dimensions of size 1 say nothing."""
-    if tensor.stride() == strides:
-        return True
-    every = zip(tensor.shape, tensor.stride(), strides, strict=True)
-    return all(size == 1 or own == wanted for size, own, wanted in every)
+        if places:
+            copy_together(places, pieces)

@@ -128,7 +128,8 @@ def products(x: Tensor) -> None:
         conv3.conv3_input_grad([x] * stride, x, [window] * stride, relu=True)
     weight = x.new_zeros(channels, channels)
     y = interleaved.interleaved(x, weight, weight)
-    interleaved.interleaved_gradients(y, x, weight, weight)
+    _, shares = interleaved.interleaved_gradients(y, x, weight, weight)
+    interleaved.summed(shares, weight.dtype)
 
 
 def convolutions_of_images(x: Tensor) -> None:

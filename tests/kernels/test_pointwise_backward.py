@@ -133,6 +133,7 @@ def test_shares_of_all_programs_are_added(programs, device):
     dw = summed(shares)
     assert_close(dw, shares.double().sum(0), shares.double().abs().sum(0))
     assert torch.equal(dw, summed(shares))
+    assert torch.equal(dw.half(), summed(shares, torch.float16))
 
 
 @pytest.mark.skipif(CUDA, reason="float64 is for the interpreter")

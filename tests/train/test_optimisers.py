@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lgcnet_fast.ops.cast_together import _CastTogether
+from lgcnet_fast.train import stretch
 from lgcnet_fast.train.ema import MovingAverage
 from lgcnet_fast.train.optimisers import SGD, Adam
 from lgcnet_fast.train.precision import Precision
@@ -183,6 +185,47 @@ def test_one_launch_for_all_parameters_clips_and_steps_as_torch(norm, monkeypatc
     torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=1e-5, atol=1e-6)
     found, wanted = optimiser.state_dict()["state"], torch_optimiser.state_dict()["state"]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def through_copies(network, x):
+    names, parameters = zip(*network.named_parameters(), strict=True)
+    copies = _CastTogether.apply(torch.bfloat16, *parameters)
+    values = {name: copy.float() for name, copy in zip(names, copies, strict=True)}
+    return torch.func.functional_call(network, values, x).square().sum()
+
+
+def test_gradients_that_lie_in_their_places_are_not_copied(monkeypatch):
+    """Of two micro-batches."""
+    first, second = convolutions(), convolutions()
+    optimiser, reference = ours(SGD, first), theirs(SGD, second)
+    copied = []
+    monkeypatch.setattr(stretch, "copy_together", lambda targets, _: copied.append(len(targets)))
+    inputs = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        reference.zero_grad()
+        for x in torch.randn(2, 2, 3, 6, 7, generator=inputs):
+            for network in (first, second):
+                through_copies(network, x).backward()
+        optimiser.clip(1e-3)
+        torch.nn.utils.clip_grad_norm_(second.parameters(), 1e-3)
+        optimiser.step()
+        reference.step()
+    assert not copied
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_that_lie_elsewhere_are_copied_beside_the_others():
+    """Here a parameter has one that autograd made by itself."""
+    first, second = convolutions(), convolutions()
+    optimiser, reference = ours(SGD, first), theirs(SGD, second)
+    for network, own in ((first, optimiser), (second, reference)):
+        for step in range(3):
+            own.zero_grad()
+            loss = through_copies(network, torch.full((2, 3, 6, 7), 1.0 + step))
+            (loss * 1e-3 + network[0].weight.square().sum()).backward()
+            own.step()
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_copy_trains_apart_and_alike():
