@@ -31,7 +31,6 @@ from lgcnet_fast.ops.fused_separable_branches import (
     stacked_windows,
     weight_gradients,
 )
-from lgcnet_fast.ops.gradient_places import homes, in_their_places
 from lgcnet_fast.ops.lanes import settle
 from lgcnet_fast.ops.maps import accumulator, computed_dtype, empty_nhwc, nhwc, unstacked
 from lgcnet_fast.ops.pointwise_kernels import matrices, pointwise_gradients
@@ -118,7 +117,6 @@ class _DepthwiseBranches(torch.autograd.Function):
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
         groups = [group for group in (depthwise, pointwise) if group]
         ctx.like = [(group[0].dtype, group[0].shape) for group in groups]
-        ctx.homes = homes(weights)
         return tuple(_stacks(filtered, raw, here, stacks))
 
     @staticmethod
@@ -131,13 +129,12 @@ class _DepthwiseBranches(torch.autograd.Function):
             own = maps_to_overwrite(ctx.filtered, x, own_windows, again, stride, "triton")
         stacks = list(map(nhwc, gradients))
         dx, *found = depthwise_branches_backward(stacks, own, x, windows, products, *ctx.settings)
+        settle(dx.device, ctx.owners)
         weights = [
             gradient
             for of_kind, like in zip(found, ctx.like, strict=False)
             for gradient in weight_gradients(of_kind, *like)
         ]
-        weights = in_their_places(ctx.homes, weights)
-        settle(dx.device, ctx.owners)
         return None, None, None, dx, *weights
 
 

@@ -26,7 +26,6 @@ from lgcnet_fast.ops.fused_mixed_norm_sum import (
     running_statistics,
 )
 from lgcnet_fast.ops.fused_separable_branches import stacked_matrices, weight_gradients
-from lgcnet_fast.ops.gradient_places import homes, in_their_places
 from lgcnet_fast.ops.lanes import settle, side_by_side
 from lgcnet_fast.ops.maps import accumulator, empty_nhwc, nhwc, unstacked
 from lgcnet_fast.ops.products import Entry, Products, grouped, likenesses, multiplied
@@ -151,7 +150,6 @@ class _ProductSum(torch.autograd.Function):
         ctx.save_for_backward(*ds, *ys, *xs, z, statistics, *branches[:4])
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
         ctx.like = (weights[0].dtype, weights[0].shape)
-        ctx.homes = homes(weights)
         others = z[len(weights) :]
         return product_sum(ds, branches.weights, branches.shift, ys, statistics, xs, others)
 
@@ -167,8 +165,8 @@ class _ProductSum(torch.autograd.Function):
             partial(_other_gradients, g, ys, xs, z[products:], statistics, training),
         ]
         (*dds, dz, d_products), (*d_others, dz_others) = side_by_side(g.device, jobs)
-        weights = in_their_places(ctx.homes, weight_gradients(d_products, *ctx.like))
         settle(g.device, ctx.owners)
+        weights = weight_gradients(d_products, *ctx.like)
         dz = torch.cat((dz.to(z.dtype), dz_others))
         return None, None, None, dz, *dds, *weights, *d_others
 

@@ -31,7 +31,6 @@ from lgcnet_fast.ops.fused_separable_branches import (
     stacked_windows,
     weight_gradients,
 )
-from lgcnet_fast.ops.gradient_places import homes, in_their_places
 from lgcnet_fast.ops.lanes import settle, side_by_side
 from lgcnet_fast.ops.maps import computed_dtype, nhwc, unstacked
 from lgcnet_fast.ops.normalised_depthwise import (
@@ -110,7 +109,6 @@ class _SecondStages(torch.autograd.Function):
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
         ctx.edges = edges
         ctx.like = [(weight.dtype, weight.shape) for weight in weights[::edges]]
-        ctx.homes = homes(weights)
         return maps
 
     @staticmethod
@@ -122,14 +120,13 @@ class _SecondStages(torch.autograd.Function):
         ]
         # Without pointwise weights, the last of found has nobody to go to.
         dys, *found = zip(*side_by_side(gradients[0].device, jobs), strict=True)
+        settle(gradients[0].device, ctx.owners)
         weights = [
             gradient
             for of_edges, like in zip(found, ctx.like, strict=False)
             for of_edge in of_edges
             for gradient in weight_gradients(of_edge, *like)
         ]
-        weights = in_their_places(ctx.homes, weights)
-        settle(gradients[0].device, ctx.owners)
         return None, None, None, *dys, *weights
 
 

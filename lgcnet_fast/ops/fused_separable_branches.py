@@ -23,7 +23,6 @@ from torch.library import custom_op
 
 from lgcnet_fast.ops.cast_together import gradient_owners
 from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, filtered_maps
-from lgcnet_fast.ops.gradient_places import homes, in_their_places
 from lgcnet_fast.ops.lanes import keep_until_joined, settle, side_by_side
 from lgcnet_fast.ops.maps import accumulator, computed_dtype, dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.packed_weights import packed
@@ -84,7 +83,6 @@ class _SeparableBranches(torch.autograd.Function):
         ctx.filtered = kept_maps(filtered, x, settings.backend)
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
         ctx.like = [(weight.dtype, weight.shape) for weight in (weights[0], weights[half])]
-        ctx.homes = homes(weights)
         return tuple(_stacks(edges, stacks))
 
     @staticmethod
@@ -95,13 +93,12 @@ class _SeparableBranches(torch.autograd.Function):
         dx, *found = separable_branches_backward(
             stacks, filtered, x, windows, matrices, *ctx.settings
         )
+        settle(dx.device, ctx.owners)
         weights = [
             gradient
             for of_kind, like in zip(found, ctx.like, strict=True)
             for gradient in weight_gradients(of_kind, *like)
         ]
-        weights = in_their_places(ctx.homes, weights)
-        settle(dx.device, ctx.owners)
         return None, None, dx, *weights
 
 

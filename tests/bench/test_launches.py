@@ -139,14 +139,14 @@ def test_a_tile_with_wrong_results_is_left_out() -> None:
         maps: list[torch.Tensor]
 
     def run(x: torch.Tensor, tile: Tile) -> Sums:
-        time.sleep(0.002 if tile.scale == 1 else 0)
+        time.sleep(0.02 if tile.scale == 1 else 0)
         return Sums([x, tile.scale * x])
 
     tiles = [Tile(1), Tile(1.001), Tile(2), Tile(float("nan"))]
     sweep = Sweep("pool", "key", 2**30, lambda: torch.ones(3), run, tiles)
     row = sweep.measure(1e12)
     assert row["configs"][0]["config"] == {"scale": 1.001}
-    assert row["default_us"] > 1000
+    assert row["default_us"] > 10000
 
 
 def test_every_operation_has_been_tried() -> None:
