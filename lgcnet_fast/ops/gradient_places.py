@@ -7,14 +7,9 @@ that make many of them ask for these places, so that they need not be copied the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from weakref import WeakSet
 
-import torch
 from torch import Tensor
-
-from lgcnet_fast.ops.lanes import side_by_side
-from lgcnet_fast.ops.maps import same_order
 
 Home = tuple[int, int]
 """Where a parameter lies: its storage and where it begins there. Aliases have the same one."""
@@ -67,34 +62,6 @@ def taken(home: Home | None) -> Tensor | None:
         return None
     found = (places.take(home) for places in _known)
     return next((place for place in found if place is not None), None)
-
-
-def in_their_places(
-    weights: Sequence[Home | None], gradients: Sequence[Tensor]
-) -> Sequence[Tensor]:
-    """Gradients of weights, those copied for which there are places, by a job for later.
-
-    weights: of `homes`. It comes before `settle`, as do other jobs for later.
-    """
-    result, sources, targets = [], [], []
-    for home, g in zip(weights, gradients, strict=True):
-        place = taken(home)
-        if place is None or place.shape != g.shape or not same_order(g, place.stride()):
-            result.append(g)
-            continue
-        result.append(place)
-        sources.append(_flat(g))
-        targets.append(_flat(place))
-    if targets:
-        copies = partial(torch._foreach_copy_, targets, sources)
-        side_by_side(targets[0].device, [], [copies])
-    return result
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """All numbers of a dense tensor as they lie: strides that differ where a size is 1 would make
-    it a launch each."""
-    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _home(parameter: Tensor) -> Home:
