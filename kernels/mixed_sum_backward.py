@@ -250,14 +250,13 @@ def mixed_sum_gradient_sums(
     statistics: Statistics,
     xs: Sequence[Tensor] = (),
     config: SlabConfig | None = None,
-    with_weights: bool = False,
+    weights: Tensor | None = None,
 ) -> GradientSums:
     """The sums over g = dout that the gradients need; other arguments as in `mixed_sum`.
 
-    with_weights: whether those of the weights need them as well.
+    weights: (K + J,), in the accumulator's dtype, for those that the weights need, if they do.
     """
-    rows, weights = _sums(g, ys, statistics, xs, config, with_weights)
-    return GradientSums.of(rows, len(ys), weights if with_weights else None)
+    return GradientSums.of(_sums(g, ys, statistics, xs, config, weights), len(ys), weights)
 
 
 def gradient_sum_rows(
@@ -268,7 +267,7 @@ def gradient_sum_rows(
     config: SlabConfig | None = None,
 ) -> Tensor:
     """The rows S0, S1_1 to S1_K, P_1 to P_J: (1 + K + J, C); arguments as in `mixed_sum`."""
-    return _sums(g, ys, statistics, xs, config, with_weights=False)[0]
+    return _sums(g, ys, statistics, xs, config, None)
 
 
 def _sums(
@@ -277,9 +276,9 @@ def _sums(
     statistics: Statistics,
     xs: Sequence[Tensor],
     config: SlabConfig | None,
-    with_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    """The rows, and `with_weights` their sums over the channels but for the first row's."""
+    weights: Tensor | None,
+) -> Tensor:
+    """The rows; weights: for their sums over the channels but for the first row's, if wanted."""
     check_maps("ys", ys, ys[0] if ys else None)
     check_maps("g", (g,), ys[0])
     check_maps("xs", xs, ys[0])
@@ -293,9 +292,14 @@ def _sums(
     shares = triton.cdiv(count, together) * channel_blocks
     slab = config.slab(positions, channels, shares, block_m * config.loads)
     slabs = triton.cdiv(positions, slab)
-    summed = max(block_c, triton.next_power_of_2(channels)) if with_weights else block_c
+    summed = block_c if weights is None else max(block_c, triton.next_power_of_2(channels))
     partial = g.new_empty(slabs, 1 + count, channels, dtype=accumulator_dtype(g.dtype))
-    rows, weights = partial.new_empty(1 + count, channels), partial.new_empty(count)
+    rows = partial.new_empty(1 + count, channels)
+    if weights is None:
+        weights = partial.new_empty(count)  # The kernel writes them anyway if they cost nothing.
+    check_dense("weights", weights, (count,), g)
+    if weights.dtype != partial.dtype:
+        raise ValueError(f"weights: dtype {weights.dtype}, need {partial.dtype}")
     _gradient_sums_kernel[(shares, slabs)](
         g, (*ys, *xs), statistics.mean, statistics.inverse_deviation, partial, rows,
         weights, take_counters(shares, g.device), positions, slab, channels, K=len(ys), J=len(xs),
@@ -303,7 +307,7 @@ def _sums(
         BLOCK_C=block_c, BLOCK_S=config.shares(slabs, (1 + together) * summed), SUMMED=summed,
         num_warps=config.warps,
     )  # fmt: skip
-    return rows, weights
+    return rows
 
 
 def mixed_sum_grad(

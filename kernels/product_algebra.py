@@ -261,13 +261,14 @@ def product_coefficients(
     z: Tensor,
     positions: int,
     training: bool = True,
+    dz: Tensor | None = None,
 ) -> ProductCoefficients:
     """Gradients of z and the matrices, and what makes those of the maps, of K products.
 
     sums (K, C_out, C), s0 (C_out,): of `product_sums`; mean, covariance, matrices and z as in
     `product_weights`, of which the first two count in training only; statistics: (3, K, C_out),
-    accumulator dtype; positions: M; all contiguous. Raises `ValueError` naming the argument at
-    fault.
+    accumulator dtype; positions: M; dz: (K,), for the gradient of z; all contiguous. Raises
+    `ValueError` naming the argument at fault.
     """
     products, out_channels, channels = _check_matrices(matrices)
     check_sums("sums", sums, (products, out_channels, channels), matrices)
@@ -282,7 +283,9 @@ def product_coefficients(
             if tensor is None:
                 raise ValueError(f"{name}: need it in training")
             check_sums(name, tensor, shape, matrices)
-    dz, matrix_gradients = sums.new_empty(products), sums.new_empty(sums.shape)
+    dz = sums.new_empty(products) if dz is None else dz
+    check_sums("dz", dz, (products,), matrices)
+    matrix_gradients = sums.new_empty(sums.shape)
     from_gradient = matrices.new_empty(products, channels, out_channels)
     from_map = matrices.new_empty(products, channels, channels) if training else None
     shift = sums.new_empty(products, channels) if training else None

@@ -216,11 +216,45 @@ def mixed_sum_backward(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of every entry of ys, of every one of xs and, `with_z`, of z."""
+    dz = torch.empty_like(z) if with_z else None
+    gradients = _gradients(g, ys, xs, z, statistics, training, backend, dz)
+    return gradients if dz is None else [*gradients, dz]
+
+
+@custom_op("lgcnet_fast::mixed_norm_sum_backward_beside", mutates_args=("dz",))
+def mixed_sum_backward_beside(
+    g: Tensor,
+    ys: list[Tensor],
+    xs: list[Tensor],
+    z: Tensor,
+    statistics: Tensor,
+    training: bool,
+    backend: str,
+    dz: Tensor,
+) -> list[Tensor]:
+    """As `mixed_sum_backward`, where the gradient of z goes to a part of what others write too."""
+    return _gradients(g, ys, xs, z, statistics, training, backend, dz)
+
+
+def _gradients(
+    g: Tensor,
+    ys: list[Tensor],
+    xs: list[Tensor],
+    z: Tensor,
+    statistics: Tensor,
+    training: bool,
+    backend: str,
+    dz: Tensor | None,
+) -> list[Tensor]:
+    """Of every entry of ys and of every one of xs; that of z goes to dz."""
     forward, backward = launchers(backend)
     maps, packed = unstacked(ys), forward.Statistics(*statistics.unbind())
     options = tile(backend, "gradient_sums", maps, len(xs))
-    if backend == "triton":
-        options["with_weights"] = with_z
+    sums_of_z = None
+    if backend == "triton" and dz is not None:
+        dtype = accumulator(g.dtype)
+        sums_of_z = dz if dz.dtype == dtype else torch.empty_like(dz, dtype=dtype)
+        options["weights"] = sums_of_z
     sums = backward.mixed_sum_gradient_sums(g, maps, packed, xs, **options)
     through = sums if training else _no_sums(sums)
     dys = [empty_nhwc(g, y.shape) for y in ys]
@@ -229,10 +263,9 @@ def mixed_sum_backward(
     _, dxs = backward.mixed_sum_grad(
         g, maps, weights, packed, through, plain, dys=unstacked(dys), **config
     )
-    if not with_z:
-        return [*dys, *dxs]
-    dz = sums.weights if backend == "triton" else _sums_over_channels(sums)
-    return [*dys, *dxs, dz.to(z.dtype)]
+    if dz is not None and sums_of_z is not dz:
+        dz.copy_(_sums_over_channels(sums) if sums_of_z is None else sums_of_z)
+    return [*dys, *dxs]
 
 
 def norm_gradient(g: Tensor, y: Tensor, statistics: Tensor, sums: Tensor, training: bool) -> Tensor:
@@ -278,6 +311,20 @@ def _(
 ) -> list[Tensor]:
     gradients = [empty_nhwc(g, x.shape) for x in (*ys, *xs)]
     return [*gradients, torch.empty_like(z)] if with_z else gradients
+
+
+@mixed_sum_backward_beside.register_fake
+def _(
+    g: Tensor,
+    ys: list[Tensor],
+    xs: list[Tensor],
+    z: Tensor,
+    statistics: Tensor,
+    training: bool,
+    backend: str,
+    dz: Tensor,
+) -> list[Tensor]:
+    return [empty_nhwc(g, x.shape) for x in (*ys, *xs)]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -20,7 +20,7 @@ from lgcnet_fast.ops import fused_mixed_norm_sum
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.cast_together import gradient_owners
 from lgcnet_fast.ops.fused_mixed_norm_sum import (
-    mixed_sum_backward,
+    mixed_sum_backward_beside,
     norm_statistics,
     picked_weights,
     running_statistics,
@@ -160,15 +160,16 @@ class _ProductSum(torch.autograd.Function):
         ds, _, ys, xs = _parted(maps, (stacks, 0, raw, plain))
         g, training = nhwc(g), ctx.settings.training
         branches = (matrices, mean, covariance, of_products)
+        dz = torch.empty_like(z, dtype=accumulator(g.dtype))
+        dz_products, dz_others = dz[:products], dz[products:]
         jobs = [
-            partial(product_gradients, g, ds, *branches, z[:products], training),
-            partial(_other_gradients, g, ys, xs, z[products:], statistics, training),
+            partial(product_gradients, g, ds, *branches, z[:products], training, dz_products),
+            partial(_other_gradients, g, ys, xs, z[products:], statistics, training, dz_others),
         ]
-        (*dds, dz, d_products), (*d_others, dz_others) = side_by_side(g.device, jobs)
+        (*dds, d_products), d_others = side_by_side(g.device, jobs)
         settle(g.device, ctx.owners)
         weights = weight_gradients(d_products, *ctx.like)
-        dz = torch.cat((dz.to(z.dtype), dz_others))
-        return None, None, None, dz, *dds, *weights, *d_others
+        return None, None, None, dz.to(z.dtype), *dds, *weights, *d_others
 
 
 def _tuned(default: T, launch: str, d: Tensor, *counts: Sequence[int]) -> T:
@@ -189,13 +190,14 @@ def _other_gradients(
     z: Tensor,
     statistics: Tensor,
     training: bool,
+    dz: Tensor,
 ) -> list[Tensor]:
-    """Of raw maps, plain ones and their weights."""
+    """Of raw maps and plain ones; those of their weights go to dz."""
     if ys:
-        return mixed_sum_backward(g, ys, xs, z, statistics, training, True, "triton")
-    dxs = [(weight * g).to(g.dtype) for weight in z]
-    sums = [(g * x).sum(dtype=accumulator(g.dtype)) for x in xs]
-    return [*dxs, torch.stack(sums).to(z.dtype) if sums else torch.empty_like(z)]
+        return mixed_sum_backward_beside(g, ys, xs, z, statistics, training, "triton", dz)
+    for place, x in zip(dz, xs, strict=True):
+        torch.sum(g * x, dim=(0, 1, 2, 3), dtype=dz.dtype, out=place)
+    return [(weight * g).to(g.dtype) for weight in z]
 
 
 @custom_op("lgcnet_fast::product_statistics", mutates_args=())
@@ -272,7 +274,7 @@ def _(
     return empty_nhwc(ds[0], (images, matrices.shape[1], height, width))
 
 
-@custom_op("lgcnet_fast::product_gradients", mutates_args=())
+@custom_op("lgcnet_fast::product_gradients", mutates_args=("dz",))
 def product_gradients(
     g: Tensor,
     ds: list[Tensor],
@@ -282,8 +284,9 @@ def product_gradients(
     statistics: Tensor,
     z: Tensor,
     training: bool,
+    dz: Tensor,
 ) -> list[Tensor]:
-    """Gradients of every stack of maps, of z and of the matrices, which are (K, C_out, C).
+    """Gradients of every stack of maps and of the matrices, (K, C_out, C); dz: for those of z.
 
     The last two are in the accumulator's dtype.
     """
@@ -297,14 +300,14 @@ def product_gradients(
     tile = kernel.ProductSumsConfig.default(*sizes)
     sums, total = kernel.product_sums(g, maps, _tuned(tile, "product_sums", maps[0], counts))
     found = product_algebra.product_coefficients(
-        sums, total, mean, covariance, matrices, statistics, z, positions_of(g), training
+        sums, total, mean, covariance, matrices, statistics, z, positions_of(g), training, dz
     )
     dds = [empty_nhwc(d, d.shape) for d in ds]
     through = (found.from_gradient, found.from_map, found.shift)
     default = kernel.InputGradientsConfig.default(*sizes)
     config = _tuned(default, "product_input_gradients", maps[0], counts)
     kernel.product_input_gradients(g, maps, *through, outs=unstacked(dds), config=config)
-    return [*dds, found.weight_gradients, found.matrix_gradients]
+    return [*dds, found.matrix_gradients]
 
 
 @product_gradients.register_fake
@@ -317,9 +320,10 @@ def _(
     statistics: Tensor,
     z: Tensor,
     training: bool,
+    dz: Tensor,
 ) -> list[Tensor]:
     sums = matrices.new_empty(matrices.shape, dtype=accumulator(g.dtype))
-    return [*(empty_nhwc(d, d.shape) for d in ds), sums.new_empty(len(matrices)), sums]
+    return [*(empty_nhwc(d, d.shape) for d in ds), sums]
 
 
 FORMS = {

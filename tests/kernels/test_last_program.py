@@ -73,7 +73,8 @@ def reductions(maps: list[Tensor], config: SlabConfig | None) -> Tensor:
     """All kinds, of all maps, the first of which is also the gradient, as one vector."""
     statistics = batch_statistics(maps, 1e-5, config)
     rows = gradient_sum_rows(maps[0], maps, statistics, (), config)
-    sums = mixed_sum_gradient_sums(maps[0], maps, statistics, (), config, with_weights=True)
+    weights = torch.full((len(maps),), torch.nan, device=maps[0].device)
+    sums = mixed_sum_gradient_sums(maps[0], maps, statistics, (), config, weights)
     assert sums.weights is not None
     found = (statistics.mean, statistics.variance, statistics.inverse_deviation)
     found += (rows, sums.gradient, sums.normalised, sums.weights)

@@ -174,9 +174,8 @@ def test_forward(case: Case, dtype: torch.dtype, device: torch.device, guarded: 
 def test_gradients(case: Case, dtype: torch.dtype, device: torch.device, guarded: None) -> None:
     values = inputs(case, dtype, device)
     statistics = batch_statistics(values.ys, EPS, case.slabs)
-    sums = mixed_sum_gradient_sums(
-        values.g, values.ys, statistics, values.xs, case.slabs, with_weights=True
-    )
+    weights = torch.full_like(torch.cat((values.z, values.plain_z)), torch.nan)
+    sums = mixed_sum_gradient_sums(values.g, values.ys, statistics, values.xs, case.slabs, weights)
     dys, dxs = mixed_sum_grad(
         values.g, values.ys, values.z, statistics, sums, values.plain_z, config=case.config
     )
@@ -366,7 +365,8 @@ class _MixedSum(torch.autograd.Function):
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         z, plain_z, x, *ys = ctx.saved_tensors
         g = g.contiguous(memory_format=torch.channels_last)
-        sums = mixed_sum_gradient_sums(g, ys, ctx.statistics, (x,), SLABS, with_weights=True)
+        weights = torch.full((len(ys) + 1,), torch.nan, dtype=g.dtype, device=g.device)
+        sums = mixed_sum_gradient_sums(g, ys, ctx.statistics, (x,), SLABS, weights)
         dys, dxs = mixed_sum_grad(g, ys, z, ctx.statistics, sums, plain_z, config=TILE)
         return *sums.weights.split([len(ys), 1]), *dxs, *dys
 
@@ -404,6 +404,8 @@ def test_bad_arguments_are_named(device: torch.device) -> None:
         mixed_sum(ys, z, Statistics(statistics.mean, z, z))
     with pytest.raises(ValueError, match=r"g\[0\]: shape"):
         mixed_sum_gradient_sums(values.g[:1], ys, statistics)
+    with pytest.raises(ValueError, match="weights: shape"):
+        mixed_sum_gradient_sums(values.g, ys, statistics, weights=values.g.new_empty(1))
 
 
 @pytest.mark.gpu
