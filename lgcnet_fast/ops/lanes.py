@@ -39,7 +39,7 @@ each (see train/memory.py)."""
 
 FIRST = -1
 """Priority of streams before those of jobs in the background and for later."""
-TURNS = 4
+TURNS = 2
 """So many `side_by_side` begin after one in which jobs were put off until these are waited for:
 the fewer, the less memory is held."""
 
