@@ -1,4 +1,4 @@
-"""Final upsampling a cell at a time, for the argmax of a segmenter; the loss has the same cells.
+"""Final upsampling a cell at a time: what the loss and the argmax of a segmenter share.
 
 Four neighbouring low-resolution logits enclose a cell, and every full-resolution pixel lies in
 one cell. A lane owns one cell column j; its logits at output row o are, for a fraction g across
@@ -35,6 +35,14 @@ class CellConfig:
 
 MAX_CLASSES = 32
 """More would not fit into registers."""
+
+
+@triton.jit
+def zeros_of_classes(CLASSES: tl.constexpr, LANES: tl.constexpr, ACC: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(CLASSES):
+        zeros = zeros + (tl.zeros((LANES,), ACC),)
+    return zeros
 
 
 @triton.jit

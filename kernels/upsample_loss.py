@@ -6,40 +6,31 @@ the counted pixels p with weight v_p (the class weight of y_p, or 1):
     loss = sum_p v_p l_p / V,   l_p = log sum_c exp z_pc - z_p,y_p,   V = sum_p v_p
     dloss / dz_pc = v_p (softmax(z_p)_c - [c = y_p]) / V
 
-Full-resolution logits and their gradient never exist in memory. Four neighbouring low-resolution
-logits enclose a cell, and every pixel lies in one. A lane owns a pixel column of a column of cells
-and goes down its rows: between two low-resolution rows its logits are `upper + f rise`, for a
-fraction f down the cell, and it sums the gradient, per class, with the weights of the two rows.
-Then the lanes of a cell sum up what they give to its left and to its right corner.
-
-A softmax needs no more than differences of logits. Both ends of a lane's column have their largest
-logit subtracted, so that no logit between is above 0, and the multiply-add gives the exponent at
-once. Where the largest one between may be far below 0, each pixel subtracts its own.
-
+Full-resolution logits and their gradient never exist in memory: a lane owns a column of cells
+(see upsample_cells.py) and sums the gradient of a cell's pixels, per class, into its four corners.
 Because V is a factor of the whole gradient, loss and gradient come from the same pass, the corner
 sums still to be divided by V. A cell's lower corners are the next cell's upper ones, so that a
 program going down a band of cell rows stores two sums, left and right, a low-resolution row: these
 are added up in the backward pass. No atomics: the same inputs give the same bits.
 
 Least traffic: logits and labels once; with the gradient 2 (1 + 1 / rows) float32 values
-written and read again for each logit. Arithmetic: about 13 operations a class and pixel, one of
+written and read again for each logit. Arithmetic: about 11 operations a class and pixel, one of
 them an exponential.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, check_like
+from lgcnet_fast.kernels.common import accumulator, check_like
 from lgcnet_fast.kernels.order_statistic import hardest_loss
 from lgcnet_fast.kernels.rows import checked_out
-from lgcnet_fast.kernels.upsample_cells import check_logits
+from lgcnet_fast.kernels.upsample_cells import CellConfig, check_logits, class_rows
 from lgcnet_fast.kernels.upsample_loss_kernels import (
     logits_gradient_kernel,
     losses_kernel,
@@ -47,39 +38,16 @@ from lgcnet_fast.kernels.upsample_loss_kernels import (
     sums_kernel,
 )
 
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Work of one program: `rows` rows of cells in `lanes` neighbouring columns of cells, with
-    several threads a column where there are more of them."""
-
-    lanes: int
-    rows: int
-    warps: int
-    registers: int = 128
-    """Of a thread, at most: the fewer, the more threads hide each other's latencies."""
-
-    @property
-    def spread(self) -> int:
-        """Threads of a column of cells: each takes one of its pixel columns at a time."""
-        return max(1, 32 * self.warps // self.lanes)
-
-
-LOSS = LossConfig(lanes=8, rows=4, warps=1)
+LOSS = CellConfig(lanes=32, rows=4, warps=1)
 
 _LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-def pitch(w: int) -> int:
-    """Values from one class to the next in a row of corner sums, of which `w` count."""
-    return triton.cdiv(w, 32) * 32
 
 
 class LossSums(NamedTuple):
     """What the forward pass leaves to the backward pass."""
 
     corners: Tensor
-    """(N, bands of cells, rows of a band + 1, 2, classes, `pitch` of w): see `sums_kernel`."""
+    """(N, bands of cells, rows of a band + 1, 2, classes, w): see `sums_kernel`."""
     mass: Tensor
     """Scalar V."""
 
@@ -98,7 +66,7 @@ def upsample_cross_entropy_forward(
     weight: Tensor | None = None,
     ignore_index: int = 255,
     gradient: bool = True,
-    config: LossConfig = LOSS,
+    config: CellConfig = LOSS,
 ) -> tuple[Tensor, LossSums | None]:
     """Scalar loss, the weighted mean over the valid pixels, and the sums for the backward pass.
 
@@ -108,7 +76,8 @@ def upsample_cross_entropy_forward(
     are no sums. Raises `ValueError`.
     """
     _check(logits, target, weight)
-    return _launch_sums(logits, target, weight, ignore_index, None, gradient, config)
+    rows = class_rows(logits)
+    return _launch_sums(rows, logits, target, weight, ignore_index, None, gradient, config)
 
 
 def upsample_ohem_forward(
@@ -119,7 +88,7 @@ def upsample_ohem_forward(
     weight: Tensor | None = None,
     ignore_index: int = 255,
     gradient: bool = True,
-    config: LossConfig = LOSS,
+    config: CellConfig = LOSS,
 ) -> tuple[Tensor, LossSums | None]:
     """As `upsample_cross_entropy_forward`, over the hard pixels only.
 
@@ -130,10 +99,11 @@ def upsample_ohem_forward(
     for name, share in (("threshold", threshold), ("keep", keep)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name}: {share}, need a number from 0 to 1")
-    losses = _launch_losses(logits, target, ignore_index, config)
+    rows = class_rows(logits)
+    losses = _launch_losses(rows, logits, target, ignore_index, config)
     easy = math.inf if threshold == 0 else -math.log(threshold)
     hard = _HardPixels(losses, hardest_loss(losses, keep), easy)
-    return _launch_sums(logits, target, weight, ignore_index, hard, gradient, config)
+    return _launch_sums(rows, logits, target, weight, ignore_index, hard, gradient, config)
 
 
 def upsample_loss_backward(
@@ -148,14 +118,14 @@ def upsample_loss_backward(
     batch, classes, h, w = like.shape
     rows = sums.corners.shape[2] - 1
     check_like(
-        "corners", sums.corners, (batch, triton.cdiv(h, rows), rows + 1, 2, classes, pitch(w)), like
+        "corners", sums.corners, (batch, triton.cdiv(h, rows), rows + 1, 2, classes, w), like
     )
     check_like("grad_loss", grad_loss, (), like)
     out = checked_out("out", out, tuple(like.shape), like)
     logits_gradient_kernel[(triton.cdiv(w, columns), h, batch)](
         sums.corners, sums.mass, grad_loss, out, h, w,
-        CLASSES=classes, PITCH=pitch(w), CLASS_BLOCK=triton.next_power_of_2(classes),
-        COLUMNS=columns, ROWS=rows, ACC=accumulator(like.dtype),
+        CLASSES=classes, CLASS_BLOCK=triton.next_power_of_2(classes), COLUMNS=columns,
+        ROWS=rows, ACC=accumulator(like.dtype),
     )  # fmt: skip
     return out
 
@@ -177,10 +147,11 @@ def _check(logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
 
 
 def _launch_losses(
+    rows: Tensor,
     logits: Tensor,
     target: Tensor,
     ignore_index: int,
-    config: LossConfig,
+    config: CellConfig,
 ) -> Tensor:
     """Loss of every pixel, float32 (N, H, W), -1 where it is ignored."""
     batch, classes, h, w = logits.shape
@@ -188,40 +159,38 @@ def _launch_losses(
     losses = target.new_empty(target.shape, dtype=torch.float32)
     grid = (triton.cdiv(w, config.lanes), triton.cdiv(h, config.rows), batch)
     losses_kernel[grid](
-        logits, target, losses, h, w, height, width, ignore_index,
-        CLASSES=classes, SPREAD=config.spread, LANES=config.lanes, ROWS=config.rows,
-        ACC=accumulator(logits.dtype), num_warps=config.warps, maxnreg=config.registers,
+        rows, target, losses, h, w, height, width, ignore_index,
+        CLASSES=classes, PITCH=rows.shape[3], LANES=config.lanes, ROWS=config.rows,
+        ACC=accumulator(logits.dtype), num_warps=config.warps,
     )  # fmt: skip
     return losses
 
 
 def _launch_sums(
+    rows: Tensor,
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
     hard: _HardPixels | None,
     gradient: bool,
-    config: LossConfig,
+    config: CellConfig,
 ) -> tuple[Tensor, LossSums | None]:
     batch, classes, h, w = logits.shape
     height, width = target.shape[1:]
     grid = (triton.cdiv(w, config.lanes), triton.cdiv(h, config.rows), batch)
-    sums = logits.new_empty(2, math.prod(grid), dtype=accumulator_dtype(logits.dtype))
-    corners = sums
-    if gradient:
-        corners = sums.new_empty(batch, grid[1], config.rows + 1, 2, classes, pitch(w))
+    sums = rows.new_empty(2, math.prod(grid))
+    corners = rows.new_empty(batch, grid[1], config.rows + 1, 2, classes, w) if gradient else sums
     # Arguments that a variant of the kernel does not read are filled with others of their kind.
     losses, hardest, easy = hard or _HardPixels(sums, sums, 0.0)
     sums_kernel[grid](
-        logits, target, sums if weight is None else weight, losses, hardest, corners, sums,
+        rows, target, sums if weight is None else weight, losses, hardest, corners, sums,
         h, w, height, width, ignore_index, easy,
-        CLASSES=classes, PITCH=pitch(w), SPREAD=config.spread, LANES=config.lanes,
-        ROWS=config.rows, WEIGHTED=weight is not None, HARD_ONLY=hard is not None,
-        GRADIENT=gradient,
-        ACC=accumulator(logits.dtype), num_warps=config.warps, maxnreg=config.registers,
+        CLASSES=classes, PITCH=rows.shape[3], LANES=config.lanes, ROWS=config.rows,
+        WEIGHTED=weight is not None, HARD_ONLY=hard is not None, GRADIENT=gradient,
+        ACC=accumulator(logits.dtype), num_warps=config.warps,
     )  # fmt: skip
-    loss, mass = sums.new_empty(()), sums.new_empty(())
+    loss, mass = rows.new_empty(()), rows.new_empty(())
     mean_kernel[(1,)](
         sums, loss, mass, sums.shape[1], BLOCK=1024, ACC=accumulator(logits.dtype), num_warps=8
     )

@@ -27,7 +27,6 @@ from lgcnet_fast.kernels.upsample_argmax import ARGMAX, upsample_argmax_forward
 from lgcnet_fast.kernels.upsample_cells import CellConfig
 from lgcnet_fast.kernels.upsample_loss import (
     LOSS,
-    LossConfig,
     upsample_cross_entropy_forward,
     upsample_loss_backward,
     upsample_ohem_forward,
@@ -108,7 +107,7 @@ def make_inputs(case: Case) -> Inputs:
     return Inputs(logits.to(case.dtype).movedim(-1, 1), labels.to(case.labels))
 
 
-def ours(case: Case, i: Inputs, config: Any = None) -> tuple[Tensor, ...]:
+def ours(case: Case, i: Inputs, config: CellConfig | None = None) -> tuple[Tensor, ...]:
     """The labels, or the loss and, but for validation, its gradient."""
     if case.kind == "argmax":
         return (upsample_argmax_forward(i.logits, case.full, config=config or ARGMAX),)
@@ -178,20 +177,12 @@ def comparisons(part: Part) -> Iterator[Comparison]:
 
 KINDS = {f"upsample_{kind.replace(' ', '_')}": kind for kind in ("cross entropy", "ohem", "argmax")}
 """By operation."""
-LABEL_TILES = [
-    ARGMAX,
-    *(CellConfig(32, rows, 1) for rows in (2, 4, 8)),
+TILES = [
+    *(CellConfig(32, rows, 1) for rows in (1, 2, 4, 8)),
     *(CellConfig(64, rows, 2) for rows in (2, 4, 8)),
     CellConfig(128, 4, 4),
 ]
-LOSS_TILES = [
-    LOSS,
-    *(
-        LossConfig(lanes, rows, 1, registers)
-        for lanes, rows, registers in itertools.product((4, 8, 16), (2, 4, 8), (128, 168))
-    ),
-]
-"""Worth trying, the defaults first."""
+"""Worth trying; the defaults are among them."""
 
 
 def key_of(case: Case) -> str:
@@ -214,7 +205,7 @@ def sweep(operation: str, key: str) -> Sweep:
         bytes=case.bytes,
         make=lambda: make_inputs(case),
         run=lambda i, config: ours(case, i, config),
-        configs=LABEL_TILES if case.kind == "argmax" else LOSS_TILES,
+        configs=[ARGMAX if case.kind == "argmax" else LOSS, *TILES],
     )
 
 

@@ -20,7 +20,7 @@ from lgcnet_fast.ops.maps import empty_nhwc, nhwc
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
 if TYPE_CHECKING:
-    from lgcnet_fast.kernels.upsample_loss import LossConfig
+    from lgcnet_fast.kernels.upsample_cells import CellConfig
 
 Losses = tuple[Tensor, Tensor, Tensor]
 """Loss, and the fields of kernels' `LossSums`; these are empty without a gradient."""
@@ -112,11 +112,8 @@ def _shapes(operation: str, logits: Tensor, target: Tensor, gradient: bool, back
 
         shape = (batch, -(-h // ROWS), ROWS + 1, 2, w, classes)
         return loss, loss.new_empty(shape).transpose(4, 5), loss.new_empty(())
-    from lgcnet_fast.kernels.upsample_loss import pitch
-
     rows = _loss_config(operation, logits, target).rows
-    shape = (batch, -(-h // rows), rows + 1, 2, classes, pitch(w))
-    return loss, loss.new_empty(shape), loss.new_empty(())
+    return loss, loss.new_empty((batch, -(-h // rows), rows + 1, 2, classes, w)), loss.new_empty(())
 
 
 def _losses(loss: Tensor, sums: tuple[Tensor, Tensor] | None) -> Losses:
@@ -262,7 +259,7 @@ OHEM = _forms(_run_ohem)
 ARGMAX = _forms(_run_argmax)
 
 
-def _loss_config(operation: str, logits: Tensor, target: Tensor) -> LossConfig:
+def _loss_config(operation: str, logits: Tensor, target: Tensor) -> CellConfig:
     from lgcnet_fast.kernels.upsample_loss import LOSS
 
     key = loss_key(logits.dtype, logits.shape, target.shape[1:])

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from lgcnet_fast.kernels.order_statistic import hardest_loss
 from lgcnet_fast.kernels.upsample_argmax import upsample_argmax_forward
+from lgcnet_fast.kernels.upsample_cells import CellConfig
 from lgcnet_fast.kernels.upsample_loss import (
     LOSS,
-    LossConfig,
     upsample_cross_entropy_forward,
     upsample_loss_backward,
     upsample_ohem_forward,
@@ -232,7 +232,7 @@ def test_tile_sizes_do_not_change_the_gradient(lanes, rows, device):
         random_labels(SHAPES[0], device),
     )
     grads = []
-    for config in (LOSS, LossConfig(lanes, rows, warps=1)):
+    for config in (LOSS, CellConfig(lanes, rows, warps=1)):
         loss, sums = upsample_cross_entropy_forward(logits, labels, config=config)
         grads.append(upsample_loss_backward(sums, one(loss), logits))
     torch.testing.assert_close(*grads, rtol=1e-5, atol=0)
