@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lgcnet_fast.nn.primitives import GlobalPool, ReLUConvBN
+from lgcnet_fast.ops import rectified_pointwise
 
 ASPP_WIDTH = 128
 ASPP_RATES = (6, 12, 18)
@@ -19,6 +20,11 @@ class Classifier(nn.Sequential):
 
     def __init__(self, c_in: int, num_classes: int) -> None:
         super().__init__(nn.ReLU(), nn.Conv2d(c_in, num_classes, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, convolution = self
+        assert isinstance(convolution, nn.Conv2d) and convolution.bias is not None
+        return rectified_pointwise(x, convolution.weight, convolution.bias)
 
 
 class ASPP(nn.Module):

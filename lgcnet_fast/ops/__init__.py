@@ -18,6 +18,7 @@ from lgcnet_fast.ops.products import Products
 from lgcnet_fast.ops.readers import Readers, readers, rectified_together
 from lgcnet_fast.ops.recompute import Recomputable, recomputable, recomputed, recomputes
 from lgcnet_fast.ops.rectified_convolutions import rectified_convolutions
+from lgcnet_fast.ops.rectified_pointwise import rectified_pointwise
 from lgcnet_fast.ops.running_statistics import gathered_running_statistics
 from lgcnet_fast.ops.second_stages import second_stages
 from lgcnet_fast.ops.separable_branches import separable_branches
@@ -51,6 +52,7 @@ __all__ = [
     "recomputed",
     "recomputes",
     "rectified_convolutions",
+    "rectified_pointwise",
     "rectified_together",
     "relu_depthwise_separable",
     "second_stages",

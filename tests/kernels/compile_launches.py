@@ -43,6 +43,7 @@ from lgcnet_fast.kernels import (
     product_algebra,
     product_gradients,
     product_sum,
+    rectified_pointwise,
     upsample_argmax,
     upsample_loss,
     weight_stacks,
@@ -127,6 +128,9 @@ def products(x: Tensor) -> None:
         conv3.conv3_forward(x, [window] * stride, relu=True)
         conv3.conv3_input_grad([x] * stride, x, [window] * stride, relu=True)
     weight = x.new_zeros(channels, channels)
+    y = rectified_pointwise.rectified_pointwise(x, weight, weight[0])
+    rectified_pointwise.rectified_pointwise_input_grad(y, x, weight)
+    rectified_pointwise.rectified_pointwise_weight_grad(y, x)
     y = interleaved.interleaved(x, weight, weight)
     _, shares = interleaved.interleaved_gradients(y, x, weight, weight)
     interleaved.summed(shares, weight.dtype)
