@@ -102,17 +102,19 @@ def _surroundings(
     image_ptr, image, row, column, k, H, W, of_image, of_channel, of_row, of_column,
     C: tl.constexpr, STRIDE: tl.constexpr, DTYPE: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Of positions of a row of the output, (k, column), for k = (3 u + v) C + c; u, v in 0..2.
+    """Of positions of a row of the output, (column, k), for k = (3 u + v) C + c; u, v in 0..2.
 
-    k: (BLOCK_K, 1), where those from 9 C on give zeros; column: (1, BLOCK_P).
+    column: (BLOCK_P, 1), so that the lanes of a warp are neighbouring positions and a thread knows
+    its k; k: (1, BLOCK_K), where those from 9 C on give zeros.
     """
     u, v, c = k // (3 * C), k // C % 3, k % C
     first_row, first_column = STRIDE * row - 1, STRIDE * column - 1
     i, j = first_row + u, first_column + v
     inside = (k < 9 * C) & (i >= 0) & (i < H) & (j >= 0) & (j < W)
     corner_ptr = image_ptr + (image.to(tl.int64) * of_image + first_row.to(tl.int64) * of_row)
-    tap = u.to(tl.int64) * of_row + v.to(tl.int64) * of_column + c.to(tl.int64) * of_channel
-    x = tl.load(corner_ptr + (tap + first_column.to(tl.int64) * of_column), mask=inside, other=0.0)
+    # Within an image 32 bits do, with a fraction of the instructions.
+    tap = u * of_row + v * of_column + c * of_channel
+    x = tl.load(corner_ptr + (tap + first_column * of_column), mask=inside, other=0.0)
     return x.to(DTYPE).to(OPERAND)
 
 
@@ -135,15 +137,15 @@ def _image_convolution_kernel(
     o = first_o + tl.arange(0, BLOCK_O)
     tap = u * w_of_row + v * w_of_column + c * w_of_channel
     w = tl.load(
-        w_ptr + (o[:, None] * w_of_out + tap[None, :]),
-        mask=(o < CO)[:, None] & (k < 9 * C)[None, :], other=0.0,
+        w_ptr + (o[None, :] * w_of_out + tap[:, None]),
+        mask=(o < CO)[None, :] & (k < 9 * C)[:, None], other=0.0,
     ).to(DTYPE).to(OPERAND)  # fmt: skip
     p = first_p + tl.arange(0, BLOCK_P)
     x = _surroundings(
-        image_ptr, line // HO, line % HO, p[None, :], k[:, None], H, W,
+        image_ptr, line // HO, line % HO, p[:, None], k[None, :], H, W,
         of_image, of_channel, of_row, of_column, C, STRIDE, DTYPE, OPERAND,
     )  # fmt: skip
-    y = tl.trans(tl.dot(w, x, input_precision="ieee", out_dtype=ACC))
+    y = tl.dot(x, w, input_precision="ieee", out_dtype=ACC)
     place = y_ptr + line.to(tl.int64) * WO * CO + (p[:, None] * CO + o[None, :])
     tl.store(place, y.to(DTYPE), mask=(p < WO)[:, None] & (o < CO)[None, :])
 
@@ -164,12 +166,12 @@ def _image_weight_grad_kernel(
         line = block // blocks_p
         p = block % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
         x = _surroundings(
-            image_ptr, line // HO, line % HO, p[None, :], k[:, None], H, W,
+            image_ptr, line // HO, line % HO, p[:, None], k[None, :], H, W,
             of_image, of_channel, of_row, of_column, C, STRIDE, dy_ptr.dtype.element_ty, OPERAND,
         )  # fmt: skip
         place = dy_ptr + line.to(tl.int64) * WO * CO + (p[:, None] * CO + o[None, :])
         g = tl.load(place, mask=(p < WO)[:, None] & (o < CO)[None, :], other=0.0).to(OPERAND)
-        total = tl.dot(x, g, total, input_precision="ieee", out_dtype=ACC)
+        total = tl.dot(tl.trans(x), g, total, input_precision="ieee", out_dtype=ACC)
     place = share_ptr + program.to(tl.int64) * CO * 9 * C + (o[None, :] * (9 * C) + k[:, None])
     tl.store(place, total, mask=(k < 9 * C)[:, None] & (o < CO)[None, :])
 
@@ -237,7 +239,7 @@ def image_weight_grad(
         dy, x, shares, images, height, width, *size, out_channels, *x.stride(), config.programs,
         **_constants(dy, channels, stride, config),
     )  # fmt: skip
-    return sum_rows(shares).movedim(-1, 1)
+    return sum_rows(shares, block_rows=1024).movedim(-1, 1)
 
 
 def _constants(
@@ -264,6 +266,9 @@ def _check_image(x: Tensor, stride: int, dtype: torch.dtype) -> None:
     for name, found in (("x", x.dtype), ("dtype", dtype)):
         if found not in STORAGE:
             raise ValueError(f"{name}: {found} is not one of {', '.join(map(str, STORAGE))}")
+    extent = sum(length * step for length, step in zip(shape[1:], x.stride()[1:], strict=True))
+    if extent >= 2**31:
+        raise ValueError(f"x: images of {shape[1:]} lie across 2^31 values or more")
     if stride not in (1, 2):
         raise ValueError(f"stride: {stride}, need 1 or 2")
     if not serves(x.shape[1], dtype):
