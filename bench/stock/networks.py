@@ -63,6 +63,10 @@ class PlainReLUConvBN(ReLUConvBN):
     forward = nn.Sequential.forward
 
 
+class PlainClassifier(Classifier):
+    forward = nn.Sequential.forward
+
+
 class PlainPoolBN(PoolBN):
     forward = nn.Sequential.forward
 
@@ -204,6 +208,7 @@ _PLAIN = {
     parent: plain_class
     for plain_class in (
         PlainReLUConvBN,
+        PlainClassifier,
         PlainPoolBN,
         PlainSeparablePair,
         PlainSeparable,

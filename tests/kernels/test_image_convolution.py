@@ -171,6 +171,7 @@ def test_bad_arguments_are_named(device):
         ((x, weight, 2, torch.uint8), "dtype: torch.uint8 is not one of"),
         ((x, weight[:, :2], 2), r"weight: shape \(17, 2, 3, 3\), need \(17, 3, 3, 3\)"),
         ((x, weight, 3), "stride: 3, need 1 or 2"),
+        ((x.new_empty(1, 3, 32768, 32768, device="meta"), weight, 2), "x: images of"),
     ):
         with pytest.raises(ValueError, match=message):
             image_convolution(*arguments)
