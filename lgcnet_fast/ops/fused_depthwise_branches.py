@@ -128,13 +128,13 @@ class _DepthwiseBranches(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = (list(map(nhwc, gradients)), *ctx.saved_tensors, *ctx.settings)
+        kept = ctx.saved_tensors
+        arguments = (list(map(nhwc, gradients)), *kept, *ctx.settings)
         if ctx.defers and not torch.is_grad_enabled():
             own, *found = depthwise_branches_weight_gradients(*arguments)
-            x, windows, *_ = ctx.saved_tensors
             dilations, stride, multiplied = ctx.settings
             maps = _with_own(arguments[0], own, dilations, multiplied)
-            dx = deferred_input_gradient(maps, x, windows, dilations, stride)
+            dx = deferred_input_gradient(maps, *kept[:2], dilations, stride)
         else:
             dx, *found = depthwise_branches_backward(*arguments)
         settle(dx.device, ctx.owners)

@@ -107,11 +107,11 @@ class _SeparableBranches(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = (list(map(nhwc, gradients)), *ctx.saved_tensors, *ctx.settings)
+        kept = ctx.saved_tensors
+        arguments = (list(map(nhwc, gradients)), *kept, *ctx.settings)
         if ctx.defers and not torch.is_grad_enabled():
             maps, *found = separable_branches_weight_gradients(*arguments)
-            kept, settings = ctx.saved_tensors[:2], ctx.settings[:2]
-            dx = deferred_input_gradient([maps.flatten(0, 1)], *kept, *settings)
+            dx = deferred_input_gradient([maps.flatten(0, 1)], *kept[:2], *ctx.settings[:2])
         else:
             dx, *found = separable_branches_backward(*arguments)
         settle(dx.device, ctx.owners)
