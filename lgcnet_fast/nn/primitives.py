@@ -28,7 +28,7 @@ from lgcnet_fast.ops import (
     pair_readers,
     readers,
     recomputable,
-    recomputable_max_pool,
+    recomputable_max_pools,
     recomputes,
     rectified_convolutions,
     rectified_together,
@@ -99,8 +99,8 @@ class Source:
         return raw[0]
 
     @cached_property
-    def pooled(self) -> dict[int, Tensor]:
-        """By stride, filled by `PoolBN`."""
+    def pooled(self) -> dict[int, list[Tensor]]:
+        """By stride, filled by `PoolBN`: for one reader each."""
         return {}
 
     @cached_property
@@ -206,10 +206,12 @@ class PoolBN(nn.Sequential):
         return self[1]
 
     def raw(self, source: Source) -> Tensor:
-        if self.stride not in source.pooled:
-            pooled = recomputable_max_pool(source.plain(), self.stride)
-            source.pooled[self.stride] = source.cheap(pooled)
-        return source.pooled[self.stride]
+        left = source.pooled.setdefault(self.stride, [])
+        if not left:
+            maps = recomputable_max_pools(source.plain(), self.stride)
+            source.cheap(maps[0])
+            left += [pooled for pooled, _ in maps]
+        return left.pop()
 
 
 class DepthwiseSeparable(nn.Module):

@@ -15,6 +15,7 @@ from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.lanes import keep_until_joined
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.operands import check_map
+from lgcnet_fast.ops.readers import AT_ONCE
 from lgcnet_fast.ops.recompute import Recomputable, recomputable
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
@@ -34,14 +35,15 @@ def max_pool(x: Tensor, stride: int = 1) -> Tensor:
     return result
 
 
-def recomputable_max_pool(x: Tensor, stride: int = 1) -> Recomputable:
-    """max_pool(x, stride), and the way to compute it again going backward, `remembered`.
+def recomputable_max_pools(x: Tensor, stride: int = 1) -> list[Recomputable]:
+    """max_pool(x, stride), computed once, for each of AT_ONCE readers, whose gradients are summed
+    together, and the way to compute it again going backward, `remembered`.
 
     The fused form keeps x. Where that way is taken, the gradient of x needs no search of its own.
     Raises as `max_pool`.
     """
     _check(x, stride)
-    result: Recomputable = _recomputable(x, stride)
+    result: list[Recomputable] = _recomputable(x, stride)
     return result
 
 
@@ -56,20 +58,21 @@ def _reference(x: Tensor, stride: int) -> Tensor:
     return F.max_pool2d(x, kernel_size=3, stride=stride, padding=1)
 
 
-def _recomputable_reference(x: Tensor, stride: int) -> Recomputable:
-    return recomputable(partial(_reference, stride=stride), x)
+def _recomputable_reference(x: Tensor, stride: int) -> list[Recomputable]:
+    return [recomputable(partial(_reference, stride=stride), x)] * AT_ONCE
 
 
 def _run(backend: str, x: Tensor, stride: int) -> Tensor:
     if backend == "triton" and x.requires_grad and torch.is_grad_enabled():
         result: Tensor = _WinnersKept.apply(nhwc(x), stride)
         return result
-    return _run_recomputable(backend, x, stride)[0]
+    return _run_recomputable(backend, x, stride)[0][0]
 
 
-def _run_recomputable(backend: str, x: Tensor, stride: int) -> Recomputable:
+def _run_recomputable(backend: str, x: Tensor, stride: int) -> list[Recomputable]:
     x, again = nhwc(x), _Again(stride, backend)
-    return _MaxPool.apply(x, again), partial(again.pooled, x.detach())
+    way = partial(again.pooled, x.detach())
+    return [(pooled, way) for pooled in _MaxPool.apply(x, again)]
 
 
 def _refuse(backend: str, x: Tensor, stride: int) -> str | None:
@@ -95,13 +98,13 @@ class _Again:
     def pooled(self, x: Tensor) -> Tensor:
         return self._computed(x)[0]
 
-    def gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+    def gradient(self, x: Tensor, gradients: list[Tensor]) -> Tensor:
         kept = x if self._backend == "cuda" else self._computed(x)[1]
         if self._found is not None:
             keep_until_joined(*self._found)
             self._found = None
         return _max_pool_backward(
-            kept, gradient, x.shape[2], x.shape[3], self._stride, self._backend
+            kept, gradients, x.shape[2], x.shape[3], self._stride, self._backend
         )
 
     def _computed(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,16 +117,21 @@ class _Again:
 
 
 class _MaxPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, again: _Again) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.again = again
-        return again.first(x)
+    """AT_ONCE aliases of the pooled map."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def forward(ctx: Any, x: Tensor, again: _Again) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x)
+        ctx.again = again
+        ctx.set_materialize_grads(False)
+        pooled = again.first(x)
+        return tuple(pooled.detach() for _ in range(AT_ONCE))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
         (x,) = ctx.saved_tensors
-        return ctx.again.gradient(x, nhwc(gradient)), None
+        arrived = [nhwc(g) for g in gradients if g is not None]
+        return ctx.again.gradient(x, arrived) if arrived else None, None
 
 
 class _WinnersKept(torch.autograd.Function):
@@ -139,7 +147,7 @@ class _WinnersKept(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (winners,) = ctx.saved_tensors
-        arguments = (winners, nhwc(gradient), *ctx.size, ctx.stride, "triton")
+        arguments = (winners, [nhwc(gradient)], *ctx.size, ctx.stride, "triton")
         return _max_pool_backward(*arguments), None
 
 
@@ -181,24 +189,30 @@ def _(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
 
 @custom_op("lgcnet_fast::max_pool_backward", mutates_args=())
 def _max_pool_backward(
-    kept: Tensor, gradient: Tensor, height: int, width: int, stride: int, backend: str
+    kept: Tensor, gradients: list[Tensor], height: int, width: int, stride: int, backend: str
 ) -> Tensor:
-    """The gradient of x: (N, C, height, width). kept: the winners; x for the backend `cuda`."""
+    """The gradient of x: (N, C, height, width). kept: the winners; x for the backend `cuda`.
+
+    gradients: those of the readers of the pooled map, at least one.
+    """
+    gradient = gradients[0]
     if backend == "cuda":
         from lgcnet_fast.native import max_pool as native
 
-        return native.max_pool_backward(kept, gradient, stride)
+        return native.max_pool_backward(kept, sum(gradients[1:], start=gradient), stride)
     from lgcnet_fast.kernels.max_pool import PoolConfig, max_pool_backward
 
     default = PoolConfig.backward(tuple(gradient.shape))
     key = shape_key(gradient.dtype, (*gradient.shape[:2], height, width), (stride,))
     config = tuned(default, "max_pool_backward", key, gradient.device)
-    return max_pool_backward(kept, gradient, (height, width), stride, config)
+    return max_pool_backward(kept, gradients, (height, width), stride, config)
 
 
 @_max_pool_backward.register_fake
-def _(kept: Tensor, gradient: Tensor, height: int, width: int, stride: int, backend: str) -> Tensor:
-    return empty_nhwc(gradient, (*gradient.shape[:2], height, width))
+def _(
+    kept: Tensor, gradients: list[Tensor], height: int, width: int, stride: int, backend: str
+) -> Tensor:
+    return empty_nhwc(gradients[0], (*gradients[0].shape[:2], height, width))
 
 
 def _pooled_shape(x: Tensor, stride: int) -> tuple[int, ...]:
@@ -223,6 +237,6 @@ _operation, _recomputable = (
     )
     for name, reference, run in (
         ("max_pool", _reference, _run),
-        ("recomputable_max_pool", _recomputable_reference, _run_recomputable),
+        ("recomputable_max_pools", _recomputable_reference, _run_recomputable),
     )
 )

@@ -158,8 +158,10 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         for winners in (False, True):
             yield max_pool._max_pool_kernel, tile | {"STRIDE": stride, "WINNERS": winners}, 4
     tile |= {"BLOCK_P": 16, "ROWS": 4}
-    yield max_pool._max_pool_backward_kernel, tile, 4
-    yield max_pool._max_pool_backward_stride_2_kernel, tile, 4
+    for readers in (1, 2):
+        read = tile | {"READERS": readers}
+        yield max_pool._max_pool_backward_kernel, read, 4
+        yield max_pool._max_pool_backward_stride_2_kernel, read, 4
     tile = {"ACC": tl.float32, "BLOCK_P": 128, "BLOCK_C": 16}
     yield average_pool._pieces_kernel, tile | {"BLOCK_P": 256}, average_pool.WARPS
     yield average_pool._means_kernel, tile | {"BLOCK_P": 16, "BLOCK_C": 64}, average_pool.WARPS

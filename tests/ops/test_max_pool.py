@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lgcnet_fast.ops.max_pool import (
     _max_pool,
     _max_pool_backward,
     _max_pool_winners,
-    recomputable_max_pool,
+    recomputable_max_pools,
 )
 from lgcnet_fast.ops.recompute import recomputed
 
@@ -65,7 +66,7 @@ def test_registration(stride: int, device: torch.device) -> None:
     torch.library.opcheck(_max_pool, (x, stride, "triton"))
     torch.library.opcheck(_max_pool_winners, (x, stride))
     y, winners = _max_pool_winners(x, stride)
-    torch.library.opcheck(_max_pool_backward, (winners, y, 3, 4, stride, "triton"))
+    torch.library.opcheck(_max_pool_backward, (winners, [y, y], 3, 4, stride, "triton"))
 
 
 @pytest.mark.parametrize("readers", [0, 1, 2])
@@ -82,7 +83,7 @@ def test_computed_again_at_most_once_and_then_forgotten(
 
     monkeypatch.setattr(fused, "_max_pool_winners", counted)
     with use_backend("triton"):
-        y, again = recomputable_max_pool(x)
+        y, again = recomputable_max_pools(x)[0]
         with recomputed((y, again)):
             total = sum((y.square().sum() for _ in range(readers)), start=y.sum())
         assert not found
@@ -93,6 +94,29 @@ def test_computed_again_at_most_once_and_then_forgotten(
     y = max_pool(x)
     (wanted,) = torch.autograd.grad(y.sum() + readers * y.square().sum(), x)
     assert torch.equal(gradient, wanted)
+
+
+@pytest.mark.parametrize("used", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_of_several_readers(
+    stride: int, used: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One launch takes them all; a reader may have none."""
+    x, found, launched = case((2, 3, 5, 7), device, torch.float64), [], []
+
+    def counted(kept: Tensor, gradients: list[Tensor], *rest: Any) -> Tensor:
+        launched.append(len(gradients))
+        return _max_pool_backward(kept, gradients, *rest)
+
+    monkeypatch.setattr(fused, "_max_pool_backward", counted)
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            maps = [pooled for pooled, _ in recomputable_max_pools(x, stride)]
+        total = sum((k + 1) * maps[k].square().sum() for k in range(used))
+        assert all(torch.equal(pooled, maps[0]) for pooled in maps)
+        found.append(torch.autograd.grad(total, x))
+    torch.testing.assert_close(*found)
+    assert launched == [used]
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
