@@ -3,8 +3,10 @@
 With g = dy[e, b], for stride 1
 
     dx[n, p, q, c] = m sum_{e, b, u, v} w[e, b, u, v, c] g[n, p - u d_b, q - v d_b, c]
+                     + sum_k others_k[n, p, q, c]
 
-where m = [x > 0] under a ReLU, else 1. One program sums a tile of dx over all maps of dy.
+where m = [x > 0] under a ReLU, else 1. One program sums a tile of dx over all maps of dy. The
+others are gradients of x that come from elsewhere.
 
 With stride 2 a tile position (i, j) stands for the 2 x 2 input positions (2 i, 2 j) and on. A tap
 u of an even dilation reaches only even rows, from output row i - u d / 2; of an odd dilation,
@@ -16,8 +18,8 @@ one v it goes down a column of dy, loads and widens each value once, and gives i
 that need it: up to three where the reach of the window (d / s) is less than ROWS. The row is the
 same for a whole program, so that only columns have masks of their own.
 
-Least traffic, in maps of y: E B + 2 s^2 with a ReLU, E B + s^2 without. Arithmetic: 9 E B
-multiply-adds an output.
+Least traffic, in maps of y: E B + (2 + K) s^2 with a ReLU and K others, E B + (1 + K) s^2 without a
+ReLU. Arithmetic: 9 E B multiply-adds an output.
 """
 
 from __future__ import annotations
@@ -32,9 +34,13 @@ from torch import Tensor
 from lgcnet_fast.kernels.common import INTERPRETED, accumulator, empty_map
 from lgcnet_fast.kernels.depthwise import default_block, dilation_of
 from lgcnet_fast.kernels.depthwise_arguments import Maps, check_arguments, check_dy, pack
+from lgcnet_fast.kernels.mixed_sum import check_maps
 from lgcnet_fast.kernels.slabs import pointer_of
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+ROWS_AT_ONCE = tl.constexpr(4)
+"""Rows of dx for which a thread loads x and the others before it stores any: the registers that the
+window leaves."""
 
 
 @dataclass(frozen=True)
@@ -230,20 +236,36 @@ def _add_odd_window(
 
 @triton.jit
 def _store(
-    x, dx, sums, row, column, channel, mask, H, W, C,
-    STRIDE: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr,
+    x, dx, other_ptrs, of_image, sums, row, column, channel, mask, H, W, C,
+    STRIDE: tl.constexpr, RELU: tl.constexpr, OTHERS: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Writes ROWS rows of dx, STRIDE apart, masked by the ReLU; x and dx point at the image."""
+    """Writes ROWS rows of dx, STRIDE apart: masked by the ReLU, the others added.
+
+    x and dx point at the image, the others at the first one.
+    """
     offset = column * C + channel
-    for r in tl.static_range(ROWS):
-        start = (row + STRIDE * r).to(tl.int64) * W * C
-        inside = mask & (row + STRIDE * r < H) & (column < W)
-        value = sums[r]
-        if RELU:
-            # Where x is NaN the gradient passes, as PyTorch's does.
-            dead = tl.load(x + start + offset, mask=inside, other=0.0) <= 0.0
-            value = tl.where(dead, 0.0, value)
-        tl.store(dx + start + offset, value, mask=inside)
+    for first in tl.static_range(0, ROWS, ROWS_AT_ONCE):
+        rows = ()
+        # Their loads come before their stores, past which the compiler moves none.
+        for r in tl.static_range(ROWS_AT_ONCE):
+            if first + r < ROWS:
+                start = (row + STRIDE * (first + r)).to(tl.int64) * W * C
+                inside = mask & (row + STRIDE * (first + r) < H) & (column < W)
+                value = sums[first + r]
+                if RELU:
+                    # Where x is NaN the gradient passes, as PyTorch's does.
+                    dead = tl.load(x + start + offset, mask=inside, other=0.0) <= 0.0
+                    value = tl.where(dead, 0.0, value)
+                for k in tl.static_range(OTHERS):
+                    other = other_ptrs[k] + (of_image + start) + offset
+                    value += _widen(tl.load(other, mask=inside, other=0.0), ACC)
+                rows = rows + (value,)
+        for r in tl.static_range(ROWS_AT_ONCE):
+            if first + r < ROWS:
+                start = (row + STRIDE * (first + r)).to(tl.int64) * W * C
+                inside = mask & (row + STRIDE * (first + r) < H) & (column < W)
+                tl.store(dx + start + offset, rows[r], mask=inside)
 
 
 @triton.jit
@@ -257,13 +279,14 @@ def _zeros(ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC
 
 @triton.jit(do_not_specialize=["packed_dilations", "N", "maps", "branches"])
 def _input_grad_kernel(
-    dy_ptrs, x_ptr, w_ptr, dx_ptr, packed_dilations, N, H, W, HO, WO, C, maps, branches,
-    APART: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    dy_ptrs, x_ptr, w_ptr, other_ptrs, dx_ptr, packed_dilations, N, H, W, HO, WO, C, maps, branches,
+    APART: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr, OTHERS: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS x BLOCK_P output positions, BLOCK_C channels, all maps of dy.
 
     APART: the number of maps where each has a pointer of its own, 1 where they follow each other.
+    OTHERS: how many of `other_ptrs` are added.
     """
     channel_blocks = tl.cdiv(C, BLOCK_C)
     column_blocks = tl.cdiv(WO, BLOCK_P)
@@ -276,17 +299,18 @@ def _input_grad_kernel(
     channel_mask = channel < C
     mask = channel_mask & (column < WO)
 
-    x = x_ptr + image * H * W * C
-    dx = dx_ptr + image * H * W * C
-    of_image = image * HO * WO * C
-    g = dy_ptrs[0] + of_image
+    of_image = image * H * W * C
+    x = x_ptr + of_image
+    dx = dx_ptr + of_image
+    of_y = image * HO * WO * C
+    g = dy_ptrs[0] + of_y
     w = w_ptr
     y_size = N.to(tl.int64) * HO * WO * C
     ee = _zeros(ROWS, BLOCK_P, BLOCK_C, ACC)
     if STRIDE == 1:
         for k in range(maps):
             if APART > 1:
-                g = pointer_of(dy_ptrs, k, APART) + of_image
+                g = pointer_of(dy_ptrs, k, APART) + of_y
             reach = dilation_of(packed_dilations, k % branches)
             ee = _add_window(
                 ee, g, w, reach, row, column, channel, mask, channel_mask, HO, WO, C, ROWS, ACC
@@ -300,7 +324,7 @@ def _input_grad_kernel(
         oo = _zeros(ROWS, BLOCK_P, BLOCK_C, ACC)
         for k in range(maps):
             if APART > 1:
-                g = pointer_of(dy_ptrs, k, APART) + of_image
+                g = pointer_of(dy_ptrs, k, APART) + of_y
             dilation = dilation_of(packed_dilations, k % branches)
             if dilation % 2 == 0:
                 ee = _add_window(
@@ -316,10 +340,22 @@ def _input_grad_kernel(
                 g += y_size
             w += 9 * C
         tops, lefts = 2 * row, 2 * column
-        _store(x, dx, eo, tops, lefts + 1, channel, mask, H, W, C, 2, RELU, ROWS)
-        _store(x, dx, oe, tops + 1, lefts, channel, mask, H, W, C, 2, RELU, ROWS)
-        _store(x, dx, oo, tops + 1, lefts + 1, channel, mask, H, W, C, 2, RELU, ROWS)
-    _store(x, dx, ee, STRIDE * row, STRIDE * column, channel, mask, H, W, C, STRIDE, RELU, ROWS)
+        _store(
+            x, dx, other_ptrs, of_image, eo, tops, lefts + 1, channel, mask, H, W, C,
+            2, RELU, OTHERS, ACC, ROWS,
+        )  # fmt: skip
+        _store(
+            x, dx, other_ptrs, of_image, oe, tops + 1, lefts, channel, mask, H, W, C,
+            2, RELU, OTHERS, ACC, ROWS,
+        )  # fmt: skip
+        _store(
+            x, dx, other_ptrs, of_image, oo, tops + 1, lefts + 1, channel, mask, H, W, C,
+            2, RELU, OTHERS, ACC, ROWS,
+        )  # fmt: skip
+    _store(
+        x, dx, other_ptrs, of_image, ee, STRIDE * row, STRIDE * column, channel, mask, H, W, C,
+        STRIDE, RELU, OTHERS, ACC, ROWS,
+    )  # fmt: skip
 
 
 def depthwise_multi_input_grad(
@@ -330,23 +366,26 @@ def depthwise_multi_input_grad(
     stride: int = 1,
     relu: bool = False,
     config: InputGradConfig | None = None,
+    others: Sequence[Tensor] = (),
 ) -> Tensor:
-    """dx of `depthwise_multi`, like x: the sum over all edges and branches.
+    """dx of `depthwise_multi`, like x: the sum over all edges and branches, and of `others`.
 
     dy: (edges, branches, N, C, ceil(H / stride), ceil(W / stride)), dense channels_last maps one
-    after the other, of x's dtype, or all the maps apart, edge after edge; the others as in
-    `depthwise_multi`. Raises `ValueError` naming the argument at fault.
+    after the other, of x's dtype, or all the maps apart, edge after edge; others: gradients of x,
+    like x; x to relu as in `depthwise_multi`. Rounded once, from the accumulator's dtype. Raises
+    `ValueError` naming the argument at fault.
     """
     edges, branches, channels = check_arguments(x, weights, dilations, stride)
     images, _, height, width = x.shape
     dys, (out_height, out_width) = check_dy(dy, x, weights, stride)
+    check_maps("others", others, x)
     config = config or InputGradConfig.default(tuple(dys[0].shape), stride)
     tiles = images * triton.cdiv(out_height, config.rows) * triton.cdiv(out_width, config.block_p)
     dx = empty_map(tuple(x.shape), x)
     _input_grad_kernel[(tiles * triton.cdiv(channels, config.block_c),)](
-        dys, x, weights, dx, pack(dilations),
+        dys, x, weights, tuple(others) or (x,), dx, pack(dilations),
         images, height, width, out_height, out_width, channels, edges * branches, branches,
-        APART=len(dys), STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype),
+        APART=len(dys), STRIDE=stride, RELU=relu, OTHERS=len(others), ACC=accumulator(x.dtype),
         ROWS=config.rows, BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
     return dx

@@ -7,18 +7,21 @@ wins its gradient, and a NaN beats every number and an earlier NaN.
 
     dx[n, a, b, c] = sum of dy[n, i, j, c] over the windows (i, j) that x[n, a, b, c] wins
 
+where dy is the sum of the gradients of all readers of y.
+
 The forward pass writes the winners if they are wanted, as 3 (u + 1) + v + 1 in 8 bits each. A pixel
 wins a window if its row of the window does, and the pixel its row, where the last winner is the
 last NaN or, without one, the first maximum: the same rule along both axes.
 
 Every program walks down columns of pixels, and so needs every row once.
 
-Least traffic: x + y forward, and the bytes of the winners; dy, these and dx backward, which takes
-some 45 instructions an element.
+Least traffic: x + y forward, and the bytes of the winners; all dy, these and dx backward, which
+takes some 45 instructions an element.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator, check_like, check_map, empty_map
+from lgcnet_fast.kernels.mixed_sum import check_maps
 
 CHANNELS_LAST = torch.channels_last
 
@@ -135,10 +139,13 @@ def _winner(first, second, third, no_first, at_first, at_second, at_third):
 
 
 @triton.jit
-def _window(winner_ptr, dy_ptr, offset, mask, ACC: tl.constexpr):
+def _window(winner_ptr, dy_ptrs, offset, mask, READERS: tl.constexpr, ACC: tl.constexpr):
     """Winner and gradient of windows; where `mask` is false, a winner that no pixel is."""
     winner = tl.load(winner_ptr + offset, mask=mask, other=255).to(tl.int32)
-    return winner, tl.load(dy_ptr + offset, mask=mask, other=0.0).to(ACC)
+    g = tl.load(dy_ptrs[0] + offset, mask=mask, other=0.0).to(ACC)
+    for k in tl.static_range(1, READERS):
+        g += tl.load(dy_ptrs[k] + offset, mask=mask, other=0.0).to(ACC)
+    return winner, g
 
 
 @triton.jit
@@ -148,8 +155,9 @@ def _give(dx, winner, pixel: tl.constexpr, g):
 
 @triton.jit(do_not_specialize=["N", "W"])
 def _max_pool_backward_kernel(
-    winner_ptr, dy_ptr, dx_ptr, N, H, W, C,
-    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    winner_ptr, dy_ptrs, dx_ptr, N, H, W, C,
+    READERS: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Stride 1. One program: dx of ROWS pixels of BLOCK_P columns, BLOCK_C channels."""
     image, first, column, channel, mask = _locate(N, H, W, C, ROWS, BLOCK_P, BLOCK_C)
@@ -165,7 +173,7 @@ def _max_pool_backward_kernel(
         dx_bottom = zero
         for v in tl.static_range(3):
             beside = inside & (column + (v - 1) >= 0) & (column + (v - 1) < W)
-            winner, g = _window(winner_ptr, dy_ptr, offset + (v - 1) * C, beside, ACC)
+            winner, g = _window(winner_ptr, dy_ptrs, offset + (v - 1) * C, beside, READERS, ACC)
             dx_top = _give(dx_top, winner, 2 - v, g)
             dx_centre = _give(dx_centre, winner, 5 - v, g)
             dx_bottom = _give(dx_bottom, winner, 8 - v, g)
@@ -184,8 +192,9 @@ def _store_pair(dx, even, odd, column, mask, W, C):
 
 @triton.jit(do_not_specialize=["N", "W", "WO"])
 def _max_pool_backward_stride_2_kernel(
-    winner_ptr, dy_ptr, dx_ptr, N, H, W, HO, WO, C,
-    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    winner_ptr, dy_ptrs, dx_ptr, N, H, W, HO, WO, C,
+    READERS: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: dx of the 2 x 2 pixels from each of ROWS outputs of BLOCK_P columns.
 
@@ -202,8 +211,8 @@ def _max_pool_backward_stride_2_kernel(
     for u in tl.static_range(ROWS + 1):
         inside = mask & (out_row < HO)
         beside = inside & (out_column + 1 < WO)
-        winner, g = _window(winner_ptr, dy_ptr, offset, inside, ACC)
-        next_winner, next_g = _window(winner_ptr, dy_ptr, offset + C, beside, ACC)
+        winner, g = _window(winner_ptr, dy_ptrs, offset, inside, READERS, ACC)
+        next_winner, next_g = _window(winner_ptr, dy_ptrs, offset + C, beside, READERS, ACC)
         if u >= 1:
             even = _give(even_bottom, winner, 1, g)
             odd = _give(_give(odd_bottom, winner, 2, g), next_winner, 0, next_g)
@@ -250,35 +259,41 @@ def _forward(x: Tensor, stride: int, winners: Tensor | None, config: PoolConfig 
 
 def max_pool_backward(
     winners: Tensor,
-    dy: Tensor,
+    dys: Sequence[Tensor],
     size: tuple[int, int],
     stride: int = 1,
     config: PoolConfig | None = None,
 ) -> Tensor:
-    """dx: (N, C, H, W), channels_last, from the winners and dy, the gradient of the output.
+    """dx: (N, C, H, W), channels_last, from the winners and dys, gradients of the output: one each
+    from its readers.
 
     size: (H, W). Sums are rounded once, from the accumulator's dtype. Raises `ValueError` naming
     the argument at fault.
     """
-    check_map("dy", dy)
+    if not dys:
+        raise ValueError("dys: need at least one")
+    dy = dys[0]
+    check_maps("dys", dys, dy)
     images, channels, *_ = dy.shape
     shape = images, channels, *size
     if tuple(dy.shape[2:]) != _pooled_size(size, stride):
-        raise ValueError(f"dy: shape {tuple(dy.shape)} is not that of {shape} at stride {stride}")
+        raise ValueError(
+            f"dys[0]: shape {tuple(dy.shape)} is not that of {shape} at stride {stride}"
+        )
     check_like("winners", winners, tuple(dy.shape), dy)
     if winners.dtype != torch.uint8 or not winners.is_contiguous(memory_format=CHANNELS_LAST):
         raise ValueError(f"winners: {winners.dtype}, strides {winners.stride()}, need uint8, NHWC")
     config = config or PoolConfig.backward(tuple(dy.shape))
     dx = empty_map(shape, dy)
     tile = {"ROWS": config.rows, "BLOCK_P": config.block_p, "BLOCK_C": config.block_c}
-    options = tile | {"ACC": accumulator(dy.dtype), "num_warps": config.warps}
+    options = tile | {"READERS": len(dys), "ACC": accumulator(dy.dtype), "num_warps": config.warps}
     if stride == 1:
         _max_pool_backward_kernel[_grid(dy, config)](
-            winners, dy, dx, images, *size, channels, **options
+            winners, tuple(dys), dx, images, *size, channels, **options
         )
     else:
         _max_pool_backward_stride_2_kernel[_grid(dy, config)](
-            winners, dy, dx, images, *size, *dy.shape[2:], channels, **options
+            winners, tuple(dys), dx, images, *size, *dy.shape[2:], channels, **options
         )
     return dx
 

@@ -98,7 +98,7 @@ def forward(case: Case, i: Inputs, config: PoolConfig | None = None) -> Tensor:
 
 
 def backward(case: Case, i: Inputs, config: PoolConfig | None = None) -> Tensor:
-    return max_pool_backward(i.winners, i.dy, case.shape[2:], case.stride, config)
+    return max_pool_backward(i.winners, [i.dy], case.shape[2:], case.stride, config)
 
 
 def winners(case: Case, i: Inputs, config: PoolConfig | None = None) -> tuple[Tensor, Tensor]:

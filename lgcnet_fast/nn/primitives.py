@@ -23,12 +23,12 @@ from lgcnet_fast.ops import (
     concat_upsample_pointwise,
     convolutions,
     interleaved_convolution,
+    max_pools,
     norm_sum,
     normalised,
     pair_readers,
     readers,
     recomputable,
-    recomputable_max_pool,
     recomputes,
     rectified_convolutions,
     rectified_together,
@@ -108,8 +108,8 @@ class Source:
         return raw[0]
 
     @cached_property
-    def pooled(self) -> dict[int, Tensor]:
-        """By stride, filled by `PoolBN`."""
+    def pooled(self) -> dict[int, list[Tensor]]:
+        """By stride, filled by `PoolBN`: for one reader each."""
         return {}
 
     @cached_property
@@ -215,10 +215,13 @@ class PoolBN(nn.Sequential):
         return self[1]
 
     def raw(self, source: Source) -> Tensor:
-        if self.stride not in source.pooled:
-            pooled, again = recomputable_max_pool(source.plain(), self.stride)
-            source.pooled[self.stride] = pooled if again is None else source.cheap((pooled, again))
-        return source.pooled[self.stride]
+        left = source.pooled.setdefault(self.stride, [])
+        if not left:
+            maps, again = max_pools(source.plain(), self.stride)
+            if again is not None:
+                source.cheap((maps[0], again))
+            left += maps
+        return left.pop()
 
 
 class DepthwiseSeparable(nn.Module):

@@ -9,7 +9,7 @@ from lgcnet_fast.ops.concat_upsample_pointwise import concat_upsample_pointwise
 from lgcnet_fast.ops.convolutions import Geometry, convolutions
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.interleaved_convolution import interleaved_convolution
-from lgcnet_fast.ops.max_pool import max_pool, recomputable_max_pool
+from lgcnet_fast.ops.max_pool import max_pool, max_pools
 from lgcnet_fast.ops.mixed_norm_sum import mixed_norm_sum, norm_sum, normalised
 from lgcnet_fast.ops.mixed_sum import mixed_sum
 from lgcnet_fast.ops.packed_weights import packed_weights
@@ -48,7 +48,7 @@ __all__ = [
     "packed_weights",
     "readers",
     "recomputable",
-    "recomputable_max_pool",
+    "max_pools",
     "recomputed",
     "recomputes",
     "rectified_convolutions",

@@ -75,19 +75,60 @@ def depthwise_gradients(
         one = dy.flatten(0, 1)[0] if isinstance(dy, Tensor) else dy[0]
         (dx, dw), shares = unsummed(lambda: _gradients_of_one(one, *launch))
         return dx, *_summed_later(dw, shares, of_products)
+    (dx,), (dw, d_products) = side_by_side(
+        x.device,
+        [lambda: (depthwise_input_gradient(dy, *launch),)],
+        [partial(_weight_gradients, dy, *launch, of_products)],
+    )
+    return dx, dw, d_products
+
+
+def depthwise_weight_gradients(
+    dy: Tensor | Sequence[Tensor],
+    x: Tensor,
+    windows: Tensor,
+    dilations: Sequence[int],
+    stride: int,
+    of_products: Callable[[], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """What `depthwise_gradients` gives beside that of x; by Triton's kernels, several branches."""
+    job = partial(_weight_gradients, dy, x, windows, dilations, stride, of_products)
+    (found,) = side_by_side(x.device, [], [job])
+    return found
+
+
+def depthwise_input_gradient(
+    dy: Tensor | Sequence[Tensor],
+    x: Tensor,
+    windows: Tensor,
+    dilations: Sequence[int],
+    stride: int,
+    others: Sequence[Tensor] = (),
+) -> Tensor:
+    """That of x, to which the others are added; by Triton's kernels, several branches."""
     from lgcnet_fast.kernels.depthwise_input_grad import (
         InputGradConfig,
         depthwise_multi_input_grad,
     )
 
+    launch = (x, windows, dilations, stride)
     default = InputGradConfig.default(_shape(x, windows, stride), stride)
     config = _tuned(default, "input_grad", *launch)
-    (dx,), (dw, d_products) = side_by_side(
-        x.device,
-        [lambda: (depthwise_multi_input_grad(dy, *launch, relu=True, config=config),)],
-        [lambda: _summed(*unsummed(lambda: _weight_gradient(dy, *launch)), of_products)],
-    )
-    return dx, dw, d_products
+    return depthwise_multi_input_grad(dy, *launch, relu=True, config=config, others=others)
+
+
+def _weight_gradients(
+    dy: Tensor | Sequence[Tensor],
+    x: Tensor,
+    windows: Tensor,
+    dilations: Sequence[int],
+    stride: int,
+    of_products: Callable[[], Tensor],
+) -> tuple[Tensor, Tensor]:
+    from lgcnet_fast.kernels.common import unsummed
+
+    launch = (x, windows, dilations, stride)
+    return _summed(*unsummed(lambda: _weight_gradient(dy, *launch)), of_products)
 
 
 def _weight_gradient(

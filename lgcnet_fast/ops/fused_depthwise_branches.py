@@ -10,7 +10,7 @@ stride 1: forward reads 2 + F and writes B + F, backward reads 2 B + 2 F + 2 and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,9 +21,10 @@ from torch.library import custom_op
 from lgcnet_fast.ops import fused_separable_branches
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.cast_together import gradient_owners
-from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients
+from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, depthwise_weight_gradients
 from lgcnet_fast.ops.fused_separable_branches import (
     by_edge,
+    deferred_input_gradient,
     depthwise_maps,
     kept_maps,
     maps_to_overwrite,
@@ -35,6 +36,7 @@ from lgcnet_fast.ops.lanes import settle
 from lgcnet_fast.ops.maps import accumulator, computed_dtype, empty_nhwc, nhwc, unstacked
 from lgcnet_fast.ops.pointwise_kernels import matrices, pointwise_gradients
 from lgcnet_fast.ops.products import Entry, Products, pay
+from lgcnet_fast.ops.readers import handed_out
 
 
 class Settings(NamedTuple):
@@ -79,7 +81,8 @@ def run(
     here = [branch for branch, later in enumerate(to_sum) if not later]
     settings = Settings(list(dilations), stride, here)
     own = _of_branches(pointwise, here, len(dilations))
-    maps = _DepthwiseBranches.apply(settings, stacks, len(depthwise), x, *depthwise, *own)
+    defers = len(depthwise) > 1 and handed_out(x)
+    maps = _DepthwiseBranches.apply(settings, stacks, defers, len(depthwise), x, *depthwise, *own)
     entries: list[list[Entry]] = []
     first = 0
     for stack, count in zip(maps, stacks, strict=True):
@@ -95,11 +98,15 @@ class _DepthwiseBranches(torch.autograd.Function):
         ctx: Any,
         settings: Settings,
         stacks: Sequence[int],
+        defers: bool,
         branches: int,
         x: Tensor,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        """weights: depthwise of all branches, pointwise of those multiplied here."""
+        """weights: depthwise of all branches, pointwise of those multiplied here.
+
+        defers: whether the gradient of x is a `DeferredGradient`.
+        """
         depthwise, pointwise = weights[:branches], weights[branches:]
         dilations, stride, here = settings
         later = [branch for branch in range(len(dilations)) if branch not in here]
@@ -115,6 +122,7 @@ class _DepthwiseBranches(torch.autograd.Function):
             ctx.filtered = kept_maps(maps, x, "triton")
         ctx.save_for_backward(x, stacked_windows(depthwise), windows, products)
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
+        ctx.defers = defers
         groups = [group for group in (depthwise, pointwise) if group]
         ctx.like = [(group[0].dtype, group[0].shape) for group in groups]
         return tuple(_stacks(filtered, raw, here, stacks))
@@ -128,14 +136,20 @@ class _DepthwiseBranches(torch.autograd.Function):
             again = [dilations[branch] for branch in here]
             own = maps_to_overwrite(ctx.filtered, x, own_windows, again, stride, "triton")
         stacks = list(map(nhwc, gradients))
-        dx, *found = depthwise_branches_backward(stacks, own, x, windows, products, *ctx.settings)
+        arguments = stacks, own, x, windows, products, *ctx.settings
+        if ctx.defers and not torch.is_grad_enabled():
+            found = depthwise_branches_weight_gradients(*arguments)
+            maps = _with_own(stacks, own, dilations, here)
+            dx = deferred_input_gradient(maps, x, windows, dilations, stride)
+        else:
+            dx, *found = depthwise_branches_backward(*arguments)
         settle(dx.device, ctx.owners)
         weights = [
             gradient
             for of_kind, like in zip(found, ctx.like, strict=False)
             for gradient in weight_gradients(of_kind, *like)
         ]
-        return None, None, None, dx, *weights
+        return None, None, None, None, dx, *weights
 
 
 def _of_branches(
@@ -199,19 +213,38 @@ def depthwise_branches_backward(
     their gradients take, and what multiplies them, empty where there are none. Gradients of weights
     are in the accumulator's dtype.
     """
-    maps = unstacked(gradients)
-
-    def of_products() -> Tensor:
-        return products.new_empty(0, dtype=accumulator(products.dtype))
-
-    if multiplied:
-        places = [at for at in range(len(maps)) if at % len(dilations) in multiplied]
-        raw = [maps[at][None] for at in places]
-        of_products = pointwise_gradients("triton", raw, own.flatten(0, 1), products)
-        for at, found in zip(places, own.flatten(0, 1), strict=True):
-            maps[at] = found
+    of_products = _own_gradients(gradients, own, products, dilations, multiplied)
+    maps = _with_own(gradients, own, dilations, multiplied)
     launch = (x, by_edge(windows, dilations), dilations, stride)
     return depthwise_gradients("triton", maps, *launch, of_products)
+
+
+def _own_gradients(
+    gradients: list[Tensor],
+    own: Tensor,
+    products: Tensor,
+    dilations: Sequence[int],
+    multiplied: Sequence[int],
+) -> Callable[[], Tensor]:
+    """Of the depthwise maps of branches that are multiplied here, in their place; gives what sums
+    those of the products."""
+    if not multiplied:
+        return lambda: products.new_empty(0, dtype=accumulator(products.dtype))
+    raw = [
+        g[None] for at, g in enumerate(unstacked(gradients)) if at % len(dilations) in multiplied
+    ]
+    return pointwise_gradients("triton", raw, own.flatten(0, 1), products)
+
+
+def _with_own(
+    gradients: list[Tensor], own: Tensor, dilations: Sequence[int], multiplied: Sequence[int]
+) -> list[Tensor]:
+    """Of all depthwise maps: those of branches that are multiplied here from `own`."""
+    rest = iter(own.flatten(0, 1) if multiplied else ())
+    return [
+        next(rest) if at % len(dilations) in multiplied else g
+        for at, g in enumerate(unstacked(gradients))
+    ]
 
 
 @depthwise_branches_backward.register_fake
@@ -225,6 +258,44 @@ def _(
     stride: int,
     multiplied: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients_like(x, windows, products)
+
+
+@custom_op("lgcnet_fast::depthwise_branches_weight_gradients", mutates_args=("own",))
+def depthwise_branches_weight_gradients(
+    gradients: list[Tensor],
+    own: Tensor,
+    x: Tensor,
+    windows: Tensor,
+    products: Tensor,
+    dilations: list[int],
+    stride: int,
+    multiplied: list[int],
+) -> tuple[Tensor, Tensor]:
+    """As `depthwise_branches_backward` of several branches, but for the gradient of x."""
+    of_products = _own_gradients(gradients, own, products, dilations, multiplied)
+    maps = _with_own(gradients, own, dilations, multiplied)
+    launch = (x, by_edge(windows, dilations), dilations, stride)
+    return depthwise_weight_gradients(maps, *launch, of_products)
+
+
+@depthwise_branches_weight_gradients.register_fake
+def _(
+    gradients: list[Tensor],
+    own: Tensor,
+    x: Tensor,
+    windows: Tensor,
+    products: Tensor,
+    dilations: list[int],
+    stride: int,
+    multiplied: list[int],
+) -> tuple[Tensor, Tensor]:
+    _, d_windows, d_products = _gradients_like(x, windows, products)
+    return d_windows, d_products
+
+
+def _gradients_like(x: Tensor, windows: Tensor, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, of the windows and of the products, without values."""
     dtype = accumulator(x.dtype)
     return (
         empty_nhwc(x, x.shape),

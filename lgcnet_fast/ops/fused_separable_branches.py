@@ -22,12 +22,19 @@ from torch import Tensor
 from torch.library import custom_op
 
 from lgcnet_fast.ops.cast_together import gradient_owners
-from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, filtered_maps
+from lgcnet_fast.ops.deferred_gradient import DeferredGradient
+from lgcnet_fast.ops.depthwise_kernels import (
+    depthwise_gradients,
+    depthwise_input_gradient,
+    depthwise_weight_gradients,
+    filtered_maps,
+)
 from lgcnet_fast.ops.lanes import keep_until_joined, settle, side_by_side
 from lgcnet_fast.ops.maps import accumulator, computed_dtype, dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.packed_weights import packed
 from lgcnet_fast.ops.pointwise_kernels import matrices, pointwise_gradients
 from lgcnet_fast.ops.products import SMALLEST
+from lgcnet_fast.ops.readers import handed_out
 
 
 class Settings(NamedTuple):
@@ -65,7 +72,8 @@ def run(
     """`separable_branches`, see there: one stack of maps in each list."""
     x = nhwc(x.to(computed_dtype(x)))
     settings = Settings(list(dilations), stride, backend)
-    maps = _SeparableBranches.apply(settings, stacks, x, *depthwise, *pointwise)
+    defers = backend == "triton" and len(depthwise) > 1 and handed_out(x)
+    maps = _SeparableBranches.apply(settings, stacks, defers, x, *depthwise, *pointwise)
     return [[stack] for stack in maps]
 
 
@@ -74,14 +82,21 @@ class _SeparableBranches(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, settings: Settings, stacks: Sequence[int], x: Tensor, *weights: Tensor
+        ctx: Any,
+        settings: Settings,
+        stacks: Sequence[int],
+        defers: bool,
+        x: Tensor,
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:
+        """defers: whether the gradient of x is a `DeferredGradient`."""
         half = len(weights) // 2
         windows, matrices = stacked_windows(weights[:half]), stacked_matrices(weights[half:], x)
         filtered, edges = separable_maps(x, windows, matrices, *settings)
         ctx.save_for_backward(x, windows, matrices)
         ctx.filtered = kept_maps(filtered, x, settings.backend)
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
+        ctx.defers = defers
         ctx.like = [(weight.dtype, weight.shape) for weight in (weights[0], weights[half])]
         return tuple(_stacks(edges, stacks))
 
@@ -89,17 +104,20 @@ class _SeparableBranches(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, windows, matrices = ctx.saved_tensors
         filtered = maps_to_overwrite(ctx.filtered, x, windows, *ctx.settings)
-        stacks = list(map(nhwc, gradients))
-        dx, *found = separable_branches_backward(
-            stacks, filtered, x, windows, matrices, *ctx.settings
-        )
+        arguments = list(map(nhwc, gradients)), filtered, x, windows, matrices, *ctx.settings
+        if ctx.defers and not torch.is_grad_enabled():
+            found = separable_branches_weight_gradients(*arguments)
+            maps = [filtered.flatten(0, 1)]
+            dx = deferred_input_gradient(maps, x, windows, *ctx.settings[:2])
+        else:
+            dx, *found = separable_branches_backward(*arguments)
         settle(dx.device, ctx.owners)
         weights = [
             gradient
             for of_kind, like in zip(found, ctx.like, strict=True)
             for gradient in weight_gradients(of_kind, *like)
         ]
-        return None, None, dx, *weights
+        return None, None, None, dx, *weights
 
 
 def stacked_windows(depthwise: Sequence[Tensor]) -> Tensor:
@@ -257,3 +275,80 @@ def _(
         x.new_empty(branches, channels, 3, 3, dtype=dtype),
         x.new_empty(branches, c_out, channels, dtype=dtype),
     )
+
+
+@custom_op(
+    "lgcnet_fast::separable_branches_weight_gradients",
+    mutates_args=("filtered",),
+    schema="(Tensor[] gradients, Tensor(a!) filtered, Tensor x, Tensor depthwise, "
+    "Tensor pointwise, int[] dilations, int stride, str backend) -> (Tensor, Tensor)",
+)
+def separable_branches_weight_gradients(
+    gradients: list[Tensor],
+    filtered: Tensor,
+    x: Tensor,
+    depthwise: Tensor,
+    pointwise: Tensor,
+    dilations: Sequence[int],
+    stride: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """As `separable_branches_backward` of several branches, but for the gradient of x."""
+    windows = by_edge(depthwise, dilations)
+    added_up = pointwise_gradients(backend, gradients, filtered.flatten(0, 1), pointwise)
+    return depthwise_weight_gradients(filtered, x, windows, dilations, stride, added_up)
+
+
+@separable_branches_weight_gradients.register_fake
+def _(
+    gradients: list[Tensor],
+    filtered: Tensor,
+    x: Tensor,
+    depthwise: Tensor,
+    pointwise: Tensor,
+    dilations: Sequence[int],
+    stride: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    branches, c_out, channels = pointwise.shape
+    dtype = accumulator(x.dtype)
+    return (
+        x.new_empty(branches, channels, 3, 3, dtype=dtype),
+        x.new_empty(branches, c_out, channels, dtype=dtype),
+    )
+
+
+def deferred_input_gradient(
+    gradients: list[Tensor], x: Tensor, windows: Tensor, dilations: Sequence[int], stride: int
+) -> DeferredGradient:
+    """That of x, from those of all depthwise maps, edge after edge: maps, or a stack of all."""
+    arguments = (gradients, x, windows, list(dilations), stride)
+    return DeferredGradient(x, partial(branches_input_gradient, *arguments))
+
+
+@custom_op("lgcnet_fast::branches_input_gradient", mutates_args=())
+def branches_input_gradient(
+    gradients: list[Tensor],
+    x: Tensor,
+    windows: Tensor,
+    dilations: list[int],
+    stride: int,
+    others: list[Tensor],
+) -> Tensor:
+    """See `deferred_input_gradient`; windows: (edges * B, 3, 3, C), others: added, like x."""
+    launch = (x, by_edge(windows, dilations), dilations, stride, others)
+    if len(gradients) == 1:
+        return depthwise_input_gradient(by_edge(gradients[0], dilations), *launch)
+    return depthwise_input_gradient(gradients, *launch)
+
+
+@branches_input_gradient.register_fake
+def _(
+    gradients: list[Tensor],
+    x: Tensor,
+    windows: Tensor,
+    dilations: list[int],
+    stride: int,
+    others: list[Tensor],
+) -> Tensor:
+    return empty_nhwc(x, x.shape)

@@ -17,7 +17,8 @@ def unstacked(maps: Sequence[Tensor]) -> list[Tensor]:
 
 def nhwc(x: Tensor) -> Tensor:
     """A map or stack as it is, or copied where its channels are not innermost."""
-    return x.movedim(-3, -1).contiguous().movedim(-1, -3)
+    inner = x.movedim(-3, -1)
+    return x if inner.is_contiguous() else inner.contiguous().movedim(-1, -3)
 
 
 def empty_nhwc(like: Tensor, shape: Sequence[int]) -> Tensor:

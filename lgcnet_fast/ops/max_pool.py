@@ -15,7 +15,8 @@ from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.operands import check_map
-from lgcnet_fast.ops.recompute import Recomputable, recomputable
+from lgcnet_fast.ops.readers import AT_ONCE
+from lgcnet_fast.ops.recompute import recomputable, remembered
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
 Way = Callable[[], Tensor]
@@ -36,14 +37,16 @@ def max_pool(x: Tensor, stride: int = 1) -> Tensor:
     return result
 
 
-def recomputable_max_pool(x: Tensor, stride: int = 1) -> tuple[Tensor, Way | None]:
-    """max_pool(x, stride), and the way to compute it again going backward, `remembered`.
+def max_pools(x: Tensor, stride: int = 1) -> tuple[list[Tensor], Way | None]:
+    """max_pool(x, stride), computed once, for each of AT_ONCE readers, and the way to compute it
+    again going backward, `remembered`.
 
-    None for Triton's form: a map and its bytes take less than the launch in front of a node's
-    backward pass. Raises as `max_pool`.
+    The fused form sums the gradients of all readers where it computes that of x. No way for
+    Triton's form: a map and its bytes take less than the launch in front of a node's backward
+    pass. Raises as `max_pool`.
     """
     _check(x, stride)
-    result: tuple[Tensor, Way | None] = _recomputable(x, stride)
+    result: tuple[list[Tensor], Way | None] = _for_readers(x, stride)
     return result
 
 
@@ -58,23 +61,22 @@ def _reference(x: Tensor, stride: int) -> Tensor:
     return F.max_pool2d(x, kernel_size=3, stride=stride, padding=1)
 
 
-def _recomputable_reference(x: Tensor, stride: int) -> Recomputable:
-    return recomputable(partial(_reference, stride=stride), x)
+def _reference_for_readers(x: Tensor, stride: int) -> tuple[list[Tensor], Way]:
+    pooled, again = recomputable(partial(_reference, stride=stride), x)
+    return [pooled] * AT_ONCE, again
 
 
 def _run(backend: str, x: Tensor, stride: int) -> Tensor:
+    return _run_for_readers(backend, x, stride)[0][0]
+
+
+def _run_for_readers(backend: str, x: Tensor, stride: int) -> tuple[list[Tensor], Way | None]:
     x = nhwc(x)
+    again = remembered(partial(_max_pool, stride=stride, backend=backend), x)
+    way = None if backend == "triton" else again
     if not (x.requires_grad and torch.is_grad_enabled()):
-        return _max_pool(x, stride, backend)
-    form = _WinnersKept if backend == "triton" else _MapKept
-    result: Tensor = form.apply(x, stride)
-    return result
-
-
-def _run_recomputable(backend: str, x: Tensor, stride: int) -> tuple[Tensor, Way | None]:
-    if backend == "triton":
-        return _run(backend, x, stride), None
-    return recomputable(partial(_run, backend, stride=stride), x)
+        return [_max_pool(x, stride, backend)] * AT_ONCE, way
+    return list(_MaxPool.apply(x, stride, backend)), way
 
 
 def _refuse(backend: str, x: Tensor, stride: int) -> str | None:
@@ -83,36 +85,25 @@ def _refuse(backend: str, x: Tensor, stride: int) -> str | None:
     return dtype_refusal("x", x)
 
 
-class _MapKept(torch.autograd.Function):
-    """By the backend `cuda`, whose gradient searches again."""
+class _MaxPool(torch.autograd.Function):
+    """AT_ONCE aliases of the pooled map. Triton's form keeps the winners, the other one x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.stride = stride
-        return _max_pool(x, stride, "cuda")
+    def forward(ctx: Any, x: Tensor, stride: int, backend: str) -> tuple[Tensor, ...]:
+        if backend == "triton":
+            pooled, kept = _max_pool_winners(x, stride)
+        else:
+            pooled, kept = _max_pool(x, stride, backend), x
+        ctx.save_for_backward(kept)
+        ctx.about = *x.shape[2:], stride, backend
+        ctx.set_materialize_grads(False)
+        return tuple(pooled.detach() for _ in range(AT_ONCE))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return _max_pool_backward(x, nhwc(gradient), *x.shape[2:], ctx.stride, "cuda"), None
-
-
-class _WinnersKept(torch.autograd.Function):
-    """By Triton's kernels."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:
-        pooled, winners = _max_pool_winners(x, stride)
-        ctx.save_for_backward(winners)
-        ctx.size, ctx.stride = x.shape[2:], stride
-        return pooled
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (winners,) = ctx.saved_tensors
-        arguments = (winners, nhwc(gradient), *ctx.size, ctx.stride, "triton")
-        return _max_pool_backward(*arguments), None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+        (kept,) = ctx.saved_tensors
+        arrived = [nhwc(g) for g in gradients if g is not None]
+        return _max_pool_backward(kept, arrived, *ctx.about) if arrived else None, None, None
 
 
 @custom_op("lgcnet_fast::max_pool", mutates_args=())
@@ -153,24 +144,30 @@ def _(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
 
 @custom_op("lgcnet_fast::max_pool_backward", mutates_args=())
 def _max_pool_backward(
-    kept: Tensor, gradient: Tensor, height: int, width: int, stride: int, backend: str
+    kept: Tensor, gradients: list[Tensor], height: int, width: int, stride: int, backend: str
 ) -> Tensor:
-    """The gradient of x: (N, C, height, width). kept: the winners; x for the backend `cuda`."""
+    """The gradient of x: (N, C, height, width). kept: the winners; x for the backend `cuda`.
+
+    gradients: those of the readers of the pooled map, at least one.
+    """
+    gradient = gradients[0]
     if backend == "cuda":
         from lgcnet_fast.native import max_pool as native
 
-        return native.max_pool_backward(kept, gradient, stride)
+        return native.max_pool_backward(kept, sum(gradients[1:], start=gradient), stride)
     from lgcnet_fast.kernels.max_pool import PoolConfig, max_pool_backward
 
     default = PoolConfig.backward(tuple(gradient.shape))
     key = shape_key(gradient.dtype, (*gradient.shape[:2], height, width), (stride,))
     config = tuned(default, "max_pool_backward", key, gradient.device)
-    return max_pool_backward(kept, gradient, (height, width), stride, config)
+    return max_pool_backward(kept, gradients, (height, width), stride, config)
 
 
 @_max_pool_backward.register_fake
-def _(kept: Tensor, gradient: Tensor, height: int, width: int, stride: int, backend: str) -> Tensor:
-    return empty_nhwc(gradient, (*gradient.shape[:2], height, width))
+def _(
+    kept: Tensor, gradients: list[Tensor], height: int, width: int, stride: int, backend: str
+) -> Tensor:
+    return empty_nhwc(gradients[0], (*gradients[0].shape[:2], height, width))
 
 
 def _pooled_shape(x: Tensor, stride: int) -> tuple[int, ...]:
@@ -183,7 +180,7 @@ def _tuned(default: Any, launch: str, x: Tensor, stride: int) -> Any:
     return tuned(default, launch, shape_key(x.dtype, x.shape, (stride,)), x.device)
 
 
-_operation, _recomputable = (
+_operation, _for_readers = (
     Operation(
         name,
         reference,
@@ -195,6 +192,6 @@ _operation, _recomputable = (
     )
     for name, reference, run in (
         ("max_pool", _reference, _run),
-        ("recomputable_max_pool", _recomputable_reference, _run_recomputable),
+        ("max_pools", _reference_for_readers, _run_for_readers),
     )
 )

@@ -2,7 +2,8 @@
 
 Autograd adds the gradients that meet at a map pair by pair, and masks those that come through a
 ReLU by another launch. The fused form hands every reader its own alias of the map, so that all
-gradients arrive together: `lgcnet_fast::gradient_sum`.
+gradients arrive together: `lgcnet_fast::gradient_sum`. If the launch that computes one of them can
+add the others, it does so instead (see deferred_gradient.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.library import custom_op
 from torch.nn import functional as F
 
 from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.deferred_gradient import DeferredGradient
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.recompute import Recomputable, recomputed, remembered
 from lgcnet_fast.ops.rectified_convolutions import fuses
@@ -100,6 +102,11 @@ def aliases(x: Tensor, backend: str) -> list[Tensor]:
     return list(_FanOut.apply(x, False, False, backend))
 
 
+def handed_out(x: Tensor) -> bool:
+    """Whether x is such an alias, so that its gradient should be a `DeferredGradient`."""
+    return isinstance(x.grad_fn, _FanOut._backward_cls)
+
+
 class _FanOut(torch.autograd.Function):
     """AT_ONCE aliases of x, or of relu(x), which tells as well as x where its gradient passes."""
 
@@ -119,8 +126,15 @@ class _FanOut(torch.autograd.Function):
         arrived = [g for g in gradients if g is not None]
         if len(arrived) == 1 and not ctx.relu:
             return arrived[0], None, None, None
+        if not ctx.relu and (deferred := _deferred(arrived)) is not None:
+            others = [nhwc(g) for g in arrived if g is not deferred]
+            return deferred.plus(others), None, None, None
         arrived = [nhwc(g) for g in arrived]
         return _gradient_sum(arrived, nhwc(x), ctx.relu, ctx.backend), None, None, None
+
+
+def _deferred(gradients: Sequence[Tensor]) -> DeferredGradient | None:
+    return next((g for g in gradients if isinstance(g, DeferredGradient)), None)
 
 
 @custom_op("lgcnet_fast::gradient_sum", mutates_args=())

@@ -70,6 +70,7 @@ LISTS = {
     "map_ptrs": BRANCHES + PLAIN,
     "w_ptrs": PLAIN,
     "g_ptrs": READERS,
+    "other_ptrs": READERS - 1,
 }
 WEIGHTS = {"z_ptrs", "beta_ptrs"}
 """Lists of float32: one of all weights, or where AFFINE one of each branch."""
@@ -103,8 +104,8 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         yield depthwise_backward._backward_kernel, shared | tile | plain, 4
         for rows in (2, 4, 8) if stride == 1 else (2,):
             tile = {"BLOCK_P": 32, "BLOCK_C": 16, "ROWS": rows}
-            for apart in (1, BRANCHES):
-                options = shared | tile | {"APART": apart}
+            for apart, others in ((1, 0), (BRANCHES, READERS - 1)):
+                options = shared | tile | {"APART": apart, "OTHERS": others}
                 yield depthwise_input_grad._input_grad_kernel, options, 2 if rows == 8 else 4
     second = {"STRIDE": 1, "RELU": True, "NORM": True, "ACC": tl.float32}
     second |= {"BLOCK_P": 8, "BLOCK_C": 64}
@@ -157,8 +158,10 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         for winners in (False, True):
             yield max_pool._max_pool_kernel, tile | {"STRIDE": stride, "WINNERS": winners}, 4
     tile |= {"BLOCK_P": 16, "ROWS": 4}
-    yield max_pool._max_pool_backward_kernel, tile, 4
-    yield max_pool._max_pool_backward_stride_2_kernel, tile, 4
+    for readers in (1, 2):
+        read = tile | {"READERS": readers}
+        yield max_pool._max_pool_backward_kernel, read, 4
+        yield max_pool._max_pool_backward_stride_2_kernel, read, 4
     tile = {"ACC": tl.float32, "BLOCK_P": 128, "BLOCK_C": 16}
     for relu in (False, True):
         rectified = tile | {"BLOCK_P": 256, "RELU": relu}

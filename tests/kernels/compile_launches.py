@@ -65,7 +65,7 @@ def pool(x: Tensor) -> None:
     for stride in (1, 2):
         max_pool.max_pool_forward(x, stride)
         y, winners = max_pool.max_pool_winners(x, stride)
-        max_pool.max_pool_backward(winners, y, (x.shape[2], x.shape[3]), stride)
+        max_pool.max_pool_backward(winners, [y, y], (x.shape[2], x.shape[3]), stride)
 
 
 def means(x: Tensor) -> None:
@@ -82,7 +82,7 @@ def depthwise_filters(x: Tensor) -> None:
             arguments = (x, weights, dilations, stride)
             dy = depthwise.depthwise_multi(*arguments)
             for maps in (dy, dy.flatten(0, 1).unbind()):
-                depthwise_input_grad.depthwise_multi_input_grad(maps, *arguments)
+                depthwise_input_grad.depthwise_multi_input_grad(maps, *arguments, others=[x, x])
                 depthwise_weight_grad.depthwise_multi_weight_grad(maps, *arguments)
         weight = x.new_zeros(3, 3, x.shape[1])
         for dilation in (1, 2):

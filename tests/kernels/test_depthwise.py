@@ -210,6 +210,38 @@ def test_input_gradient_of_tiles_of_many_rows(
     assert_close(depthwise_multi_input_grad(*arguments, config=config), truth, magnitude)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("count", "channels", "rows"), [(1, 1, 8), (2, 40, 4), (3, 3, 3), (4, 17, 1), (5, 8, 8)]
+)
+def test_input_gradient_adds_others(
+    count: int, channels: int, rows: int, stride: int, device: torch.device, guarded: None
+) -> None:
+    case = Case((2, channels, 7, 5), (1, 2), stride)
+    x, weights, dy = inputs(case, torch.bfloat16, device)
+    others = [random_map(case.shape, torch.bfloat16, device) for _ in range(count)]
+    truth = reference_gradients(x, weights, dy, case)[0]
+    magnitude = reference_gradients(x.abs(), weights.abs(), dy.abs(), case)[0]
+    for other in others:
+        truth = truth + other.double()
+        magnitude = magnitude + other.double().abs()
+    config = InputGradConfig(rows, block_p=8, block_c=16, warps=1)
+    arguments = (dy, x, weights, case.dilations, stride, True)
+    dx = depthwise_multi_input_grad(*arguments, config=config, others=others)
+    assert_close(dx, truth, magnitude)
+
+
+def test_others_pass_the_relu(device: torch.device) -> None:
+    case = Case((1, 2, 3, 4), (1, 2))
+    x, weights, dy = inputs(case, torch.float32, device)
+    x = -x.abs()
+    other = random_map(case.shape, torch.float32, device)
+    other[0, 0, 1, 2] = torch.nan
+    arguments = (dy, x, weights, case.dilations, 1, True)
+    dx = depthwise_multi_input_grad(*arguments, others=[other, other])
+    torch.testing.assert_close(dx, 2 * other, rtol=0, atol=0, equal_nan=True)
+
+
 def test_input_gradient_tiles_grow_with_the_map() -> None:
     shapes = ((16, 48, 64, 128), (16, 64, 32, 64), (16, 128, 16, 32), (1, 5, 3, 2))
     tiles = [InputGradConfig.default((1, 4, *shape), 1) for shape in shapes]
@@ -326,6 +358,13 @@ def test_bad_gradients_are_named(device: torch.device) -> None:
             gradient(dy.contiguous(), x, weights, (1,))
         with pytest.raises(ValueError, match="dy: 2 maps, need 1"):
             gradient([dy[0, 0]] * 2, x, weights, (1,))
+    for other, message in (
+        (x.half(), r"others\[1\]: dtype"),
+        (x[:1], r"others\[1\]: shape"),
+        (x.contiguous(), r"others\[1\]: strides"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            depthwise_multi_input_grad(dy, x, weights, (1,), others=[x, other])
 
 
 @pytest.mark.gpu

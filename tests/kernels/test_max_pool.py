@@ -65,7 +65,7 @@ def reference_gradient(x: Tensor, dy: Tensor, stride: int) -> Tensor:
 
 def gradient(x: Tensor, dy: Tensor, stride: int, tile: PoolConfig | None = None) -> Tensor:
     _, winners = max_pool_winners(x, stride, tile)
-    return max_pool_backward(winners, dy, (x.shape[2], x.shape[3]), stride, tile)
+    return max_pool_backward(winners, [dy], (x.shape[2], x.shape[3]), stride, tile)
 
 
 @pytest.mark.parametrize("kind", ["continuous", "ties", "special"])
@@ -85,7 +85,7 @@ def test_equals_pytorch(shape, tile, dtype, stride, kind, device, guarded):
 
     # Up to nine of these add up exactly in every storage dtype.
     dy = torch.randint(-8, 9, (*truth.movedim(1, -1).shape,)).to(device, dtype).movedim(-1, 1)
-    dx = max_pool_backward(winners, dy, (x.shape[2], x.shape[3]), stride, tile)
+    dx = max_pool_backward(winners, [dy], (x.shape[2], x.shape[3]), stride, tile)
     assert dx.dtype == dtype and dx.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(dx.double(), reference_gradient(x, dy, stride))
 
@@ -116,6 +116,20 @@ def test_gradient_sums_are_rounded_once(stride, device):
     assert ((dx.double() - truth).abs() <= torch.finfo(dx.dtype).eps * truth.abs() + 1e-5).all()
 
 
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_of_several_readers_are_rounded_once(stride, count, device, guarded):
+    torch.manual_seed(0)
+    x = map_of("continuous", (2, 5, 7, 4), torch.bfloat16, device)
+    shape = (2, 5, -(-7 // stride), 4 // stride)
+    dys = [map_of("continuous", shape, torch.bfloat16, device) for _ in range(count)]
+    total = sum(dy.double() for dy in dys)
+    truth = reference_gradient(x, total, stride)
+    _, winners = max_pool_winners(x, stride)
+    dx = max_pool_backward(winners, dys, (7, 4), stride, TILE)
+    assert ((dx.double() - truth).abs() <= torch.finfo(dx.dtype).eps * truth.abs() + 1e-5).all()
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradcheck(stride, device):
     class Pool(torch.autograd.Function):
@@ -128,7 +142,7 @@ def test_gradcheck(stride, device):
         @staticmethod
         def backward(ctx, dy):
             dy = dy.contiguous(memory_format=torch.channels_last)
-            return max_pool_backward(*ctx.saved_tensors, dy, (4, 3), stride)
+            return max_pool_backward(*ctx.saved_tensors, [dy], (4, 3), stride)
 
     torch.manual_seed(0)
     x = map_of("continuous", (1, 2, 4, 3), torch.float64, device).requires_grad_()
@@ -153,14 +167,20 @@ def test_bad_arguments_are_named(device):
     with pytest.raises(ValueError, match="x: empty map"):
         max_pool_forward(x[:0])
     winners = max_pool_winners(x)[1]
-    with pytest.raises(ValueError, match=r"dy: shape \(2, 4, 5, 6\) is not that of .* stride 2"):
-        max_pool_backward(winners, x, (5, 6), 2)
-    with pytest.raises(ValueError, match=r"dy: strides .* channels_last"):
-        max_pool_backward(winners, x.contiguous(), (5, 6))
+    with pytest.raises(
+        ValueError, match=r"dys\[0\]: shape \(2, 4, 5, 6\) is not that of .* stride 2"
+    ):
+        max_pool_backward(winners, [x], (5, 6), 2)
+    with pytest.raises(ValueError, match=r"dys\[0\]: strides .* channels_last"):
+        max_pool_backward(winners, [x.contiguous()], (5, 6))
+    with pytest.raises(ValueError, match="dys: need at least one"):
+        max_pool_backward(winners, [], (5, 6))
+    with pytest.raises(ValueError, match=r"dys\[1\]: dtype"):
+        max_pool_backward(winners, [x, x.half()], (5, 6))
     with pytest.raises(ValueError, match=r"winners: shape \(2, 3, 5, 6\), need \(2, 4, 5, 6\)"):
-        max_pool_backward(winners[:, :3], x, (5, 6))
+        max_pool_backward(winners[:, :3], [x], (5, 6))
     with pytest.raises(ValueError, match="winners: torch.float32, strides .* need uint8"):
-        max_pool_backward(x, x, (5, 6))
+        max_pool_backward(x, [x], (5, 6))
 
 
 @pytest.mark.gpu
@@ -170,5 +190,5 @@ def test_more_than_2_31_elements(device):
     for stride in (1, 2):
         y, winners = max_pool_winners(x, stride)
         assert torch.equal(y[2:], max_pool_forward(x[2:], stride))
-        dx = max_pool_backward(winners, y, (4096, 2816), stride)
+        dx = max_pool_backward(winners, [y], (4096, 2816), stride)
         assert torch.equal(dx[2:], gradient(x[2:], y[2:], stride))

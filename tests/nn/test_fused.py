@@ -236,11 +236,11 @@ def test_norms_of_blocks_are_gathered(device: torch.device) -> None:
     assert module.norm.num_batches_tracked == 1
 
 
-@pytest.mark.parametrize("backend, kept", [("reference", True), ("triton", False)])
+@pytest.mark.parametrize("backend, count, kept", [("reference", 4, True), ("triton", 1, False)])
 def test_cheap_maps_are_not_kept(
-    backend: str, kept: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    backend: str, count: int, kept: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pooled and interpolated maps are computed again in the backward pass."""
+    """Interpolated maps are computed again in the backward pass; Triton keeps pooled ones."""
     seen: list[weakref.ref[torch.UntypedStorage]] = []
 
     def watched(source: Source, raw: Recomputable, cheap: Any = Source.cheap) -> Tensor:
@@ -258,7 +258,7 @@ def test_cheap_maps_are_not_kept(
             edge(torch.rand(2, device=device, requires_grad=True), s0, (3, 5)),
         ]
     gc.collect()
-    assert len(seen) == 4 and all((storage() is not None) is kept for storage in seen)
+    assert len(seen) == count and all((storage() is not None) is kept for storage in seen)
     sum(y.square().sum() for y in outputs).backward()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +15,8 @@ from lgcnet_fast.ops.max_pool import (
     _max_pool,
     _max_pool_backward,
     _max_pool_winners,
-    recomputable_max_pool,
+    max_pools,
 )
-from lgcnet_fast.ops.recompute import recomputed
 
 fused = importlib.import_module("lgcnet_fast.ops.max_pool")
 SHAPES = [(2, 3, 5, 7), (1, 17, 6, 4), (1, 1, 1, 1), (2, 4, 2, 1)]
@@ -65,34 +64,39 @@ def test_registration(stride: int, device: torch.device) -> None:
     torch.library.opcheck(_max_pool, (x, stride, "triton"))
     torch.library.opcheck(_max_pool_winners, (x, stride))
     y, winners = _max_pool_winners(x, stride)
-    torch.library.opcheck(_max_pool_backward, (winners, y, 3, 4, stride, "triton"))
+    torch.library.opcheck(_max_pool_backward, (winners, [y, y], 3, 4, stride, "triton"))
 
 
-@pytest.mark.parametrize("readers", [0, 1, 2])
-def test_computed_again_at_most_once_and_then_forgotten(
-    readers: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Readers of the pooled map that do not keep it, and its gradient, share one computation."""
-    x, found = case((2, 3, 5, 7), device, torch.float32), []
-
-    def counted(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-        values = _max_pool_winners(x, stride)
-        found.append([weakref.ref(value) for value in values])
-        return values
-
-    monkeypatch.setattr(fused, "_max_pool_winners", counted)
+def test_nothing_is_computed_again(device: torch.device) -> None:
+    """Triton's form keeps the map of its readers."""
+    x = case((2, 3, 5, 7), device, torch.float32)
     with use_backend("triton"):
-        y, again = recomputable_max_pool(x)
-        with recomputed((y, again)):
-            total = sum((y.square().sum() for _ in range(readers)), start=y.sum())
-        assert not found
-        (gradient,) = torch.autograd.grad(total, x, retain_graph=True)
-        assert len(found) == 1 and not any(value() is not None for value in found[0])
-        (once_more,) = torch.autograd.grad(total, x)
-    assert torch.equal(gradient, once_more)
-    y = max_pool(x)
-    (wanted,) = torch.autograd.grad(y.sum() + readers * y.square().sum(), x)
-    assert torch.equal(gradient, wanted)
+        maps, again = max_pools(x)
+    assert again is None
+    assert len({y.untyped_storage().data_ptr() for y in maps}) == 1
+
+
+@pytest.mark.parametrize("used", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_of_several_readers(
+    stride: int, used: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One launch takes them all; a reader may have none."""
+    x, found, launched = case((2, 3, 5, 7), device, torch.float64), [], []
+
+    def counted(kept: Tensor, gradients: list[Tensor], *rest: Any) -> Tensor:
+        launched.append(len(gradients))
+        return _max_pool_backward(kept, gradients, *rest)
+
+    monkeypatch.setattr(fused, "_max_pool_backward", counted)
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            maps, _ = max_pools(x, stride)
+        total = sum((k + 1) * maps[k].square().sum() for k in range(used))
+        assert all(torch.equal(pooled, maps[0]) for pooled in maps)
+        found.append(torch.autograd.grad(total, x))
+    torch.testing.assert_close(*found)
+    assert launched == [used]
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -480,5 +480,5 @@ def test_registration_of_branches(device: torch.device) -> None:
         settings = ([1, 2], stride, [0])
         check(
             branches.depthwise_branches_backward,
-            (gradients, maps[:, :1].contiguous(), x, windows, matrices, *settings),
+            (gradients, maps[:, :1].clone(), x, windows, matrices, *settings),
         )

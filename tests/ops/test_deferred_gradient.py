@@ -1,0 +1,153 @@
+"""Gradients of a map that the launch of one of them adds up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lgcnet_fast.kernels import depthwise_input_grad, gradient_sum
+from lgcnet_fast.ops import Products, fused_depthwise_branches, readers, use_backend
+from lgcnet_fast.ops import fused_separable_branches as fused
+from lgcnet_fast.ops.deferred_gradient import DeferredGradient
+from lgcnet_fast.ops.fused_separable_branches import stacked_matrices, stacked_windows
+from lgcnet_fast.ops.separable_branches import separable_branches
+
+DILATIONS = (1, 2)
+
+
+def leaves(device: torch.device, channels: int = 3) -> list[Tensor]:
+    """x and the weights of two branches of two edges."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 5, channels, dtype=torch.float64).movedim(-1, 1)
+    windows = [torch.randn(channels, 1, 3, 3, dtype=torch.float64) for _ in range(4)]
+    matrices = [torch.randn(2, channels, 1, 1, dtype=torch.float64) for _ in range(4)]
+    return [one.to(device).requires_grad_() for one in (x, *windows, *matrices)]
+
+
+def total(inputs: Sequence[Tensor], others: int, stride: int = 1, operations: int = 1) -> Tensor:
+    """Of branches of a map, and of so many other readers of it."""
+    x, *weights = inputs
+    source = readers(x)
+    terms = [(k + 1) * source.plain().square().sum() for k in range(others)]
+    for _ in range(operations):
+        branches = (source.plain(), weights[:4], weights[4:], DILATIONS, stride)
+        maps = separable_branches(*branches, (1, 1, 1, 1), (True, False))
+        every = [y for stack in maps for y in stack]
+        raw = [y.multiplied() if isinstance(y, Products) else [y] for y in every]
+        terms += [y.square().sum() for one in raw for y in one]
+    return torch.stack(terms).sum()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The launches that give a gradient of a map."""
+    found: list[str] = []
+
+    def noted(run: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+        found.append(run.__name__)
+        return run(*arguments, **options)
+
+    for module, name in (
+        (depthwise_input_grad, "depthwise_multi_input_grad"),
+        (gradient_sum, "gradient_sum"),
+    ):
+        monkeypatch.setattr(module, name, partial(noted, getattr(module, name)))
+    return found
+
+
+@pytest.mark.parametrize("pay", [False, True])
+@pytest.mark.parametrize(("others", "stride"), [(0, 1), (1, 1), (5, 1), (2, 2)])
+def test_one_launch_adds_all_gradients(
+    others: int,
+    stride: int,
+    pay: bool,
+    device: torch.device,
+    launches: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fused_depthwise_branches, "pay", lambda *arguments: pay)
+    inputs, found = leaves(device), []
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            out = total(inputs, others, stride)
+        found.append(torch.autograd.grad(out, inputs, retain_graph=True))
+    torch.testing.assert_close(*found)
+    again = torch.autograd.grad(out, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found[1], again, strict=True))
+    assert launches == ["depthwise_multi_input_grad"] * 2
+
+
+def test_two_operations_on_a_map(device: torch.device, launches: list[str]) -> None:
+    inputs, found = leaves(device), []
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            found.append(torch.autograd.grad(total(inputs, 1, operations=2), inputs))
+    torch.testing.assert_close(*found)
+    assert launches == ["depthwise_multi_input_grad"] * 2
+
+
+def test_gradients_of_weights_alone(device: torch.device, launches: list[str]) -> None:
+    inputs = leaves(device)
+    with use_backend("triton"):
+        out = total(inputs, 2)
+    alone = torch.autograd.grad(out, inputs[1:], retain_graph=True)
+    assert not launches
+    torch.testing.assert_close(alone, torch.autograd.grad(out, inputs)[1:])
+
+
+def test_a_map_of_its_own_dtype_only(device: torch.device, launches: list[str]) -> None:
+    """Under autocast what the branches read is a copy."""
+    inputs = [one.detach().float().requires_grad_() for one in leaves(device)]
+    with use_backend("triton"), torch.autocast(device.type, torch.bfloat16):
+        out = total(inputs, 1)
+    assert torch.autograd.grad(out, inputs)[0].dtype == torch.float32
+    assert launches == ["depthwise_multi_input_grad", "gradient_sum"]
+
+
+def test_a_leaf_gets_a_plain_gradient(device: torch.device) -> None:
+    inputs = leaves(device)
+    with use_backend("triton"):
+        total(inputs, 0).backward()
+    assert type(inputs[0].grad) is Tensor
+
+
+def test_operations_read_the_gradient_alone(device: torch.device) -> None:
+    """Computed once."""
+    x, calls = leaves(device)[0].detach(), []
+
+    def compute(others: Sequence[Tensor]) -> Tensor:
+        calls.append(len(others))
+        return sum(others, start=2 * x)
+
+    deferred = DeferredGradient(x, compute)
+    assert deferred.stride() == x.stride() and not calls
+    assert torch.equal(deferred + 1, 2 * x + 1) and type(deferred + 1) is Tensor
+    assert deferred.data_ptr() == deferred.alone().data_ptr()
+    assert calls == [0]
+    assert torch.equal(deferred.plus([x, x]), 4 * x) and calls == [0, 2]
+
+
+def test_registration(device: torch.device) -> None:
+    check = torch.library.opcheck
+    x, *weights = (one.detach().float() for one in leaves(device))
+    windows, matrices = stacked_windows(weights[:4]), stacked_matrices(weights[4:], x)
+    for stride in (1, 2):
+        settings = (list(DILATIONS), stride)
+        filtered, raw = fused.separable_maps(x, windows, matrices, *settings, "triton")
+        maps = filtered.flatten(0, 1)
+        arguments = (raw, filtered.clone(), x, windows, matrices, *settings, "triton")
+        check(fused.separable_branches_weight_gradients, arguments)
+        for gradients, others in (([maps], []), (list(maps), [x, x])):
+            launch = (gradients, x, windows, *settings, others)
+            check(fused.branches_input_gradient, launch)
+        for multiplied in ([], [0]):
+            own = filtered[:, :1].clone() if multiplied else x.new_empty(0)
+            products = matrices[::2].contiguous() if multiplied else x.new_empty(0)
+            gradients = [raw[0][:1], maps[1:2], raw[1][:1], maps[3:]] if multiplied else [maps]
+            known = (gradients, own, x, windows, products, *settings, multiplied)
+            check(fused_depthwise_branches.depthwise_branches_weight_gradients, known)
