@@ -118,7 +118,10 @@ def node_weights(nodes: Sequence[Sequence[MixedOp]], z: Tensor) -> list[Tensor]:
 
 
 class _Picked(torch.autograd.Function):
-    """Elements of a vector at several lists of positions: one launch, and two for the gradient."""
+    """Elements of a vector at several lists of positions: one launch.
+
+    The gradient takes one as well where a single list has them all, else three.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, picked: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
@@ -131,7 +134,10 @@ class _Picked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        together = torch.cat(gradients)
+        together = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        if sorted(ctx.positions) == list(range(ctx.size)):
+            back = tuple(map(ctx.positions.index, range(ctx.size)))
+            return together.index_select(0, constant(back, together.device)), None
         positions = constant(ctx.positions, together.device)
         return together.new_zeros(ctx.size).index_copy_(0, positions, together), None
 
