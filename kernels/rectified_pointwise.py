@@ -48,7 +48,7 @@ def _relu(x):
 
 
 @triton.jit(do_not_specialize=["positions"])
-def _forward_kernel(
+def _rectified_pointwise_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, positions, C, K, ACC: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["positions"])
-def _input_grad_kernel(
+def _rectified_pointwise_input_grad_kernel(
     dy_ptr, x_ptr, weight_ptr, dx_ptr, positions, C, K, ACC: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +85,7 @@ def _input_grad_kernel(
 
 
 @triton.jit(do_not_specialize=["positions", "programs"])
-def _weight_grad_kernel(
+def _rectified_pointwise_weight_grad_kernel(
     dy_ptr, x_ptr, share_ptr, positions, C, K, programs, ACC: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +120,7 @@ def rectified_pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     check_like("bias", bias, (classes,), x)
     positions = x.numel() // channels
     y = empty_map((len(x), classes, *x.shape[2:]), x)
-    _forward_kernel[(triton.cdiv(positions, BLOCK_M),)](
+    _rectified_pointwise_kernel[(triton.cdiv(positions, BLOCK_M),)](
         x, weight, bias, y, positions, channels, classes, **_constants(x, channels, classes)
     )
     return y
@@ -132,7 +132,7 @@ def rectified_pointwise_input_grad(dy: Tensor, x: Tensor, weight: Tensor) -> Ten
     _check_gradient(dy, x, classes)
     positions = x.numel() // channels
     dx = empty_map(tuple(x.shape), x)
-    _input_grad_kernel[(triton.cdiv(positions, BLOCK_M),)](
+    _rectified_pointwise_input_grad_kernel[(triton.cdiv(positions, BLOCK_M),)](
         dy, x, weight, dx, positions, channels, classes, **_constants(x, channels, classes)
     )
     return dx
@@ -149,7 +149,7 @@ def rectified_pointwise_weight_grad(dy: Tensor, x: Tensor) -> Tensor:
     positions = x.numel() // channels
     programs = min(RESIDENT, triton.cdiv(positions, BLOCK_M))
     shares = x.new_empty(programs, classes, channels + 1, dtype=accumulator_dtype(x.dtype))
-    _weight_grad_kernel[(programs,)](
+    _rectified_pointwise_weight_grad_kernel[(programs,)](
         dy, x, shares, positions, channels, classes, programs,
         **_constants(x, channels + 1, classes),
     )  # fmt: skip
