@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lgcnet_fast.ops.constants import made_once
 from lgcnet_fast.ops.lanes import gradients_later, side_by_side
 from lgcnet_fast.train.optimisers import SGD, Adam
 
@@ -43,10 +44,16 @@ class Precision:
         dtype = self.dtype or torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.dtype is not None)
 
-    def backward(self, loss: Tensor, first: bool) -> None:
-        """first: of the micro-batches of a step, so that no parameter has a gradient yet."""
-        with gradients_later(loss.device) if first else nullcontext():
-            self.scaler.scale(loss).backward()
+    def backward(self, *losses: Tensor, first: bool, share: float = 1.0) -> None:
+        """Adds `share` of the gradient of the sum of scalar losses, of one dtype.
+
+        first: of the micro-batches of a step, so that no parameter has a gradient yet.
+        """
+        # Not computed from the losses: nothing lies between the last of them and the gradients.
+        device = losses[0].device
+        gradient = made_once(_scalar, share, losses[0].dtype, device)
+        with gradients_later(device) if first else nullcontext():
+            torch.autograd.backward(losses, [self.scaler.scale(gradient)] * len(losses))
 
     def step(self, *optimisers: tuple[SGD | Adam, float | None]) -> None:
         """After `backward`: unscales, clips the norm of each optimiser's gradients, steps.
@@ -61,3 +68,7 @@ class Precision:
         if clip is not None:
             optimiser.clip(clip)
         self.scaler.step(optimiser)
+
+
+def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lgcnet_fast.config import SearchConfig
 from lgcnet_fast.data.loader import Batch
-from lgcnet_fast.nn.together import Part
+from lgcnet_fast.nn.together import Part, together
 from lgcnet_fast.ops import upsample_cross_entropy
 from lgcnet_fast.space.base import Arch, LatencyModel, LatencyTerms, SearchSpace
 from lgcnet_fast.space.sampling import gumbel_softmax, probabilities
@@ -146,10 +146,10 @@ class Searcher:
         for number, (images, labels) in enumerate(batches):
             with self.precision.autocast():
                 output = self.wrapped(images, self.temperature.tensor)
-            cross_entropy = upsample_cross_entropy(output.logits, labels)
-            latency = beta * latency_loss(output.latency, self.config.latency_loss, self.scale)
-            loss = cross_entropy + latency
-            self.precision.backward(loss / self.config.accumulate, first=number == 0)
+            cross_entropy, latency = self._losses(output, labels, beta)
+            share = 1 / self.config.accumulate
+            self.precision.backward(cross_entropy, latency, first=number == 0, share=share)
+            loss = cross_entropy.detach() + latency.detach()
             terms = [loss, cross_entropy, latency, output.latency.total]
             sums += torch.stack([term.detach().float() for term in terms])
         self.precision.step(
@@ -157,6 +157,23 @@ class Searcher:
             (self.arch_optimiser, self.config.arch_clip),
         )
         return sums / self.config.accumulate, output.logits.detach(), labels
+
+    def _losses(
+        self, output: SearchOutput, labels: Tensor, beta: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cross entropy, and beside it the weighted latency loss."""
+
+        def of_logits(logits: Tensor) -> list[Tensor]:
+            return [upsample_cross_entropy(logits, labels)]
+
+        def of_latency(cells: Tensor, edges: Tensor) -> list[Tensor]:
+            terms = replace(output.latency, cells=cells, edges=edges)
+            return [beta * latency_loss(terms, self.config.latency_loss, self.scale)]
+
+        latency = output.latency
+        parts = [Part(of_logits, [output.logits]), Part(of_latency, [latency.cells, latency.edges])]
+        (cross_entropy,), (weighted,) = together(parts)
+        return cross_entropy, weighted
 
     @torch.no_grad()
     def expected_latency(self, temperature: float | Tensor = 1.0) -> LatencyTerms:

@@ -280,3 +280,12 @@ def test_clipping_meets_the_loss_scaler(name):
     if name == "fp16":
         assert moved(1e38) == 0  # an overflow leaves the step out
         assert moved(100.0) > 0
+
+
+def test_backward_takes_a_share_of_several_losses() -> None:
+    w = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    precision = Precision("fp32", torch.device("cpu"))
+    precision.backward(w.square().sum(), w.prod(), first=True, share=1 / 3)
+    precision.backward(w.sum(), first=False)
+    expected = (2 * w + w.flip(0)) / 3 + 1
+    torch.testing.assert_close(w.grad, expected.detach())
