@@ -29,7 +29,7 @@ from lgcnet_fast.train.search import Searcher, SearchNetwork
 
 WITHOUT_DATA = torch.device("cpu")
 """Where tensors without data say they are; their backends are chosen as for another device."""
-CUBLAS_WORKSPACE = 2 * 4 * 2**20
+CUBLAS_WORKSPACE = 2 * 2 * 2**20
 """Bytes that cuBLAS takes on a stream (see `WORKSPACE` of run.py), for the forward and for the
 backward thread."""
 

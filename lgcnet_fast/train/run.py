@@ -53,8 +53,8 @@ ALGORITHMS = 3
 """Of cuDNN, tried for each convolution, in the order of its own guess. Torch tries 10 by itself,
 all before the first step is over; the search step was as fast with 3."""
 
-WORKSPACE_VARIABLE, WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:1"
-"""Of cuBLAS: 4 MiB for every stream and thread, unless the user has set it. On GPUs from Hopper on
+WORKSPACE_VARIABLE, WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":2048:1"
+"""Of cuBLAS: 2 MiB for every stream and thread, unless the user has set it. On GPUs from Hopper on
 torch takes 32 by itself, which for the many streams of a captured search step is half a GiB."""
 
 FEW_THREADS = 2
