@@ -207,12 +207,12 @@ def average_pools_backward(
     dy: Tensor,
     shape: Sequence[int],
     bins: Sequence[int],
-    x: Tensor | None = None,
     rows: int | None = None,
+    x: Tensor | None = None,
 ) -> Tensor:
     """dx: `shape` (N, C, H, W), channels_last, from the gradient of `average_pools_forward`.
 
-    x: like dx, where the means are those of relu(x). rows: of a program. Sums are rounded once.
+    rows: of a program. x: like dx, where the means are those of relu(x). Sums are rounded once.
     Raises `ValueError` naming the argument at fault.
     """
     images, channels, height, width = shape

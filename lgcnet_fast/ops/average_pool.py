@@ -95,7 +95,7 @@ def _average_pools_backward(
     """The gradient of x, shaped (N, C, H, W), from that of the vector; rectified: x of a ReLU."""
     from lgcnet_fast.kernels.average_pool import average_pools_backward
 
-    return average_pools_backward(gradient, shape, bins, rectified)
+    return average_pools_backward(gradient, shape, bins, x=rectified)
 
 
 @_average_pools_backward.register_fake
