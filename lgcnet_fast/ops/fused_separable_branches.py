@@ -36,7 +36,6 @@ from lgcnet_fast.ops.pointwise_kernels import matrices, pointwise_gradients
 from lgcnet_fast.ops.products import SMALLEST
 from lgcnet_fast.ops.readers import handed_out
 
-
 FEWEST = 64
 """Channels of a map whose depthwise maps are kept."""
 
