@@ -1,8 +1,8 @@
 """Branches of which the backend `triton` hands on some as depthwise maps, for `mixed_norm_sum`.
 
 One launch makes the depthwise maps that are handed on, another those that are multiplied here,
-first stages of pairs. All of them are kept for the backward pass. Gradients are read where the
-nodes have put them.
+first stages of pairs. The nodes keep theirs for the backward pass; of those of first stages large
+ones are kept too. Gradients are read where the nodes have put them.
 
 Traffic in maps of the output's size, with B branches, F of them multiplied here, C_out = C and
 stride 1: forward reads 2 + F and writes B + F, backward reads 2 B + 2 F + 2 and writes F + 1.
@@ -119,7 +119,7 @@ class _DepthwiseBranches(torch.autograd.Function):
             own = [dilations[branch] for branch in here]
             maps = depthwise_maps(x, windows, own, stride, "triton")
             raw = multiplied_maps(maps, products)
-            ctx.filtered = kept_maps(maps, x, "triton")
+            ctx.filtered = kept_maps(maps, "triton")
         ctx.save_for_backward(x, stacked_windows(depthwise), windows, products)
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
         ctx.defers = defers

@@ -42,8 +42,13 @@ def labels(*shape: int, classes: int) -> Tensor:
     return target.to(torch.uint8)
 
 
-def assert_like_float64(operation: Callable, backend: str, maps: list[Tensor]) -> None:
-    """Values and gradients, within the rounding of the maps' dtype and of float32 sums."""
+def assert_like_float64(
+    operation: Callable, backend: str, maps: list[Tensor], kinks: float = 0.0
+) -> None:
+    """Values and gradients, within the rounding of the maps' dtype and of float32 sums.
+
+    kinks: share of values that may be off, because rounding moves some across that of a ReLU.
+    """
     with use_backend(backend):
         y = operation(maps)
     exact_maps = [x.detach().double().requires_grad_() for x in maps]
@@ -60,7 +65,8 @@ def assert_like_float64(operation: Callable, backend: str, maps: list[Tensor]) -
         if ours.dtype != torch.float32:
             # Resized maps are stored once before they are added up.
             bound += torch.finfo(ours.dtype).eps * true.abs().max()
-        assert ((ours.double() - true).abs() <= bound).all()
+        off = ((ours.double() - true).abs() > bound).double().mean()
+        assert off <= kinks
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -88,6 +94,7 @@ def test_convolution_of_a_concatenation(
         lambda given: ops.concat_upsample_pointwise(given[:-1], (49, 97), given[-1]),
         backend,
         [*maps, weight],
+        kinks=1e-3,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.errors import BackendError, OperandError
+from lgcnet_fast.ops import fused_separable_branches as fused
 from lgcnet_fast.ops import relu_depthwise_separable, separable_branches, use_backend
 from lgcnet_fast.ops.fused_separable_branches import (
     depthwise_maps,
@@ -180,6 +181,26 @@ def test_a_stack_that_nothing_reads(device: torch.device) -> None:
         gradients.append(torch.autograd.grad(total, inputs, materialize_grads=True))
     for wanted, found in zip(*gradients, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_kept_maps_give_the_same_gradients(
+    stride: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second backward pass finds them overwritten, and makes them again."""
+    case = Case((2, 4, 5, 7), 3, (1, 2), stride=stride)
+    x, depthwise, pointwise = case.build(device, torch.bfloat16)
+    leaves = [x, *depthwise, *pointwise]
+    found = []
+    for fewest in (64, 1):
+        monkeypatch.setattr(fused, "FEWEST", fewest)
+        monkeypatch.setattr(fused, "SMALLEST", 1)
+        with use_backend("triton"):
+            maps = separable_branches(x, depthwise, pointwise, (1, 2), stride)
+            total = sum(y.float().square().sum() for (y,) in maps)
+            found += [torch.autograd.grad(total, leaves, retain_graph=again) for again in (1, 0)]
+    for gradients in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients, found[0], strict=True))
 
 
 def test_same_inputs_same_bits(device: torch.device) -> None:
