@@ -116,7 +116,7 @@ def rectified_pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     only. Raises `ValueError` naming the argument at fault.
     """
     check_map("x", x)
-    channels, classes = _checked("weight", x, weight)
+    channels, classes = _checked(x, weight)
     check_like("bias", bias, (classes,), x)
     positions = x.numel() // channels
     y = empty_map((len(x), classes, *x.shape[2:]), x)
@@ -128,7 +128,7 @@ def rectified_pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def rectified_pointwise_input_grad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """dx, like x. dy: (N, K, H, W), like y; x, weight: as for `rectified_pointwise`."""
-    channels, classes = _checked("weight", x, weight)
+    channels, classes = _checked(x, weight)
     _check_gradient(dy, x, classes)
     positions = x.numel() // channels
     dx = empty_map(tuple(x.shape), x)
@@ -167,12 +167,12 @@ def _constants(x: Tensor, channels: int, classes: int) -> dict[str, object]:
     }
 
 
-def _checked(name: str, x: Tensor, weight: Tensor) -> tuple[int, int]:
+def _checked(x: Tensor, weight: Tensor) -> tuple[int, int]:
     """(channels, channels of the output)."""
     classes, channels = len(weight), x.shape[1]
-    check_like(name, weight, (classes, channels), x)
+    check_like("weight", weight, (classes, channels), x)
     if not weight.is_contiguous():
-        raise ValueError(f"{name}: strides {weight.stride()}, need a contiguous tensor")
+        raise ValueError(f"weight: strides {weight.stride()}, need a contiguous tensor")
     if not serves(x, classes):
         raise ValueError(f"x: {channels} channels of {x.dtype} to {classes} are not served")
     return channels, classes

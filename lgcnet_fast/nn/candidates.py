@@ -139,7 +139,7 @@ def _rectifying(source: Source, edges: Edges, inputs: Sequence[object]) -> list[
 
 
 def _plain(source: Source, edges: Edges, inputs: Sequence[object]) -> list[list[Tensor]]:
-    """Candidates that read the map as it is."""
+    """Candidates that read the map, not a ReLU that others read too."""
     return [[y] for edge in edges for y in _alone(source, edge, inputs)]
 
 

@@ -288,7 +288,7 @@ def product_gradients(
 ) -> list[Tensor]:
     """Gradients of every stack of maps and of the matrices, (K, C_out, C); dz: for those of z.
 
-    The last two are in the accumulator's dtype.
+    These and dz are in the accumulator's dtype.
     """
     from lgcnet_fast.kernels import product_algebra
     from lgcnet_fast.kernels import product_gradients as kernel
