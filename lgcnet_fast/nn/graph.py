@@ -115,7 +115,8 @@ class CellCommunication(nn.Module):
     matrix and all reduction cells another. Runs in the parameters' precision under autocast too.
     """
 
-    owners: Tensor
+    owners: Tensor | None
+    """The matrix of each cell, where they share some."""
 
     def __init__(
         self,
@@ -135,13 +136,13 @@ class CellCommunication(nn.Module):
         self.chain = chain
         matrices = 2 if mode == "shared" else cells
         self.alpha = nn.Parameter(torch.empty(matrices, edges, options).normal_(1, INIT_STD))
-        owners = [int(k in reductions) if mode == "shared" else k for k in range(cells)]
-        self.register_buffer("owners", torch.tensor(owners), persistent=False)
+        owners = torch.tensor([int(k in reductions) for k in range(cells)])
+        self.register_buffer("owners", owners if mode == "shared" else None, persistent=False)
         self.reasoning = _reasoning(mode, cells - 1, edges, options, width, n_fc, relu)
 
     def forward(self) -> Tensor:
         with torch.autocast(self.alpha.device.type, enabled=False):
-            alpha = self.alpha[self.owners]
+            alpha = self.alpha if self.owners is None else self.alpha[self.owners]
             if self.reasoning is not None and len(alpha) > 1:
                 inform = self._chained if self.chain else self._adjacent
                 alpha = inform(alpha, self.reasoning)

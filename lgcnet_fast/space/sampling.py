@@ -24,12 +24,16 @@ def gumbel_softmax(
     options that a row does not have. G = -log(E) with E ~ Exponential(1), because -log(-log(U))
     overflows where float32 rounds U to 1.
     """
-    z = {}
-    for name, logits in masked(arch, groups).items():
-        waiting = torch.empty_like(logits).exponential_(generator=generator)
-        noise = -waiting.clamp_(min=torch.finfo(torch.float32).tiny).log_()
-        z[name] = ((logits + noise) / temperature).softmax(dim=-1)
-    return z
+    logits = masked(arch, groups)
+    # All groups at once: the launches of such small matrices follow each other.
+    flat = torch.cat([rows.flatten() for rows in logits.values()])
+    waiting = torch.empty_like(flat).exponential_(generator=generator)
+    noise = waiting.clamp_(min=torch.finfo(torch.float32).tiny).log_()
+    scaled = ((flat - noise) / temperature).split([rows.numel() for rows in logits.values()])
+    return {
+        name: part.view_as(rows).softmax(dim=-1)
+        for (name, rows), part in zip(logits.items(), scaled, strict=True)
+    }
 
 
 def probabilities(

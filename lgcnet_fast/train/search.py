@@ -7,7 +7,7 @@ the weights and Adam the architecture parameters with those of the graph-guided 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from lgcnet_fast.config import SearchConfig
 from lgcnet_fast.data.loader import Batch
 from lgcnet_fast.nn.together import Part, together
 from lgcnet_fast.ops import upsample_cross_entropy
+from lgcnet_fast.ops.lanes import in_background
 from lgcnet_fast.space.base import Arch, LatencyModel, LatencyTerms, SearchSpace
 from lgcnet_fast.space.sampling import gumbel_softmax, probabilities
 from lgcnet_fast.train.capture import Step, captured
@@ -46,8 +47,8 @@ WHEN_NOT_FINITE = "lower search.weight_lr, or use precision = bf16 or fp32"
 class SearchOutput(NamedTuple):
     logits: Tensor
     """(N, classes, h, w) at the output stride."""
-    latency: LatencyTerms
-    """Expected under the Z of this forward pass."""
+    z: Arch
+    """Of this forward pass: group -> (rows, options)."""
 
 
 class SearchNetwork(nn.Module):
@@ -70,22 +71,21 @@ class SearchNetwork(nn.Module):
 
     def forward(self, images: Tensor, temperature: Tensor) -> SearchOutput:
         """images: (N, 3, H, W); temperature: a scalar."""
-        drawn: list[tuple[Arch, LatencyTerms]] = []
+        names: list[str] = []
 
         def choices(temperature: Tensor) -> list[Tensor]:
             # Small matrices, where half precision would cost accuracy and save nothing.
             with torch.autocast(images.device.type, enabled=False):
                 z = gumbel_softmax(self.arch(), temperature, self.noise, self.groups)
-                latency = self.latency(z)
-            drawn.append((z, latency))
-            return [*z.values(), latency.cells, latency.edges]
+            names[:] = z
+            return list(z.values())
 
         def z_of(results: Sequence[Tensor]) -> Arch:
-            return dict(zip(drawn[0][0], results, strict=False))
+            return dict(zip(names, results, strict=True))
 
         part = Part(choices, [temperature], [self.arch])
-        logits, (*_, cells, edges) = self.supernet.beside(images, part, z_of)
-        return SearchOutput(logits, replace(drawn[0][1], cells=cells, edges=edges))
+        logits, results = self.supernet.beside(images, part, z_of)
+        return SearchOutput(logits, z_of(results))
 
 
 class Searcher:
@@ -146,34 +146,33 @@ class Searcher:
         for number, (images, labels) in enumerate(batches):
             with self.precision.autocast():
                 output = self.wrapped(images, self.temperature.tensor)
-            cross_entropy, latency = self._losses(output, labels, beta)
+            cross_entropy, latency, milliseconds = self._losses(output, labels, beta)
             share = 1 / self.config.accumulate
             self.precision.backward(cross_entropy, latency, first=number == 0, share=share)
-            loss = cross_entropy.detach() + latency.detach()
-            terms = [loss, cross_entropy, latency, output.latency.total]
-            sums += torch.stack([term.detach().float() for term in terms])
+            terms = [cross_entropy.detach(), latency.detach(), milliseconds]
+            in_background(sums.device, partial(_add_terms, sums, terms, share))
         self.precision.step(
             (self.weight_optimiser, self.config.weight_clip),
             (self.arch_optimiser, self.config.arch_clip),
         )
-        return sums / self.config.accumulate, output.logits.detach(), labels
+        return sums, output.logits.detach(), labels
 
     def _losses(
         self, output: SearchOutput, labels: Tensor, beta: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Cross entropy, and beside it the weighted latency loss."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross entropy; beside it the weighted latency loss, and the latency in milliseconds."""
 
         def of_logits(logits: Tensor) -> list[Tensor]:
             return [upsample_cross_entropy(logits, labels)]
 
-        def of_latency(cells: Tensor, edges: Tensor) -> list[Tensor]:
-            terms = replace(output.latency, cells=cells, edges=edges)
-            return [beta * latency_loss(terms, self.config.latency_loss, self.scale)]
+        def of_latency(*z: Tensor) -> list[Tensor]:
+            terms = self.network.latency(dict(zip(output.z, z, strict=True)))
+            loss = beta * latency_loss(terms, self.config.latency_loss, self.scale)
+            return [loss, terms.total.detach()]
 
-        latency = output.latency
-        parts = [Part(of_logits, [output.logits]), Part(of_latency, [latency.cells, latency.edges])]
-        (cross_entropy,), (weighted,) = together(parts)
-        return cross_entropy, weighted
+        parts = [Part(of_logits, [output.logits]), Part(of_latency, [*output.z.values()])]
+        (cross_entropy,), (weighted, milliseconds) = together(parts)
+        return cross_entropy, weighted, milliseconds
 
     @torch.no_grad()
     def expected_latency(self, temperature: float | Tensor = 1.0) -> LatencyTerms:
@@ -186,6 +185,13 @@ class Searcher:
             return self.config.beta
         terms = self.expected_latency(self.temperature.tensor)
         return self.controller.multiplier(terms.total) / strength(terms, self.config.latency_loss)
+
+
+def _add_terms(sums: Tensor, terms: Sequence[Tensor], share: float) -> None:
+    """sums: (4,), the loss first; terms: cross entropy, weighted latency loss, milliseconds."""
+    cross_entropy, latency, milliseconds = (term.float() for term in terms)
+    found = torch.stack([cross_entropy + latency, cross_entropy, latency, milliseconds])
+    sums.add_(found, alpha=share)
 
 
 def search(run: Run) -> dict[str, object]:
