@@ -2,8 +2,9 @@
 
 They differ from torch's in where numbers live, not in what they compute: state is allocated at
 once, zero, which is what the first step would make of it, and the learning rate of SGD lies on the
-device. SGD has its parameters in one stretch of memory and clips while it steps. Checkpoints hold
-parameters one by one, and the rate as a number, as torch's do with one.
+device. Both clip while they step. SGD has its parameters in one stretch of memory, Adam takes its
+few small ones in pieces. Checkpoints hold parameters one by one, and the rate as a number, as
+torch's do with one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from torch import Tensor, nn
 from lgcnet_fast.ops.gradient_places import GradientPlaces
 from lgcnet_fast.train.schedules import DeviceScalar
 from lgcnet_fast.train.stretch import Stretch
+
+PIECE = 2048
+"""Numbers of a parameter that Adam takes at once: a multi-tensor launch has one program for up to
+65,536 of each tensor, which is few for a graph-guided module."""
 
 OF_THIS_PROCESS = ("lr", "fused", "capturable")
 """Options that follow from the device and the configuration, never from a checkpoint."""
@@ -100,8 +105,7 @@ class SGD(_Capturable, torch.optim.SGD):
         if gradient is None:
             super().clip(norm)
         else:
-            # As torch.nn.utils.clip_grad_norm_, whose factor this is the inverse of.
-            self._divisor = ((torch.linalg.vector_norm(gradient) + 1e-6) / norm).clamp(min=1)
+            self._divisor = _divisor(torch.linalg.vector_norm(gradient), norm)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -193,10 +197,65 @@ class Adam(_Capturable, torch.optim.Adam):
         betas: tuple[float, float],
         weight_decay: float,
     ) -> None:
+        """parameters: contiguous."""
         super().__init__(
             parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, capturable=True
         )
         self._allocate()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._divisor: Tensor | None = None
+
+    @torch.no_grad()
+    def clip(self, norm: float) -> None:
+        """Here the step divides, so that gradients are not written twice."""
+        parameters = self._stepped()
+        if not parameters:
+            return
+        norms = torch._foreach_norm(_pieces(parameter.grad for parameter in parameters))
+        self._divisor = _divisor(torch.linalg.vector_norm(torch.stack(norms)), norm)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """A loss scaler must have unscaled the gradients."""
+        parameters = self._stepped()
+        if closure is not None or not parameters:
+            return super().step(closure)
+        (group,) = self.param_groups
+        states = [self.state[parameter] for parameter in parameters]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        found_inf = getattr(self, "found_inf", None)
+        torch._fused_adam_(
+            _pieces(parameters),
+            _pieces(parameter.grad for parameter in parameters),
+            _pieces(state["exp_avg"] for state in states),
+            _pieces(state["exp_avg_sq"] for state in states),
+            [],
+            [step for p, step in zip(parameters, steps, strict=True) for _ in _pieces([p])],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=self._divisor,
+            found_inf=found_inf,
+        )
+        if found_inf is not None:  # The step was left out where it is not zero.
+            torch._foreach_sub_(steps, [found_inf] * len(steps))
+        self._divisor = None
+        return None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._divisor = None  # Of a step that a loss scaler has left out.
+
+    def _stepped(self) -> list[nn.Parameter]:
+        (group,) = self.param_groups
+        return [parameter for parameter in group["params"] if parameter.grad is not None]
 
     def _initial_state(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
         return {
@@ -204,3 +263,12 @@ class Adam(_Capturable, torch.optim.Adam):
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
+
+
+def _divisor(total: Tensor, norm: float) -> Tensor:
+    """Of gradients whose norm is `total`: the inverse of clip_grad_norm_'s factor."""
+    return ((total + 1e-6) / norm).clamp(min=1)
+
+
+def _pieces(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [piece for tensor in tensors for piece in tensor.view(-1).split(PIECE)]

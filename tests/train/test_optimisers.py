@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lgcnet_fast.ops.cast_together import _CastTogether
-from lgcnet_fast.train import stretch
+from lgcnet_fast.train import optimisers, stretch
 from lgcnet_fast.train.ema import MovingAverage
 from lgcnet_fast.train.optimisers import SGD, Adam
 from lgcnet_fast.train.precision import Precision
@@ -226,6 +226,51 @@ def test_gradients_that_lie_elsewhere_are_copied_beside_the_others():
             (loss * 1e-3 + network[0].weight.square().sum()).backward()
             own.step()
     torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def large():
+    """More than a piece, which is no multiple of them."""
+    torch.manual_seed(0)
+    return nn.Linear(67, 2 * optimisers.PIECE // 67)
+
+
+@pytest.mark.parametrize("norm", [1e-3, 1e6])
+def test_adam_clips_and_steps_in_pieces_as_torch(norm):
+    first, second = large(), large()
+    mine, reference = ours(Adam, first), theirs(Adam, second)
+    inputs = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        x = torch.randn(5, 67, generator=inputs)
+        for network, optimiser in ((first, mine), (second, reference)):
+            optimiser.zero_grad()
+            network(x).square().sum().backward()
+        mine.clip(norm)
+        torch.nn.utils.clip_grad_norm_(second.parameters(), norm)
+        mine.step()
+        reference.step()
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=1e-5, atol=1e-6)
+    found, wanted = mine.state_dict()["state"], reference.state_dict()["state"]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_adam_without_gradients_does_nothing():
+    network = model()
+    optimiser = ours(Adam, network)
+    before = copy.deepcopy(network.state_dict())
+    optimiser.clip(1.0)
+    optimiser.step()
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_step_of_adam_that_overflows_does_not_count():
+    network, precision = large(), Precision("fp16", CPU)
+    optimiser = ours(Adam, network)
+    before = copy.deepcopy((network.state_dict(), optimiser.state_dict()["state"]))
+    loss = (network(torch.ones(1, 67)) * 1e38).sum()
+    precision.scaler.scale(loss * 1e10).backward()
+    precision.step((optimiser, 1.0))
+    after = (network.state_dict(), optimiser.state_dict()["state"])
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 def test_a_copy_trains_apart_and_alike():
