@@ -3,42 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lgcnet_fast.nn.primitives import DepthwiseSeparable
 from lgcnet_fast.nn.together import replaced
-from lgcnet_fast.ops import cast_together
+from lgcnet_fast.ops import cast_together, copies_together
 
 
-@contextmanager
-def cast_weights(network: nn.Module) -> Iterator[None]:
-    """Inside the `with` block, under autocast, convolutions find their weights cast already.
+class WeightCasts:
+    """For a pass through a network, or through all of it but a part of its modules."""
 
-    What autograd records leads to the float32 parameters, which are back in place afterwards.
-    """
-    places = list(_convolution_parameters(network))
-    # Tensors without data ("meta") know no autocast.
-    device = places[0][0][places[0][1]].device.type if places else "meta"
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        yield
-        return
-    weights = [parameters[name] for parameters, name in places]
-    copies = cast_together(weights, torch.get_autocast_dtype(device))
-    with replaced(places, copies):
-        yield
+    def __init__(self, network: nn.Module, without: nn.Module | None = None) -> None:
+        self._places = list(_convolution_parameters(network, without))
+        # Tensors without data ("meta") know no autocast.
+        first = self._weights()[0] if self._places else None
+        device = "meta" if first is None else first.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            self._places = []
+        else:
+            self._dtype = torch.get_autocast_dtype(device)
+        self._copies: list[Tensor] = []
+
+    def make(self) -> None:
+        """Ahead of `in_place`, which does it otherwise; without autograd."""
+        if self._places:
+            self._copies = copies_together(self._weights(), self._dtype)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside the `with` block, under autocast, convolutions find their weights cast already.
+
+        What autograd records leads to the float32 parameters, which are back in place afterwards.
+        """
+        if not self._places:
+            yield
+            return
+        copies = cast_together(self._weights(), self._dtype, self._copies)
+        with replaced(self._places, copies):
+            yield
+
+    def _weights(self) -> list[Tensor]:
+        return [parameters[name] for parameters, name in self._places]
 
 
-def _convolution_parameters(network: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+def cast_weights(network: nn.Module) -> AbstractContextManager[None]:
+    """`WeightCasts.in_place` for a whole network."""
+    return WeightCasts(network).in_place()
+
+
+def _convolution_parameters(
+    network: nn.Module, without: nn.Module | None
+) -> Iterator[tuple[dict[str, Any], str]]:
     """Where a module keeps a parameter, and its name.
 
     Not those of depthwise-separable branches, whose operation takes float32.
     """
-    branches = (module for module in network.modules() if isinstance(module, DepthwiseSeparable))
-    apart = {id(module) for branch in branches for module in branch.modules()}
+    left_out = [module for module in network.modules() if isinstance(module, DepthwiseSeparable)]
+    if without is not None:
+        left_out.append(without)
+    apart = {id(module) for one in left_out for module in one.modules()}
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and id(module) not in apart:
             own: dict[str, Any] = module._parameters

@@ -49,9 +49,16 @@ def worked(works: Sequence[Work]) -> list[list[Tensor]]:
         return together([work.part for work in works])
 
 
-def together(parts: Sequence[Part]) -> list[list[Tensor]]:
-    """What each part computes; the parts keep to the rules of `side_by_side`."""
+def together(
+    parts: Sequence[Part], beside: Sequence[Callable[[], None]] = ()
+) -> list[list[Tensor]]:
+    """What each part computes; the parts keep to the rules of `side_by_side`.
+
+    So do the jobs `beside` them, which have no gradients.
+    """
     if not _beside(parts):
+        for job in beside:
+            job()
         return [list(part.compute(*part.inputs)) for part in parts]
     places = [_places(part.modules) for part in parts]
     tensors = [
@@ -60,7 +67,7 @@ def together(parts: Sequence[Part]) -> list[list[Tensor]]:
         for tensor in (*part.inputs, *(parameters[name] for parameters, name in own))
     ]
     counts: list[int] = []
-    found = iter(_Together.apply(parts, places, counts, *tensors))
+    found = iter(_Together.apply(parts, beside, places, counts, *tensors))
     return [list(islice(found, count)) for count in counts]
 
 
@@ -75,19 +82,21 @@ class _Together(torch.autograd.Function):
     def forward(
         ctx: Any,
         parts: Sequence[Part],
+        beside: Sequence[Callable[[], None]],
         places: Sequence[Places],
         counts: list[int],
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         """counts: filled with the number of each part's results."""
-        rest = iter(zip(tensors, ctx.needs_input_grad[3:], strict=True))
-        leaves, jobs = [], []
+        rest = iter(zip(tensors, ctx.needs_input_grad[4:], strict=True))
+        leaves: list[list[Tensor]] = []
+        jobs: list[Callable[[], Any]] = []
         for part, own in zip(parts, places, strict=True):
             taken = islice(rest, len(part.inputs) + len(own))
             leaves.append([tensor.detach().requires_grad_(wanted) for tensor, wanted in taken])
             jobs.append(partial(_computed, part, own, leaves[-1]))
         with torch.enable_grad():
-            results = side_by_side(tensors[0].device, jobs)
+            results = side_by_side(tensors[0].device, [*jobs, *beside])[: len(jobs)]
         counts += (len(own) for own, _ in results)
         ctx.ends = [end for _, end in results]
         ctx.counts, ctx.leaves = counts, leaves
@@ -105,7 +114,7 @@ class _Together(torch.autograd.Function):
         found = side_by_side(device, jobs)
         # What the parts have kept must not be freed before the jobs have been joined.
         ctx.ends = ctx.leaves = None
-        return None, None, None, *(gradient for own in found for gradient in own)
+        return None, None, None, None, *(gradient for own in found for gradient in own)
 
 
 class _End(torch.autograd.Function):

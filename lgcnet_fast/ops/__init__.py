@@ -2,7 +2,7 @@
 
 from lgcnet_fast.ops.average_pool import average_pool, average_pools
 from lgcnet_fast.ops.backend import explain, set_backend, use_backend
-from lgcnet_fast.ops.cast_together import cast_together
+from lgcnet_fast.ops.cast_together import cast_together, copies_together
 from lgcnet_fast.ops.concat_pair import concat_pair
 from lgcnet_fast.ops.concat_upsample import concat_upsample, sum_upsample, upsample
 from lgcnet_fast.ops.concat_upsample_pointwise import concat_upsample_pointwise
@@ -36,6 +36,7 @@ __all__ = [
     "concat_upsample",
     "concat_upsample_pointwise",
     "convolutions",
+    "copies_together",
     "explain",
     "gathered_running_statistics",
     "interleaved_convolution",

@@ -1,4 +1,4 @@
-"""Many weights cast in one launch, and their gradients in another.
+"""Many weights cast in a few launches, and their gradients in others.
 
 Autocast casts weight by weight, and so does its backward pass.
 """
@@ -14,15 +14,27 @@ from torch import Tensor
 
 from lgcnet_fast.ops.backend import Implementation, Operation, supposing
 from lgcnet_fast.ops.gradient_places import homes, taken
-from lgcnet_fast.ops.lanes import lanes_of, settle, side_by_side
+from lgcnet_fast.ops.lanes import beside_next, lanes_of, settle, side_by_side
 
 
-def cast_together(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def cast_together(
+    weights: Sequence[Tensor], dtype: torch.dtype, copies: Sequence[Tensor] = ()
+) -> list[Tensor]:
     """Copies in a half-precision dtype, differentiable; the reference leaves them to autocast.
 
-    weights: float32 and dense. Their gradients are float32, cast from those of the copies.
+    weights: float32 and dense. Their gradients are float32, cast from those of the copies. copies:
+    what `copies_together` gave, if that was called.
     """
-    result: list[Tensor] = _operation(tuple(weights), dtype)
+    result: list[Tensor] = _operation(tuple(weights), dtype, tuple(copies))
+    return result
+
+
+def copies_together(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """For `cast_together`: the copies without autograd, made beside something else for example.
+
+    None in the reference.
+    """
+    result: list[Tensor] = _copies(tuple(weights), dtype)
     return result
 
 
@@ -42,24 +54,32 @@ def copy_together(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 class _CastTogether(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, copies: Sequence[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*weights)
+        ctx.only_collected = gradient_owners(weights) is not None
         ctx.set_materialize_grads(False)
-        copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
-        copy_together(copies, weights)
         return tuple(copies)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        settle(ctx.saved_tensors[0].device)
+        weights = ctx.saved_tensors
+        device = weights[0].device
         found = [
             None if g is None else _place(weight)
-            for g, weight in zip(gradients, ctx.saved_tensors, strict=True)
+            for g, weight in zip(gradients, weights, strict=True)
         ]
-        copy_together(
-            [out for out in found if out is not None], [g for g in gradients if g is not None]
-        )
+        outs = [out for out in found if out is not None]
+        job = partial(_cast_gradients, outs, [g for g in gradients if g is not None])
+        if ctx.only_collected:
+            beside_next(device, job)
+        else:
+            job()
         return None, *found
+
+
+def _cast_gradients(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    settle(sources[0].device)
+    copy_together(targets, sources)
 
 
 def _place(weight: Tensor) -> Tensor:
@@ -83,15 +103,24 @@ def gradient_owners(weights: Sequence[Tensor]) -> tuple[int, ...] | None:
     return tuple(weight.data_ptr() for weight in weights)
 
 
-def _reference(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _reference(
+    weights: Sequence[Tensor], dtype: torch.dtype, copies: Sequence[Tensor]
+) -> list[Tensor]:
     return list(weights)
 
 
-def _run(backend: str, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return list(_CastTogether.apply(dtype, *weights))
+def _run(weights: Sequence[Tensor], dtype: torch.dtype, copies: Sequence[Tensor]) -> list[Tensor]:
+    return list(_CastTogether.apply(copies or _make_copies(weights, dtype), *weights))
 
 
-def _refuse(backend: str, weights: Sequence[Tensor], dtype: torch.dtype) -> str | None:
+@torch.no_grad()
+def _make_copies(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+    copy_together(copies, weights)
+    return copies
+
+
+def _refuse(weights: Sequence[Tensor], dtype: torch.dtype, *copies: Any) -> str | None:
     for index, weight in enumerate(weights):
         if weight.dtype != torch.float32:
             return f"weights[{index}] is {weight.dtype}, need torch.float32"
@@ -101,9 +130,14 @@ def _refuse(backend: str, weights: Sequence[Tensor], dtype: torch.dtype) -> str 
 _operation = Operation(
     "cast_together",
     _reference,
-    **{
-        backend: Implementation(partial(_run, backend), partial(_refuse, backend))
-        for backend in ("triton", "cuda")
-    },
+    triton=Implementation(_run, _refuse),
+    cuda=Implementation(_run, _refuse),
+    tuned_as="separable_branches",
+)
+_copies = Operation(
+    "copies_together",
+    lambda weights, dtype: [],
+    triton=Implementation(_make_copies, _refuse),
+    cuda=Implementation(_make_copies, _refuse),
     tuned_as="separable_branches",
 )

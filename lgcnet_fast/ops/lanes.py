@@ -66,6 +66,8 @@ class _Later:
         """For the jobs since the last turn: themselves and what they have dropped."""
         self._turns: deque[tuple[torch.cuda.Event, list[object]]] = deque()
         self._owners: set[int] = set()
+        self.pending: list[Callable[[], None]] = []
+        """For the next `side_by_side`."""
 
     def run(self, job: Callable[[], T], current: torch.cuda.Stream) -> T:
         self._stream.wait_stream(current)
@@ -115,10 +117,14 @@ def side_by_side(
     beside = _later.get(device) if streams else None
     if beside is None:
         return _forked(streams, [*jobs, *later])
+    pending: list[Callable[[], None]] = []
     if _own.get() is None:
         beside.turn(streams[0])
+        pending, beside.pending = beside.pending, []
     put_off = [beside.run(job, streams[0]) for job in later]
-    return _forked(streams, jobs) + put_off
+    # Those first: what others put off meanwhile they need not wait for.
+    results: list[Any] = _forked(streams, [*pending, *jobs])
+    return results[len(pending) :] + put_off
 
 
 def _forked(streams: Sequence[torch.cuda.Stream], jobs: Sequence[Callable[[], T]]) -> list[T]:
@@ -160,6 +166,8 @@ def gradients_later(device: torch.device) -> Iterator[None]:
     finally:
         del _later[device]
     beside.join(torch.cuda.current_stream(device))
+    for job in beside.pending:
+        job()
 
 
 def settle(device: torch.device, owners: Sequence[int] | None = None) -> None:
@@ -171,6 +179,19 @@ def settle(device: torch.device, owners: Sequence[int] | None = None) -> None:
     beside = _later.get(device)
     if beside is not None and beside.must_wait(owners):
         beside.join(torch.cuda.current_stream(device))
+
+
+def beside_next(device: torch.device, job: Callable[[], None]) -> None:
+    """In a `gradients_later` block: runs a job beside those of the next `side_by_side`.
+
+    At the latest it runs at the end of the block, until which nobody needs what it writes; until it
+    has run, what it reads is held. Elsewhere it runs at once.
+    """
+    beside = _later.get(device)
+    if beside is None or _own.get() is not None:
+        job()
+    else:
+        beside.pending.append(job)
 
 
 @contextmanager

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lgcnet_fast.nn.autocast_weights import cast_weights
+from lgcnet_fast.nn.autocast_weights import WeightCasts, cast_weights
 from lgcnet_fast.nn.cell import Cell, DerivedCell, SearchCell, weights_of
 from lgcnet_fast.nn.fusion import (
     FUSION_WIDTH,
@@ -126,9 +126,24 @@ class Supernet(Network):
         self, x: Tensor, choices: Part, z_of: Callable[[Sequence[Tensor]], Arch]
     ) -> tuple[Tensor, list[Tensor]]:
         """As in `SegmentationNetwork`; Z is computed beside the stem."""
-        with few_launches(self):
-            stem = self.backbone.stem
-            maps, results = together([Part(stem, [x], [stem]), choices])
+        if torch.compiler.is_compiling():
+            results = list(choices.compute(*choices.inputs))
+            return self.forward(x, z_of(results)), results
+        stem = self.backbone.stem
+        casts = WeightCasts(self, without=stem)
+
+        def of_stem(x: Tensor) -> tuple[Tensor, Tensor]:
+            with cast_weights(stem):
+                return stem(x)
+
+        with gathered_running_statistics(), ExitStack() as rest:
+
+            def prepare() -> None:
+                rest.enter_context(packed_weights(self))
+                casts.make()
+
+            maps, results = together([Part(of_stem, [x], [stem]), choices], [prepare])
+            rest.enter_context(casts.in_place())
             z = z_of(results)
             features = self.backbone.behind_stem(*maps, z["cells"])
             return self._logits(features, self._fusion_rows(z)), results

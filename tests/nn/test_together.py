@@ -186,6 +186,18 @@ def test_results_are_not_held(beside: pytest.MonkeyPatch) -> None:
     assert torch.equal(gradient, torch.full((3,), 2.0))
 
 
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_jobs_beside_the_parts_run_before_it_returns(
+    beside: pytest.MonkeyPatch, lanes: int
+) -> None:
+    beside.setattr(lgcnet_fast.nn.together, "lanes_of", lambda device: lanes)
+    x, ran = torch.ones(2, requires_grad=True), []
+    parts = [Part(lambda x: [2 * x], [x]), Part(lambda x: [3 * x], [x])]
+    (first,), (second,) = together(parts, [lambda: ran.append(True)])
+    (first + second).sum().backward()
+    assert ran == [True] and torch.equal(x.grad, torch.full((2,), 5.0))
+
+
 def test_without_gradients_the_parts_follow_each_other(beside: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, requires_grad=True)
     with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.errors import BackendError
-from lgcnet_fast.ops import cast_together, use_backend
+from lgcnet_fast.ops import cast_together, copies_together, use_backend
 
 
 def weights(device: torch.device) -> list[Tensor]:
@@ -30,6 +30,19 @@ def test_as_one_by_one(dtype: torch.dtype, device: torch.device) -> None:
         assert gradient.stride() == weight.stride()
 
 
+def test_copies_made_ahead_are_the_ones(device: torch.device) -> None:
+    own = [torch.full((2,), 1.0 + i, device=device).requires_grad_() for i in range(3)]
+    with use_backend("triton"):
+        made = copies_together(own, torch.bfloat16)
+        addresses = [copy.data_ptr() for copy in made]
+        copies = cast_together(own, torch.bfloat16, made)
+    assert [copy.data_ptr() for copy in copies] == addresses
+    sum(i * copy.float().sum() for i, copy in enumerate(copies)).backward()
+    for i, (weight, copy) in enumerate(zip(own, copies, strict=True)):
+        assert torch.equal(copy, weight.bfloat16())
+        assert torch.equal(weight.grad, torch.full_like(weight, i))
+
+
 def test_a_copy_that_nothing_depends_on(device: torch.device) -> None:
     own = weights(device)
     with use_backend("triton"):
@@ -42,6 +55,7 @@ def test_a_copy_that_nothing_depends_on(device: torch.device) -> None:
 def test_the_reference_leaves_it_to_autocast() -> None:
     own = weights(torch.device("cpu"))
     with use_backend("reference"):
+        assert copies_together(own, torch.bfloat16) == []
         assert all(a is b for a, b in zip(cast_together(own, torch.bfloat16), own, strict=True))
 
 

@@ -16,6 +16,7 @@ from lgcnet_fast.ops.lanes import (
     LANES,
     TURNS,
     background,
+    beside_next,
     gradients_later,
     in_background,
     keep_until_joined,
@@ -264,6 +265,39 @@ def test_elsewhere_gradients_for_later_are_jobs_like_others(device: Device) -> N
     found = side_by_side(ANYWHERE, [lambda: "map"], [partial(device.launch, "weight")])
     assert found == ["map", "weight"] and device.stream_of["weight"] in device.streams
     assert device.launch("after") and "weight" in device.before["after"]
+
+
+def test_what_reads_gradients_for_later_runs_beside_the_next_jobs(
+    background_device: Device,
+) -> None:
+    device = background_device
+
+    def read(name: str) -> None:
+        settle(ANYWHERE)
+        device.launch(name)
+
+    def job() -> None:
+        side_by_side(ANYWHERE, [], [partial(device.launch, "last weight")])
+        device.launch("map")
+
+    with gradients_later(ANYWHERE):
+        side_by_side(ANYWHERE, [], [partial(device.launch, "weight")])
+        beside_next(ANYWHERE, partial(read, "reader"))
+        device.launch("between")
+        assert side_by_side(ANYWHERE, [job, lambda: "other"]) == [None, "other"]
+        device.launch("beside")
+        beside_next(ANYWHERE, partial(read, "reader at the end"))
+    device.launch("after")
+    assert {"weight", "between"} <= device.before["reader"]
+    assert "last weight" not in device.before["reader"]
+    assert "reader" not in device.before["map"] and "reader" in device.before["beside"]
+    assert "last weight" in device.before["reader at the end"]
+    assert "reader at the end" in device.before["after"]
+
+
+def test_elsewhere_it_runs_at_once(device: Device) -> None:
+    beside_next(ANYWHERE, partial(device.launch, "reader"))  # type: ignore[arg-type]
+    assert device.launch("next") and "reader" in device.before["next"]
 
 
 def test_what_is_read_later_is_held_until_the_current_stream_has_waited(

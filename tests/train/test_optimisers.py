@@ -189,7 +189,8 @@ def test_one_launch_for_all_parameters_clips_and_steps_as_torch(norm, monkeypatc
 
 def through_copies(network, x):
     names, parameters = zip(*network.named_parameters(), strict=True)
-    copies = _CastTogether.apply(torch.bfloat16, *parameters)
+    made = [parameter.detach().bfloat16() for parameter in parameters]
+    copies = _CastTogether.apply(made, *parameters)
     values = {name: copy.float() for name, copy in zip(names, copies, strict=True)}
     return torch.func.functional_call(network, values, x).square().sum()
 
