@@ -68,7 +68,8 @@ class _CastTogether(torch.autograd.Function):
             None if g is None else _place(weight)
             for g, weight in zip(gradients, weights, strict=True)
         ]
-        outs = [out for out in found if out is not None]
+        # Aliases: autograd takes over what nobody else refers to, and copies anything else.
+        outs = [out.detach() for out in found if out is not None]
         job = partial(_cast_gradients, outs, [g for g in gradients if g is not None])
         if ctx.only_collected:
             beside_next(device, job)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,6 +44,24 @@ def test_copies_made_ahead_are_the_ones(device: torch.device) -> None:
     for i, (weight, copy) in enumerate(zip(own, copies, strict=True)):
         assert torch.equal(copy, weight.bfloat16())
         assert torch.equal(weight.grad, torch.full_like(weight, i))
+
+
+def test_gradients_may_be_cast_after_autograd_has_collected_them(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = weights(device)
+    put_off: list[Callable[[], None]] = []
+    module = sys.modules["lgcnet_fast.ops.cast_together"]
+    monkeypatch.setattr(module, "beside_next", lambda device, job: put_off.append(job))
+    with use_backend("triton"):
+        copies = cast_together(own, torch.bfloat16)
+    sum((i + 1) * copy.float().sum() for i, copy in enumerate(copies)).backward()
+    (job,) = put_off
+    for weight in own:
+        weight.grad.fill_(torch.nan)
+    job()
+    for i, weight in enumerate(own):
+        assert torch.equal(weight.grad, torch.full_like(weight, i + 1))
 
 
 def test_a_copy_that_nothing_depends_on(device: torch.device) -> None:
