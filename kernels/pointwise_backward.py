@@ -46,14 +46,15 @@ TILES = 4
 
 @dataclass(frozen=True)
 class ProductGradientsConfig:
-    """Tile: `block_m` positions by `block_c` input channels, `stages` of them in flight;
-    `programs` share the positions of a product."""
+    """Tile: `block_m` positions by `block_c` input channels and `rest` more, which may be none,
+    `stages` of them in flight; `programs` share the positions of a product."""
 
     block_m: int
     block_c: int
     warps: int
     stages: int
     programs: int
+    rest: int = 0
 
     @classmethod
     def default(
@@ -82,17 +83,36 @@ class ProductGradientsConfig:
         return cls(block_m, block_c, warps, stages, programs)
 
 
+@triton.jit
+def _part_of_weight(w_ptr, o, c, C, CO, OPERAND: tl.constexpr):
+    inside = (o < CO)[:, None] & (c < C)
+    return tl.load(w_ptr + (o[:, None] * C + c), mask=inside, other=0.0).to(OPERAND)
+
+
+@triton.jit
+def _part_of_tile(
+    total, g, weight, x_ptr, dx_ptr, offset, mask, ACC: tl.constexpr, OPERAND: tl.constexpr
+):
+    """dx of some channels of a tile of positions; the sum for dw with the tile added."""
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(OPERAND)
+    total = tl.dot(tl.trans(g), x, total, input_precision="ieee", out_dtype=ACC)
+    dx = tl.dot(g, weight, input_precision="ieee", out_dtype=ACC)
+    tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    return total
+
+
 @triton.jit(do_not_specialize=["M", "programs"])
 def _product_gradients_kernel(
     dy_ptrs, x_ptr, w_ptr, dx_ptr, share_ptr, M, C, CO, programs,
     BRANCHES: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """One program: every `programs`-th tile of a product, BLOCK_C input channels; BLOCK_O >= CO.
+    """One program: every `programs`-th tile of a product; BLOCK_C input channels, or all of them,
+    which are BLOCK_C and REST more; BLOCK_O >= CO.
 
     Blocks of channels of the same positions are neighbours in launch order.
     """
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks = tl.cdiv(C - REST, BLOCK_C)
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     # 64 bits, as are the offsets into maps that come of it.
     program = (tl.program_id(0) // blocks % programs).to(tl.int64)
@@ -104,27 +124,36 @@ def _product_gradients_kernel(
     branch = branch.to(tl.int64)
     x_ptr += branch * M * C
     dx_ptr += branch * M * C
+    w_ptr += branch * CO * C
 
     lane = tl.arange(0, BLOCK_M)[:, None]
     o = tl.arange(0, BLOCK_O)
-    entry = o[:, None] * C + c
-    inside = (o < CO)[:, None] & (c < C)
-    weight = tl.load(w_ptr + branch * CO * C + entry, mask=inside, other=0.0).to(OPERAND)
-
+    weight = _part_of_weight(w_ptr, o, c, C, CO, OPERAND)
     total = tl.zeros((BLOCK_O, BLOCK_C), dtype=ACC)
+    if REST:
+        c_rest = BLOCK_C + tl.arange(0, REST)[None, :]
+        weight_rest = _part_of_weight(w_ptr, o, c_rest, C, CO, OPERAND)
+        total_rest = tl.zeros((BLOCK_O, REST), dtype=ACC)
     for first in range(program * BLOCK_M, M, programs * BLOCK_M):
         within = lane < M - first
         dy = dy_ptr + first * CO + (lane * CO + o[None, :])
         g = tl.load(dy, mask=within & (o < CO)[None, :], other=0.0).to(OPERAND)
         offset = first * C + (lane * C + c)
-        mask = within & (c < C)
-        x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(OPERAND)
-        total = tl.dot(tl.trans(g), x, total, input_precision="ieee", out_dtype=ACC)
-        dx = tl.dot(g, weight, input_precision="ieee", out_dtype=ACC)
-        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        total = _part_of_tile(
+            total, g, weight, x_ptr, dx_ptr, offset, within & (c < C), ACC, OPERAND
+        )
+        if REST:
+            offset = first * C + (lane * C + c_rest)
+            total_rest = _part_of_tile(
+                total_rest, g, weight_rest, x_ptr, dx_ptr, offset, within & (c_rest < C),
+                ACC, OPERAND,
+            )  # fmt: skip
 
     share = share_ptr + (program * BRANCHES + branch) * CO * C
-    tl.store(share + entry, total, mask=inside)
+    tl.store(share + (o[:, None] * C + c), total, mask=(o < CO)[:, None] & (c < C))
+    if REST:
+        inside = (o < CO)[:, None] & (c_rest < C)
+        tl.store(share + (o[:, None] * C + c_rest), total_rest, mask=inside)
 
 
 def serves(x: Tensor, out_channels: int) -> bool:
@@ -160,12 +189,16 @@ def pointwise_backward(
     )
     shape = (config.programs, branches, out_channels, channels)
     shares = x.new_empty(shape, dtype=accumulator_dtype(x.dtype))
-    blocks = triton.cdiv(channels, config.block_c)
+    blocks = triton.cdiv(channels - config.rest, config.block_c)
+    if config.rest and blocks > 1:
+        raise ValueError(
+            f"config: {channels} channels, block_c {config.block_c} and rest {config.rest}"
+        )
     _product_gradients_kernel[(branches * config.programs * blocks,)](
         tuple(dys), x, weights, out, shares, positions, channels, out_channels, config.programs,
         BRANCHES=branches, ACC=accumulator(x.dtype), OPERAND=operand(x.dtype),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c,
-        BLOCK_O=max(16, triton.next_power_of_2(out_channels)),
+        BLOCK_O=max(16, triton.next_power_of_2(out_channels)), REST=config.rest,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out, shares
