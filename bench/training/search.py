@@ -84,7 +84,8 @@ def _stock_step(kind: str, layout: str, case: TrainingCase) -> Step:
             with autocast(case.precision):
                 output = network(x, temperature)
             loss = loss_of(output.logits, y)
-            loss = loss + CONFIG.beta * latency_loss(output.latency, CONFIG.latency_loss, 1.0)
+            latency = network.latency(output.z)
+            loss = loss + CONFIG.beta * latency_loss(latency, CONFIG.latency_loss, 1.0)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, CONFIG.weight_clip)
         torch.nn.utils.clip_grad_norm_(arch, CONFIG.arch_clip)

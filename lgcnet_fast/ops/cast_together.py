@@ -70,17 +70,13 @@ class _CastTogether(torch.autograd.Function):
         ]
         # Aliases: autograd takes over what nobody else refers to, and copies anything else.
         outs = [out.detach() for out in found if out is not None]
-        job = partial(_cast_gradients, outs, [g for g in gradients if g is not None])
+        job = partial(copy_together, outs, [g for g in gradients if g is not None])
         if ctx.only_collected:
             beside_next(device, job)
         else:
+            settle(device)
             job()
         return None, *found
-
-
-def _cast_gradients(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    settle(sources[0].device)
-    copy_together(targets, sources)
 
 
 def _place(weight: Tensor) -> Tensor:

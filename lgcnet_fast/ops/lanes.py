@@ -94,8 +94,14 @@ class _Later:
         return known
 
     def join(self, current: torch.cuda.Stream) -> None:
-        if self._held or self._turns:  # Else the stream may have no part in a capture.
-            current.wait_stream(self._stream)
+        self.until_now()(current)
+
+    def until_now(self) -> Callable[[torch.cuda.Stream], None]:
+        """Makes a stream wait for the jobs that there are by now."""
+        if not (self._held or self._turns):  # The stream may have no part in a capture.
+            return lambda current: None
+        done = self._stream.record_event()
+        return lambda current: current.wait_event(done)
 
 
 _later: dict[torch.device, _Later] = {}
@@ -122,9 +128,9 @@ def side_by_side(
         beside.turn(streams[0])
         pending, beside.pending = beside.pending, []
     put_off = [beside.run(job, streams[0]) for job in later]
-    # Those first: what others put off meanwhile they need not wait for.
-    results: list[Any] = _forked(streams, [*pending, *jobs])
-    return results[len(pending) :] + put_off
+    # Those last: autograd goes back through a job on the streams of its forward pass.
+    results: list[Any] = _forked(streams, [*jobs, *pending])
+    return results[: len(jobs)] + put_off
 
 
 def _forked(streams: Sequence[torch.cuda.Stream], jobs: Sequence[Callable[[], T]]) -> list[T]:
@@ -182,16 +188,24 @@ def settle(device: torch.device, owners: Sequence[int] | None = None) -> None:
 
 
 def beside_next(device: torch.device, job: Callable[[], None]) -> None:
-    """In a `gradients_later` block: runs a job beside those of the next `side_by_side`.
+    """Runs a job, which may read gradients of weights that jobs for later have made by now.
 
-    At the latest it runs at the end of the block, until which nobody needs what it writes; until it
-    has run, what it reads is held. Elsewhere it runs at once.
+    In a `gradients_later` block it runs beside the jobs of the next `side_by_side`, or else at the
+    end of the block, until which nobody needs what it writes; until it has run, what it reads is
+    held. Elsewhere it runs at once.
     """
     beside = _later.get(device)
     if beside is None or _own.get() is not None:
+        settle(device)
         job()
-    else:
-        beside.pending.append(job)
+        return
+    wait = beside.until_now()
+
+    def put_off() -> None:
+        wait(torch.cuda.current_stream(device))
+        job()
+
+    beside.pending.append(put_off)
 
 
 @contextmanager

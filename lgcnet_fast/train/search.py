@@ -149,7 +149,7 @@ class Searcher:
             cross_entropy, latency, milliseconds = self._losses(output, labels, beta)
             share = 1 / self.config.accumulate
             self.precision.backward(cross_entropy, latency, first=number == 0, share=share)
-            terms = [cross_entropy.detach(), latency.detach(), milliseconds]
+            terms = [term.detach() for term in (cross_entropy, latency, milliseconds)]
             in_background(sums.device, partial(_add_terms, sums, terms, share))
         self.precision.step(
             (self.weight_optimiser, self.config.weight_clip),
@@ -168,7 +168,7 @@ class Searcher:
         def of_latency(*z: Tensor) -> list[Tensor]:
             terms = self.network.latency(dict(zip(output.z, z, strict=True)))
             loss = beta * latency_loss(terms, self.config.latency_loss, self.scale)
-            return [loss, terms.total.detach()]
+            return [loss, terms.total]
 
         parts = [Part(of_logits, [output.logits]), Part(of_latency, [*output.z.values()])]
         (cross_entropy,), (weighted, milliseconds) = together(parts)

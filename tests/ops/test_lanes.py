@@ -272,24 +272,26 @@ def test_what_reads_gradients_for_later_runs_beside_the_next_jobs(
 ) -> None:
     device = background_device
 
-    def read(name: str) -> None:
-        settle(ANYWHERE)
+    def launch(name: str) -> None:
         device.launch(name)
 
-    def job() -> None:
+    def job() -> str:
         side_by_side(ANYWHERE, [], [partial(device.launch, "last weight")])
-        device.launch("map")
+        return device.launch("map")
 
     with gradients_later(ANYWHERE):
         side_by_side(ANYWHERE, [], [partial(device.launch, "weight")])
-        beside_next(ANYWHERE, partial(read, "reader"))
+        beside_next(ANYWHERE, partial(launch, "reader"))
         device.launch("between")
-        assert side_by_side(ANYWHERE, [job, lambda: "other"]) == [None, "other"]
+        other = partial(device.launch, "other")
+        assert side_by_side(ANYWHERE, [job, other]) == ["map", "other"]
         device.launch("beside")
-        beside_next(ANYWHERE, partial(read, "reader at the end"))
+        beside_next(ANYWHERE, partial(launch, "reader at the end"))
     device.launch("after")
     assert {"weight", "between"} <= device.before["reader"]
     assert "last weight" not in device.before["reader"]
+    places = [device.stream_of[name] for name in ("map", "other")]
+    assert places == list(device.streams[:2])  # As without it, and as in the forward pass.
     assert "reader" not in device.before["map"] and "reader" in device.before["beside"]
     assert "last weight" in device.before["reader at the end"]
     assert "reader at the end" in device.before["after"]
