@@ -271,8 +271,9 @@ def gradients_of_products(
         config = default(BRANCHES, 2**20 // channels, channels, channels, dtype)
         tile = {"BLOCK_M": config.block_m, "BLOCK_C": config.block_c, "BLOCK_O": channels}
         tile |= {"BRANCHES": BRANCHES, "ACC": tl.float32, "OPERAND": OPERANDS[storage]}
+        rest = {"REST": config.rest}
         yield (
-            pointwise_backward._product_gradients_kernel, tile, config.warps, config.stages,
+            pointwise_backward._product_gradients_kernel, tile | rest, config.warps, config.stages,
         )  # fmt: skip
         half = {name: value for name, value in tile.items() if name != "BRANCHES"}
         yield interleaved._interleaved_gradients_kernel, half, config.warps, config.stages

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -47,6 +47,8 @@ SMALL = [
     Case((2, 48, 3, 13), 20, branches=2, config=TILE),
     Case((1, 16, 4, 4), 16, branches=5),
     Case((3, 32, 9, 11), 16),
+    Case((2, 32, 3, 13), 20, branches=2, config=replace(TILE, rest=16)),
+    Case((1, 29, 5, 7), 33, branches=3, config=replace(TILE, rest=16)),
 ]
 LARGE = [
     Case((2, channels, 49, 97), out_channels, branches)
@@ -155,8 +157,14 @@ def test_default_tiles_share_out_the_positions(branches, channels, out_channels,
     tiles = -(-positions // config.block_m)
     assert 1 <= config.programs <= tiles
     if positions >= 2**13 and dtype == torch.bfloat16:
-        blocks = -(-channels // config.block_c)
+        blocks = -(-(channels - config.rest) // config.block_c)
         assert CORES / 2 <= config.programs * blocks * branches <= 6 * CORES
+
+
+def test_channels_that_no_program_takes_are_named(device):
+    dys, x, weights = Case((1, 33, 3, 5), 6).inputs(torch.float32, device)
+    with pytest.raises(ValueError, match="config: 33 channels, block_c 16 and rest 16"):
+        pointwise_backward(dys, x, weights, config=replace(TILE, rest=16))
 
 
 @pytest.mark.skipif(not CUDA, reason="the interpreter serves float64")
