@@ -1,0 +1,260 @@
+"""Dense 3x3 convolutions of NHWC maps, padding 1, stride 2, and transposed ones.
+
+A row of a map lies in memory as one vector, so that the three columns of taps are neighbours in it:
+with x[n, p](f) for f = q C + c, zero outside of the row, and u in {-1, 0, 1},
+
+    y[n, i, j, o] = sum_{u, k} w_u[o, k] x[n, 2 i + u]((2 j - 1) C + k)             0 <= k < 3 C
+
+where w_u[o, (v + 1) C + c] = w[o, u, v, c]. The other way round, two columns of x see two of y:
+
+    x[n, 2 i](2 j C + m)     = sum_k b_0[k, m] y[n, i](j C_out + k)                 0 <= k < 2 C_out
+    x[n, 2 i + 1](2 j C + m) = sum_k b_1[k, m] y[n, i](j C_out + k)                 0 <= m < 2 C
+                                   + b_-1[k, m] y[n, i + 1](j C_out + k)
+
+where b_u[d C_out + o, e C + c] = w[o, u, e - 2 d, c], zero for d = 1, e = 0. That is the gradient
+of the map of the first, the result of a transposed convolution, whose own gradient is the first.
+
+A program takes some rows of y, or pairs of rows of x, of a block of columns of y, numbered across
+images, and a block of channels o or m. It loads each row of the source once for a block of k. In a
+block of m < C it leaves out d = 1. A block that has both m < C and others multiplies zeros: there
+a NaN or an infinity in y makes NaN of the column on its left, too.
+
+Least traffic: x and y once. Arithmetic: 9 C C_out multiply-adds a position of y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lgcnet_fast.kernels.common import (
+    accumulator,
+    check_like,
+    check_map,
+    check_product,
+    empty_map,
+    operand,
+)
+
+
+@dataclass(frozen=True)
+class Stride2Config:
+    """Of one program: `rows` rows of y, `block_p` columns of it, `block_n` channels of the result
+    and `block_k` of the source at a time, of which `stages` are on their way."""
+
+    rows: int
+    block_p: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@triton.jit(do_not_specialize=["images", "H", "HO"])
+def _strided_kernel(
+    x_ptr, w_ptr, y_ptr, images, H, W, HO, WO, C: tl.constexpr, CO: tl.constexpr,
+    ACC: tl.constexpr, OPERAND: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Programs of the same positions are neighbours in launch order."""
+    WHOLE: tl.constexpr = 3 * C % BLOCK_K == 0
+    blocks = tl.cdiv(CO, BLOCK_N)
+    segments = tl.cdiv(HO, ROWS)
+    o = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) // blocks % segments * ROWS
+    place = tl.program_id(0) // blocks // segments * BLOCK_P + tl.arange(0, BLOCK_P)
+    image = (place // WO).to(tl.int64)
+    column = tl.where(place < images * WO, place % WO, -2)
+    # Where there is no column, all of 3 C values begin and end before the row.
+    begin = (2 * column - 1) * C
+    pitch = tl.cast(W, tl.int64) * C
+    x_at = (image * H * pitch + begin)[:, None]
+    o_at = (o * (9 * C))[None, :]
+
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.zeros((BLOCK_P, BLOCK_N), dtype=ACC),)
+    for first_k in tl.range(0, 3 * C, BLOCK_K, num_stages=STAGES):
+        k = first_k + tl.arange(0, BLOCK_K)
+        place_in_row = begin[:, None] + k[None, :]
+        inside = (place_in_row >= 0) & (place_in_row < W * C)
+        wanted = (o < CO)[None, :]
+        if not WHOLE:
+            inside = inside & (k < 3 * C)[None, :]
+            wanted = wanted & (k < 3 * C)[:, None]
+        windows = ()
+        for u in tl.static_range(3):
+            w = tl.load(w_ptr + u * (3 * C) + (o_at + k[:, None]), mask=wanted, other=0.0)
+            windows = windows + (w.to(OPERAND),)
+        for r in tl.static_range(2 * ROWS + 1):
+            row = 2 * first + (r - 1)
+            there = inside & (row >= 0) & (row < H)
+            x = tl.load(x_ptr + row * pitch + (x_at + k[None, :]), mask=there, other=0.0)
+            x = x.to(OPERAND)
+            added = ()
+            for i in tl.static_range(ROWS):
+                value = sums[i]
+                if (r >= 2 * i) and (r <= 2 * i + 2):
+                    w = windows[r - 2 * i]
+                    value = tl.dot(x, w, value, input_precision="ieee", out_dtype=ACC)
+                added = added + (value,)
+            sums = added
+
+    y_at = (image * HO * WO + column)[:, None] * CO + o[None, :]
+    inside = (column >= 0)[:, None] & (o < CO)[None, :]
+    for i in tl.static_range(ROWS):
+        row = first + i
+        y_row = y_ptr + row * (tl.cast(WO, tl.int64) * CO)
+        tl.store(y_row + y_at, sums[i], mask=inside & (row < HO))
+
+
+@triton.jit(do_not_specialize=["images", "H", "HO"])
+def _transposed_kernel(
+    y_ptr, w_ptr, x_ptr, images, H, W, HO, WO, C: tl.constexpr, CO: tl.constexpr,
+    ACC: tl.constexpr, OPERAND: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Programs of the same positions are neighbours in launch order."""
+    WHOLE: tl.constexpr = CO % BLOCK_K == 0
+    blocks = tl.cdiv(2 * C, BLOCK_N)
+    segments = tl.cdiv(HO, ROWS)
+    first_m = tl.program_id(0) % blocks * BLOCK_N
+    m = first_m + tl.arange(0, BLOCK_N)
+    values = tl.where(first_m + BLOCK_N <= C, CO, 2 * CO)
+    first = tl.program_id(0) // blocks % segments * ROWS
+    place = tl.program_id(0) // blocks // segments * BLOCK_P + tl.arange(0, BLOCK_P)
+    image = (place // WO).to(tl.int64)
+    column = tl.where(place < images * WO, place % WO, WO)
+    begin = column * CO
+    pitch = tl.cast(WO, tl.int64) * CO
+    y_at = (image * HO * pitch + begin)[:, None]
+
+    sums = ()
+    for _ in tl.static_range(2 * ROWS):
+        sums = sums + (tl.zeros((BLOCK_P, BLOCK_N), dtype=ACC),)
+    for first_k in tl.range(0, values, BLOCK_K, num_stages=STAGES):
+        k = first_k + tl.arange(0, BLOCK_K)
+        inside = begin[:, None] + k[None, :] < WO * CO
+        # d = 1 has taps for the second column alone.
+        second = (k >= CO)[:, None]
+        wanted = (m < 2 * C)[None, :] & ((m >= C)[None, :] | (k < CO)[:, None])
+        if not WHOLE:
+            inside = inside & (k < values)[None, :]
+            wanted = wanted & (k < values)[:, None]
+        w_at = tl.where(second, k[:, None] - CO, k[:, None]) * (9 * C)
+        w_at = w_at + tl.where(second, -C, C) + m[None, :]
+        windows = ()
+        for u in tl.static_range(3):
+            w = tl.load(w_ptr + u * (3 * C) + w_at, mask=wanted, other=0.0)
+            windows = windows + (w.to(OPERAND),)
+        for r in tl.static_range(ROWS + 1):
+            row = first + r
+            y = tl.load(
+                y_ptr + row * pitch + (y_at + k[None, :]), mask=inside & (row < HO), other=0.0
+            ).to(OPERAND)
+            added = ()
+            for p in tl.static_range(2 * ROWS):
+                value = sums[p]
+                # p - 2 r is 0 or 1 for u = 0 or 1, and -1 for u = -1.
+                if (p - 2 * r >= -1) and (p - 2 * r <= 1):
+                    w = windows[p - 2 * r + 1]
+                    value = tl.dot(y, w, value, input_precision="ieee", out_dtype=ACC)
+                added = added + (value,)
+            sums = added
+
+    place_in_row = (2 * column * C)[:, None] + m[None, :]
+    inside = (place_in_row < W * C) & (m < 2 * C)[None, :]
+    pitch = tl.cast(W, tl.int64) * C
+    x_at = (image * H * pitch)[:, None] + place_in_row
+    for p in tl.static_range(2 * ROWS):
+        row = 2 * first + p
+        tl.store(x_ptr + row * pitch + x_at, sums[p], mask=inside & (row < H))
+
+
+def strided_convolution(
+    x: Tensor, weight: Tensor, config: Stride2Config | None = None
+) -> Tensor:
+    """y (N, C_out, ceil(H / 2), ceil(W / 2)), like x.
+
+    x: (N, C, H, W); weight: (C_out, C, 3, 3); both channels_last, of one dtype. float64 is for the
+    interpreter only. Raises `ValueError` naming the argument at fault.
+    """
+    check_map("x", x)
+    _check_weight(weight, x, (len(weight), x.shape[1]))
+    images, channels, height, width = x.shape
+    out_channels = len(weight)
+    y = empty_map((images, out_channels, *small_size((height, width))), x)
+    config = config or Stride2Config(2, 64, 64, 32, 4, 3)
+    blocks = triton.cdiv(out_channels, config.block_n)
+    _strided_kernel[(_segments(y, config) * blocks,)](
+        x, weight, y, images, height, width, *y.shape[2:], **_constants(x, weight, config)
+    )
+    return y
+
+
+def transposed_convolution(
+    y: Tensor, weight: Tensor, size: Sequence[int], config: Stride2Config | None = None
+) -> Tensor:
+    """(N, C, *size), like y: the gradient of x in `strided_convolution`, whose y this is of.
+
+    y: (N, C_out, H, W); weight: (C_out, C, 3, 3); both channels_last, of one dtype; size: 2 n - 1
+    or 2 n for each side n of y. float64 is for the interpreter only. Raises `ValueError` naming the
+    argument at fault.
+    """
+    check_map("y", y)
+    _check_weight(weight, y, (y.shape[1], weight.shape[1]))
+    check_size(y, size)
+    images, channels = len(y), weight.shape[1]
+    x = empty_map((images, channels, *size), y)
+    config = config or Stride2Config(2, 64, 64, 32, 4, 3)
+    blocks = triton.cdiv(2 * channels, config.block_n)
+    _transposed_kernel[(_segments(y, config) * blocks,)](
+        y, weight, x, images, *size, *y.shape[2:], **_constants(y, weight, config)
+    )
+    return x
+
+
+def small_size(size: Sequence[int]) -> tuple[int, int]:
+    """(height, width) of y, from those of x."""
+    return -(-size[0] // 2), -(-size[1] // 2)
+
+
+def check_size(y: Tensor, size: Sequence[int]) -> None:
+    """Raises `ValueError` unless maps of this size have results like y."""
+    if len(size) != 2 or small_size(size) != tuple(y.shape[2:]):
+        raise ValueError(f"size: {tuple(size)}, y has {tuple(y.shape[2:])}: need 2 n - 1 or 2 n")
+
+
+def _segments(y: Tensor, config: Stride2Config) -> int:
+    images, _, height, width = y.shape
+    return triton.cdiv(images * width, config.block_p) * triton.cdiv(height, config.rows)
+
+
+def _constants(x: Tensor, weight: Tensor, config: Stride2Config) -> dict[str, object]:
+    """What both kernels are compiled for."""
+    return {
+        "C": weight.shape[1],
+        "CO": len(weight),
+        "ACC": accumulator(x.dtype),
+        "OPERAND": operand(x.dtype),
+        "ROWS": config.rows,
+        "BLOCK_P": config.block_p,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "STAGES": config.stages,
+        "num_warps": config.warps,
+    }
+
+
+def _check_weight(weight: Tensor, x: Tensor, channels: tuple[int, int]) -> None:
+    check_like("weight", weight, (*channels, 3, 3), x)
+    if weight.dtype != x.dtype:
+        raise ValueError(f"weight: dtype {weight.dtype}, the map has {x.dtype}")
+    if not weight.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"weight: strides {weight.stride()}, need channels_last")
+    check_product("weight", weight)

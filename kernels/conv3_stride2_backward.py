@@ -1,0 +1,142 @@
+"""Weight gradients of dense 3x3 convolutions of stride 2, and of transposed ones.
+
+With a row of x as one vector, as conv3_stride2.py has it, and 0 <= k < 3 C,
+
+    dw_u[o, k] = sum_{n, i, j} y[n, i, j, o] x[n, 2 i + u]((2 j - 1) C + k)
+
+where y is the gradient of the result of a strided convolution of x, or the map of a transposed one
+whose result has the gradient x. A program sums a block of o and of k over its share of the
+positions, some rows of a block of columns at a time: a row of y serves three u, a row of x up to
+two rows of y. `summed` adds the shares in a fixed order.
+
+Least traffic, in elements: M C_out + 4 M C for M positions of y. Each block of k reads y anew, each
+of o x; the columns of k overlap, so that x is read 1.5 times. Arithmetic: 9 M C C_out multiply-adds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lgcnet_fast.kernels.common import (
+    accumulator,
+    accumulator_dtype,
+    check_like,
+    check_map,
+    check_product,
+    operand,
+)
+from lgcnet_fast.kernels.conv3_stride2 import small_size
+
+
+@dataclass(frozen=True)
+class StridedWeightGradConfig:
+    """Of one program: `rows` rows of `block_p` columns of y at a time, of which `stages` are on
+    their way, `block_o` by `block_k` sums of each u; `programs` share the positions."""
+
+    rows: int
+    block_p: int
+    block_o: int
+    block_k: int
+    warps: int
+    stages: int
+    programs: int
+
+
+@triton.jit(do_not_specialize=["images", "H", "HO", "programs"])
+def _strided_weight_grad_kernel(
+    y_ptr, x_ptr, share_ptr, images, H, W, HO, WO, programs, C: tl.constexpr, CO: tl.constexpr,
+    ACC: tl.constexpr, OPERAND: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: every `programs`-th tile of positions, for one block of o and k.
+
+    Blocks of the same positions are neighbours in launch order.
+    """
+    blocks_k = tl.cdiv(3 * C, BLOCK_K)
+    blocks = blocks_k * tl.cdiv(CO, BLOCK_O)
+    block = tl.program_id(0) % blocks
+    k = block % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    o = block // blocks_k * BLOCK_O + tl.arange(0, BLOCK_O)
+    program = tl.program_id(0) // blocks
+    segments = tl.cdiv(HO, ROWS)
+
+    sums = ()
+    for _ in tl.static_range(3):
+        sums = sums + (tl.zeros((BLOCK_O, BLOCK_K), dtype=ACC),)
+    tiles = segments * tl.cdiv(images * WO, BLOCK_P)
+    for tile in tl.range(program, tiles, programs, num_stages=STAGES):
+        first = tile % segments * ROWS
+        place = tile // segments * BLOCK_P + tl.arange(0, BLOCK_P)
+        image = (place // WO).to(tl.int64)
+        column = tl.where(place < images * WO, place % WO, -2)
+        y_at = (image * HO * WO + column)[:, None] * CO + o[None, :]
+        y_inside = (column >= 0)[:, None] & (o < CO)[None, :]
+        place_in_row = ((2 * column - 1) * C)[:, None] + k[None, :]
+        x_at = image[:, None] * H * W * C + place_in_row
+        # Where there is no column, all of 3 C values begin and end before the row.
+        x_inside = (place_in_row >= 0) & (place_in_row < W * C) & (k < 3 * C)[None, :]
+        ys = ()
+        for i in tl.static_range(ROWS):
+            row = first + i
+            y = tl.load(
+                y_ptr + row * (tl.cast(WO, tl.int64) * CO) + y_at,
+                mask=y_inside & (row < HO), other=0.0,
+            )  # fmt: skip
+            ys = ys + (tl.trans(y.to(OPERAND)),)
+        for r in tl.static_range(2 * ROWS + 1):
+            row = 2 * first + (r - 1)
+            x = tl.load(
+                x_ptr + row * (tl.cast(W, tl.int64) * C) + x_at,
+                mask=x_inside & (row >= 0) & (row < H), other=0.0,
+            ).to(OPERAND)  # fmt: skip
+            added = ()
+            for u in tl.static_range(3):
+                value = sums[u]
+                # The row of y is i = (r - u) / 2.
+                if (r >= u) and ((r - u) % 2 == 0) and ((r - u) // 2 < ROWS):
+                    y = ys[(r - u) // 2]
+                    value = tl.dot(y, x, value, input_precision="ieee", out_dtype=ACC)
+                added = added + (value,)
+            sums = added
+
+    share = share_ptr + program.to(tl.int64) * (CO * 9 * C)
+    entry = (o * (9 * C))[:, None] + k[None, :]
+    for u in tl.static_range(3):
+        tl.store(
+            share + u * (3 * C) + entry, sums[u], mask=(o < CO)[:, None] & (k < 3 * C)[None, :]
+        )
+
+
+def strided_weight_grad(
+    y: Tensor, x: Tensor, config: StridedWeightGradConfig | None = None
+) -> Tensor:
+    """The shares (programs, 1, C_out, 3, 3, C) of dw, in the accumulator's dtype, for `summed`.
+
+    y: (N, C_out, ceil(H / 2), ceil(W / 2)), x: (N, C, H, W), both channels_last, of one dtype: the
+    gradient of a strided convolution and its map, or the map of a transposed one and its gradient.
+    float64 is for the interpreter only. Raises `ValueError` naming the argument at fault.
+    """
+    check_map("y", y)
+    check_map("x", x)
+    images, channels, height, width = x.shape
+    out_channels = y.shape[1]
+    check_like("y", y, (images, out_channels, *small_size((height, width))), x)
+    if y.dtype != x.dtype:
+        raise ValueError(f"y: dtype {y.dtype}, x has {x.dtype}")
+    check_product("x", x)
+    config = config or StridedWeightGradConfig(1, 64, 64, 64, 4, 3, 44)
+    shares = x.new_empty(
+        (config.programs, 1, out_channels, 3, 3, channels), dtype=accumulator_dtype(x.dtype)
+    )
+    blocks = triton.cdiv(out_channels, config.block_o) * triton.cdiv(3 * channels, config.block_k)
+    _strided_weight_grad_kernel[(config.programs * blocks,)](
+        y, x, shares, images, height, width, *y.shape[2:], config.programs,
+        C=channels, CO=out_channels, ACC=accumulator(x.dtype), OPERAND=operand(x.dtype),
+        ROWS=config.rows, BLOCK_P=config.block_p, BLOCK_O=config.block_o, BLOCK_K=config.block_k,
+        STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
+    return shares
