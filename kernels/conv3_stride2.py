@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import (
+    INTERPRETED,
     accumulator,
     check_like,
     check_map,
@@ -176,9 +177,25 @@ def _transposed_kernel(
         tl.store(x_ptr + row * pitch + x_at, sums[p], mask=inside & (row < H))
 
 
-def strided_convolution(
-    x: Tensor, weight: Tensor, config: Stride2Config | None = None
-) -> Tensor:
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels, `strided_weight_grad` too, suit maps like x, on either side.
+
+    weight: (C_out, C, 3, 3), where channels in whole eights fill the units in which maps are read.
+    32-bit products run outside the matrix units, where libraries tile better.
+    """
+    if x.dtype.itemsize != 2 or weight.shape[2:] != (3, 3):
+        return False
+    return len(weight) % 8 == weight.shape[1] % 8 == 0
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels are the way to take for maps like x on their device, from sm_90 on."""
+    if not fits(x, weight):
+        return False
+    return INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def strided_convolution(x: Tensor, weight: Tensor, config: Stride2Config | None = None) -> Tensor:
     """y (N, C_out, ceil(H / 2), ceil(W / 2)), like x.
 
     x: (N, C, H, W); weight: (C_out, C, 3, 3); both channels_last, of one dtype. float64 is for the

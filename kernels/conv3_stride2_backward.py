@@ -10,7 +10,7 @@ positions, some rows of a block of columns at a time: a row of y serves three u,
 two rows of y. `summed` adds the shares in a fixed order.
 
 Least traffic, in elements: M C_out + 4 M C for M positions of y. Each block of k reads y anew, each
-of o x; the columns of k overlap, so that x is read 1.5 times. Arithmetic: 9 M C C_out multiply-adds.
+of o x, whose columns are in 1.5 blocks of k each. Arithmetic: 9 M C C_out multiply-adds.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from lgcnet_fast.ops import (
     average_pools,
     concat_upsample_pointwise,
     convolutions,
+    deconvolution,
     interleaved_convolution,
     max_pools,
     norm_sum,
@@ -351,7 +352,7 @@ class Deconvolution(nn.Module):
         self.norm = nn.BatchNorm2d(channels, affine=affine)
 
     def raw(self, source: Source, size: tuple[int, int]) -> Tensor:
-        return source.rectified(partial(self.conv, output_size=list(size)))
+        return source.rectified(partial(deconvolution, weight=self.conv.weight, size=size))
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return _norm_of(self.norm, self.raw(Source(x), size))

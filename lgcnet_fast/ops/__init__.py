@@ -7,6 +7,7 @@ from lgcnet_fast.ops.concat_pair import concat_pair
 from lgcnet_fast.ops.concat_upsample import concat_upsample, sum_upsample, upsample
 from lgcnet_fast.ops.concat_upsample_pointwise import concat_upsample_pointwise
 from lgcnet_fast.ops.convolutions import Geometry, convolutions
+from lgcnet_fast.ops.deconvolution import deconvolution
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.interleaved_convolution import interleaved_convolution
 from lgcnet_fast.ops.max_pool import max_pool, max_pools
@@ -36,6 +37,7 @@ __all__ = [
     "concat_upsample",
     "concat_upsample_pointwise",
     "convolutions",
+    "deconvolution",
     "explain",
     "gathered_running_statistics",
     "interleaved_convolution",

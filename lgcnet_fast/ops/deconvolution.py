@@ -1,0 +1,95 @@
+"""Transposed 3x3 convolutions of stride 2, padding 1, which double a map's sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lgcnet_fast.errors import OperandError
+from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.cast_together import gradient_owners
+from lgcnet_fast.ops.conv3_stride2_kernels import (
+    strided_convolution,
+    strided_weight_gradient,
+    transposed_convolution,
+)
+from lgcnet_fast.ops.lanes import settle, side_by_side
+from lgcnet_fast.ops.maps import computed_dtype, dtype_refusal, laid_like, nhwc
+from lgcnet_fast.ops.operands import check_beside, check_map, check_shape
+
+
+def deconvolution(x: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
+    """(N, C, H, W) -> (N, C_out, *size), without bias, also under autocast.
+
+    weight: (C, C_out, 3, 3); size: 2 n - 1 or 2 n for each side n. Differentiable; keeps x and the
+    weight. Under Triton kernels serve 16-bit maps.
+
+    Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
+    cannot serve.
+    """
+    check_map("x", x)
+    if weight.ndim != 4:
+        raise OperandError(f"weight: shape {tuple(weight.shape)}, need ({x.shape[1]}, c_out, 3, 3)")
+    check_shape("weight", weight, (x.shape[1], weight.shape[1], 3, 3))
+    check_beside("weight", weight, "x", x)
+    if [-(-length // 2) for length in size] != list(x.shape[2:]):
+        raise OperandError(f"size: {tuple(size)}, need 2 n - 1 or 2 n of {tuple(x.shape[2:])}")
+    result: Tensor = _operation(x, weight, tuple(size))
+    return result
+
+
+def _reference(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
+    beyond = [1 - length % 2 for length in size]
+    return F.conv_transpose2d(x, weight, None, 2, padding=1, output_padding=beyond)
+
+
+def _run(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
+    from lgcnet_fast.kernels.conv3_stride2 import fits
+
+    dtype = computed_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    if not fits(x, weight):
+        return _reference(x, weight, size)
+    result: Tensor = _Deconvolution.apply(nhwc(x), weight, size)
+    return result
+
+
+class _Deconvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.owners = gradient_owners([weight])
+        return transposed_convolution(x, weight, size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        g = nhwc(gradient)
+        jobs = []
+        if ctx.needs_input_grad[0]:
+            jobs.append(partial(strided_convolution, g, weight))
+        found = side_by_side(x.device, jobs, [partial(_of_weight, g, x, weight)])
+        settle(x.device, ctx.owners)
+        return found[0] if jobs else None, found[-1], None
+
+
+def _of_weight(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return laid_like([weight], [strided_weight_gradient(x, g, weight)])[0]
+
+
+def _refuse(x: Tensor, weight: Tensor, size: tuple[int, int]) -> str | None:
+    return dtype_refusal("x", x)
+
+
+_operation = Operation(
+    "deconvolution",
+    _reference,
+    triton=Implementation(_run, _refuse),
+    cuda=Implementation(_reference, _refuse),
+    tuned_as="separable_branches",
+)

@@ -1,0 +1,127 @@
+"""Transposed convolutions, and strided ones, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lgcnet_fast.errors import OperandError
+from lgcnet_fast.ops import deconvolution, use_backend
+from lgcnet_fast.ops.conv3_stride2_kernels import (
+    strided_convolution,
+    strided_weight_gradient,
+    transposed_convolution,
+)
+
+SIZES = [((1, 1), (1, 2)), ((2, 3), (4, 5)), ((3, 2), (5, 4))]
+
+
+def operands(
+    size: tuple[int, int], device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor]:
+    """A map of 8 channels and a weight to 16, in NHWC memory."""
+    torch.manual_seed(0)
+    leaves = [
+        torch.randn(shape, dtype=torch.float64).to(device, dtype)
+        for shape in ((2, 8, *size), (8, 16, 3, 3))
+    ]
+    x, weight = (t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in leaves)
+    return x, weight
+
+
+def outcome(
+    x: Tensor, weight: Tensor, size: tuple[int, int], backend: str, autocast: bool = False
+) -> list[Tensor]:
+    with use_backend(backend), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        y = deconvolution(x, weight, size)
+    torch.manual_seed(1)
+    g = torch.randn(y.shape, dtype=torch.float64).bfloat16().to(y)
+    return [y, *torch.autograd.grad(y, (x, weight), g)]
+
+
+@pytest.mark.parametrize(("size", "target"), SIZES)
+def test_results_and_gradients(
+    size: tuple[int, int], target: tuple[int, int], device: torch.device
+) -> None:
+    """Against float64, of the same values."""
+    leaves = operands(size, device)
+    found = outcome(*leaves, target, "triton")
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    truth = outcome(*exact, target, "reference")
+    for ours, wanted in zip(found, truth, strict=True):
+        assert ours.dtype == torch.bfloat16
+        scale = wanted.abs().max().item() + 1e-3
+        torch.testing.assert_close(ours.double(), wanted, rtol=2**-7, atol=2**-10 * scale)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_as_the_reference(
+    dtype: torch.dtype, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lgcnet_fast.ops.backend.why_not", lambda *arguments: None)
+    x, weight = operands((2, 3), device, torch.float32)
+    x = x.detach().to(dtype).requires_grad_()
+    found, wanted = (outcome(x, weight, (3, 6), name, True) for name in (backend, "reference"))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=2**-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_kernels_do_not_take(dtype: torch.dtype, device: torch.device) -> None:
+    leaves = operands((2, 3), device, dtype)
+    found, wanted = (outcome(*leaves, (4, 5), name) for name in ("triton", "reference"))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_map_without_gradient(device: torch.device) -> None:
+    x, weight = operands((2, 3), device)
+    with use_backend("triton"):
+        y = deconvolution(x.detach(), weight, (3, 5))
+    (dw,) = torch.autograd.grad(y.sum(), weight)
+    assert dw.any()
+
+
+def test_gradients_lie_in_memory_as_their_weights(device: torch.device) -> None:
+    x, weight = operands((2, 3), device)
+    weight = weight.detach().contiguous().requires_grad_()
+    with use_backend("triton"):
+        (dw,) = torch.autograd.grad(deconvolution(x, weight, (3, 5)).sum(), weight)
+    assert dw.stride() == weight.stride()
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_registration(served: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernels, and where they do not serve: equal results."""
+    kernels = "lgcnet_fast.kernels.conv3_stride2"
+    monkeypatch.setattr(f"{kernels}.serves", lambda x, weight: served)
+    y, weight = (t.detach() for t in operands((2, 3), device))
+    torch.library.opcheck(transposed_convolution, (y, weight, (3, 6)))
+    x = transposed_convolution(y, weight, (3, 6))
+    torch.library.opcheck(strided_convolution, (x, weight))
+    torch.library.opcheck(strided_weight_gradient, (y, x, weight))
+    back, dw = strided_convolution(x, weight), strided_weight_gradient(y, x, weight)
+    exact = x.double()
+    truth = torch.nn.functional.conv2d(exact, weight.double(), stride=2, padding=1)
+    torch.testing.assert_close(back.double(), truth, rtol=2**-7, atol=2**-3)
+    truth = torch.nn.grad.conv2d_weight(exact, weight.shape, y.double(), stride=2, padding=1)
+    torch.testing.assert_close(dw.double(), truth, rtol=2**-7, atol=2**-3)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_bad_arguments_are_named(backend: str) -> None:
+    x, weight = torch.rand(1, 3, 4, 4), torch.rand(3, 2, 3, 3)
+    with use_backend(backend):
+        for arguments, message in (
+            ((x[0], weight, (8, 8)), "x: shape"),
+            ((x, weight[0], (8, 8)), r"weight: shape .*need \(3, c_out, 3, 3\)"),
+            ((x, weight[:2], (8, 8)), r"weight: shape .*need \(3, 2, 3, 3\)"),
+            ((x, weight[..., :1], (8, 8)), r"weight: shape .*need \(3, 2, 3, 3\)"),
+            ((x, weight, (8, 9)), r"size: \(8, 9\), need"),
+            ((x, weight, (8,)), r"size: \(8,\), need"),
+        ):
+            with pytest.raises(OperandError, match=message):
+                deconvolution(*arguments)
