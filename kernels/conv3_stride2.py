@@ -42,6 +42,9 @@ from lgcnet_fast.kernels.common import (
     operand,
 )
 
+FEWEST_PROGRAMS = 200
+"""For 132 multiprocessors, each of which holds two or three."""
+
 
 @dataclass(frozen=True)
 class Stride2Config:
@@ -54,6 +57,19 @@ class Stride2Config:
     block_k: int
     warps: int
     stages: int
+
+    @classmethod
+    def default(cls, shape: Sequence[int], values: int, widest: int) -> Stride2Config:
+        """Two rows if programs suffice; wide blocks have few programs, which take longer steps.
+
+        shape: of y, (N, any, H, W); values: of which blocks are made, up to `widest`.
+        """
+        images, _, height, width = shape
+        block_n = widest if values % widest == 0 else min(64, triton.next_power_of_2(values))
+        block_n = max(16, block_n)
+        programs = triton.cdiv(images * width, 64) * triton.cdiv(height, 2)
+        rows = 2 if programs * triton.cdiv(values, block_n) >= FEWEST_PROGRAMS else 1
+        return cls(rows, 64, block_n, 64 if block_n > 64 else 32, warps=4, stages=3)
 
 
 @triton.jit(do_not_specialize=["images", "H", "HO"])
@@ -206,7 +222,7 @@ def strided_convolution(x: Tensor, weight: Tensor, config: Stride2Config | None 
     images, channels, height, width = x.shape
     out_channels = len(weight)
     y = empty_map((images, out_channels, *small_size((height, width))), x)
-    config = config or Stride2Config(2, 64, 64, 32, 4, 3)
+    config = config or Stride2Config.default(y.shape, out_channels, 128)
     blocks = triton.cdiv(out_channels, config.block_n)
     _strided_kernel[(_segments(y, config) * blocks,)](
         x, weight, y, images, height, width, *y.shape[2:], **_constants(x, weight, config)
@@ -228,7 +244,7 @@ def transposed_convolution(
     check_size(y, size)
     images, channels = len(y), weight.shape[1]
     x = empty_map((images, channels, *size), y)
-    config = config or Stride2Config(2, 64, 64, 32, 4, 3)
+    config = config or Stride2Config.default(y.shape, 2 * channels, 64)
     blocks = triton.cdiv(2 * channels, config.block_n)
     _transposed_kernel[(_segments(y, config) * blocks,)](
         y, weight, x, images, *size, *y.shape[2:], **_constants(y, weight, config)

@@ -15,6 +15,7 @@ of o x, whose columns are in 1.5 blocks of k each. Arithmetic: 9 M C C_out multi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import triton
@@ -31,6 +32,9 @@ from lgcnet_fast.kernels.common import (
 )
 from lgcnet_fast.kernels.conv3_stride2 import small_size
 
+RESIDENT = 132
+"""Programs, one on each multiprocessor of an H200: few shares to add up."""
+
 
 @dataclass(frozen=True)
 class StridedWeightGradConfig:
@@ -44,6 +48,23 @@ class StridedWeightGradConfig:
     warps: int
     stages: int
     programs: int
+
+    @classmethod
+    def default(cls, shape: Sequence[int], out_channels: int) -> StridedWeightGradConfig:
+        """Equal shares for up to RESIDENT programs; shape: of x, (N, C, H, W).
+
+        Few channels leave room for many positions, and for two programs on a multiprocessor.
+        """
+        images, channels, *size = shape
+        height, width = small_size(size)
+        block_o = min(64, max(16, triton.next_power_of_2(out_channels)))
+        block_k = min(64, max(16, triton.next_power_of_2(3 * channels)))
+        few = block_o * block_k < 64 * 64
+        block_p, resident = (128, 2 * RESIDENT) if few else (64, RESIDENT)
+        blocks = triton.cdiv(out_channels, block_o) * triton.cdiv(3 * channels, block_k)
+        tiles = height * triton.cdiv(images * width, block_p)
+        programs = triton.cdiv(tiles, triton.cdiv(tiles, max(1, resident // blocks)))
+        return cls(1, block_p, block_o, block_k, warps=4, stages=3, programs=programs)
 
 
 @triton.jit(do_not_specialize=["images", "H", "HO", "programs"])
@@ -128,7 +149,7 @@ def strided_weight_grad(
     if y.dtype != x.dtype:
         raise ValueError(f"y: dtype {y.dtype}, x has {x.dtype}")
     check_product("x", x)
-    config = config or StridedWeightGradConfig(1, 64, 64, 64, 4, 3, 44)
+    config = config or StridedWeightGradConfig.default(x.shape, out_channels)
     shares = x.new_empty(
         (config.programs, 1, out_channels, 3, 3, channels), dtype=accumulator_dtype(x.dtype)
     )
