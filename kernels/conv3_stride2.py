@@ -19,7 +19,9 @@ images, and a block of channels o or m. It loads each row of the source once for
 block of m < C it leaves out d = 1. A block that has both m < C and others multiplies zeros: there
 a NaN or an infinity in y makes NaN of the column on its left, too.
 
-Least traffic: x and y once. Arithmetic: 9 C C_out multiply-adds a position of y.
+Several convolutions of one x are one launch, as are their gradients of x, summed.
+
+Least traffic: x and all y once. Arithmetic: 9 C C_out multiply-adds a position of each y.
 """
 
 from __future__ import annotations
@@ -35,12 +37,14 @@ from torch import Tensor
 from lgcnet_fast.kernels.common import (
     INTERPRETED,
     accumulator,
-    check_like,
     check_map,
     check_product,
     empty_map,
     operand,
 )
+from lgcnet_fast.kernels.conv3 import check_windows
+from lgcnet_fast.kernels.mixed_sum import check_maps
+from lgcnet_fast.kernels.slabs import pointer_of
 
 FEWEST_PROGRAMS = 200
 """For 132 multiprocessors, each of which holds two or three."""
@@ -57,6 +61,8 @@ class Stride2Config:
     block_k: int
     warps: int
     stages: int
+    targets: int = 1
+    """Results of which it makes its block, one after the other for the same rows of the source."""
 
     @classmethod
     def default(cls, shape: Sequence[int], values: int, widest: int) -> Stride2Config:
@@ -74,15 +80,19 @@ class Stride2Config:
 
 @triton.jit(do_not_specialize=["images", "H", "HO"])
 def _strided_kernel(
-    x_ptr, w_ptr, y_ptr, images, H, W, HO, WO, C: tl.constexpr, CO: tl.constexpr,
-    ACC: tl.constexpr, OPERAND: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, w_ptrs, y_ptrs, images, H, W, HO, WO, C: tl.constexpr, CO: tl.constexpr,
+    TARGETS: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs of the same positions are neighbours in launch order."""
     WHOLE: tl.constexpr = 3 * C % BLOCK_K == 0
-    blocks = tl.cdiv(CO, BLOCK_N)
+    blocks_o = tl.cdiv(CO, BLOCK_N)
+    blocks = blocks_o * (TARGETS // GROUP)
     segments = tl.cdiv(HO, ROWS)
-    o = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.program_id(0) % blocks
+    o = block % blocks_o * BLOCK_N + tl.arange(0, BLOCK_N)
+    group = block // blocks_o * GROUP
     first = tl.program_id(0) // blocks % segments * ROWS
     place = tl.program_id(0) // blocks // segments * BLOCK_P + tl.arange(0, BLOCK_P)
     image = (place // WO).to(tl.int64)
@@ -94,7 +104,7 @@ def _strided_kernel(
     o_at = (o * (9 * C))[None, :]
 
     sums = ()
-    for _ in tl.static_range(ROWS):
+    for _ in tl.static_range(ROWS * GROUP):
         sums = sums + (tl.zeros((BLOCK_P, BLOCK_N), dtype=ACC),)
     for first_k in tl.range(0, 3 * C, BLOCK_K, num_stages=STAGES):
         k = first_k + tl.arange(0, BLOCK_K)
@@ -105,36 +115,39 @@ def _strided_kernel(
             inside = inside & (k < 3 * C)[None, :]
             wanted = wanted & (k < 3 * C)[:, None]
         windows = ()
-        for u in tl.static_range(3):
-            w = tl.load(w_ptr + u * (3 * C) + (o_at + k[:, None]), mask=wanted, other=0.0)
-            windows = windows + (w.to(OPERAND),)
+        for t in tl.static_range(GROUP):
+            w_ptr = pointer_of(w_ptrs, group + t, TARGETS)
+            for u in tl.static_range(3):
+                w = tl.load(w_ptr + u * (3 * C) + (o_at + k[:, None]), mask=wanted, other=0.0)
+                windows = windows + (w.to(OPERAND),)
         for r in tl.static_range(2 * ROWS + 1):
             row = 2 * first + (r - 1)
             there = inside & (row >= 0) & (row < H)
             x = tl.load(x_ptr + row * pitch + (x_at + k[None, :]), mask=there, other=0.0)
             x = x.to(OPERAND)
             added = ()
-            for i in tl.static_range(ROWS):
+            for i in tl.static_range(ROWS * GROUP):
                 value = sums[i]
-                if (r >= 2 * i) and (r <= 2 * i + 2):
-                    w = windows[r - 2 * i]
+                # The row of this sum is i // GROUP, and u is r - 1 - 2 (i // GROUP).
+                if (r >= i // GROUP * 2) and (r <= i // GROUP * 2 + 2):
+                    w = windows[i % GROUP * 3 + r - i // GROUP * 2]
                     value = tl.dot(x, w, value, input_precision="ieee", out_dtype=ACC)
                 added = added + (value,)
             sums = added
 
     y_at = (image * HO * WO + column)[:, None] * CO + o[None, :]
     inside = (column >= 0)[:, None] & (o < CO)[None, :]
-    for i in tl.static_range(ROWS):
-        row = first + i
-        y_row = y_ptr + row * (tl.cast(WO, tl.int64) * CO)
+    for i in tl.static_range(ROWS * GROUP):
+        row = first + i // GROUP
+        y_row = pointer_of(y_ptrs, group + i % GROUP, TARGETS) + row * (tl.cast(WO, tl.int64) * CO)
         tl.store(y_row + y_at, sums[i], mask=inside & (row < HO))
 
 
 @triton.jit(do_not_specialize=["images", "H", "HO"])
 def _transposed_kernel(
-    y_ptr, w_ptr, x_ptr, images, H, W, HO, WO, C: tl.constexpr, CO: tl.constexpr,
-    ACC: tl.constexpr, OPERAND: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    y_ptrs, w_ptrs, x_ptr, images, H, W, HO, WO, C: tl.constexpr, CO: tl.constexpr,
+    SOURCES: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs of the same positions are neighbours in launch order."""
     WHOLE: tl.constexpr = CO % BLOCK_K == 0
@@ -154,8 +167,11 @@ def _transposed_kernel(
     sums = ()
     for _ in tl.static_range(2 * ROWS):
         sums = sums + (tl.zeros((BLOCK_P, BLOCK_N), dtype=ACC),)
-    for first_k in tl.range(0, values, BLOCK_K, num_stages=STAGES):
-        k = first_k + tl.arange(0, BLOCK_K)
+    steps = tl.cdiv(values, BLOCK_K)
+    for step in tl.range(0, SOURCES * steps, num_stages=STAGES):
+        k = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
+        y_ptr = pointer_of(y_ptrs, step // steps, SOURCES)
+        w_ptr = pointer_of(w_ptrs, step // steps, SOURCES)
         inside = begin[:, None] + k[None, :] < WO * CO
         # d = 1 has taps for the second column alone.
         second = (k >= CO)[:, None]
@@ -211,56 +227,68 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     return INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
-def strided_convolution(x: Tensor, weight: Tensor, config: Stride2Config | None = None) -> Tensor:
-    """y (N, C_out, ceil(H / 2), ceil(W / 2)), like x.
+def strided_convolutions(
+    x: Tensor, weights: Sequence[Tensor], config: Stride2Config | None = None
+) -> list[Tensor]:
+    """Of x with every weight: (N, C_out, ceil(H / 2), ceil(W / 2)), like x.
 
-    x: (N, C, H, W); weight: (C_out, C, 3, 3); both channels_last, of one dtype. float64 is for the
+    x: (N, C, H, W); weights: (C_out, C, 3, 3); all channels_last, of one dtype. float64 is for the
     interpreter only. Raises `ValueError` naming the argument at fault.
     """
     check_map("x", x)
-    _check_weight(weight, x, (len(weight), x.shape[1]))
-    images, channels, height, width = x.shape
-    out_channels = len(weight)
-    y = empty_map((images, out_channels, *small_size((height, width))), x)
-    config = config or Stride2Config.default(y.shape, out_channels, 128)
-    blocks = triton.cdiv(out_channels, config.block_n)
-    _strided_kernel[(_segments(y, config) * blocks,)](
-        x, weight, y, images, height, width, *y.shape[2:], **_constants(x, weight, config)
-    )
-    return y
+    check_windows(weights, x)
+    check_product("x", x)
+    images, _, *size = x.shape
+    out_channels = len(weights[0])
+    ys = [empty_map((images, out_channels, *small_size(size)), x) for _ in weights]
+    config = config or Stride2Config.default(ys[0].shape, out_channels, 128)
+    if len(ys) % config.targets:
+        raise ValueError(f"config: targets {config.targets} of {len(ys)}")
+    blocks = triton.cdiv(out_channels, config.block_n) * (len(ys) // config.targets)
+    _strided_kernel[(_segments(ys[0], config) * blocks,)](
+        x, tuple(weights), tuple(ys), images, *size, *ys[0].shape[2:],
+        TARGETS=len(ys), GROUP=config.targets, **_constants(x, weights[0], config),
+    )  # fmt: skip
+    return ys
 
 
-def transposed_convolution(
-    y: Tensor, weight: Tensor, size: Sequence[int], config: Stride2Config | None = None
+def transposed_convolutions(
+    ys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    size: Sequence[int],
+    config: Stride2Config | None = None,
 ) -> Tensor:
-    """(N, C, *size), like y: the gradient of x in `strided_convolution`, whose y this is of.
+    """(N, C, *size), like each y: the sum of their transposed convolutions.
 
-    y: (N, C_out, H, W); weight: (C_out, C, 3, 3); both channels_last, of one dtype; size: 2 n - 1
+    It is the gradient of x in `strided_convolutions`, where these are of the results. ys: (N,
+    C_out, H, W); weights: (C_out, C, 3, 3), as many; all channels_last, of one dtype; size: 2 n - 1
     or 2 n for each side n of y. float64 is for the interpreter only. Raises `ValueError` naming the
     argument at fault.
     """
-    check_map("y", y)
-    _check_weight(weight, y, (y.shape[1], weight.shape[1]))
-    check_size(y, size)
-    images, channels = len(y), weight.shape[1]
-    x = empty_map((images, channels, *size), y)
-    config = config or Stride2Config.default(y.shape, 2 * channels, 64)
+    check_maps("ys", ys, ys[0] if len(ys) else None)
+    images, out_channels, *small = ys[0].shape
+    if len(ys) != len(weights):
+        raise ValueError(f"ys: {len(ys)} maps, weights: {len(weights)}")
+    if len(size) != 2 or small_size(size) != tuple(small):
+        raise ValueError(f"size: {tuple(size)}, need 2 n - 1 or 2 n of {tuple(small)}")
+    check_product("ys[0]", ys[0])
+    channels = weights[0].shape[1]
+    x = empty_map((images, channels, *size), ys[0])
+    check_windows(weights, x)
+    if len(weights[0]) != out_channels:
+        raise ValueError(f"weights[0]: shape {tuple(weights[0].shape)}, of {out_channels} channels")
+    config = config or Stride2Config.default(ys[0].shape, 2 * channels, 64)
     blocks = triton.cdiv(2 * channels, config.block_n)
-    _transposed_kernel[(_segments(y, config) * blocks,)](
-        y, weight, x, images, *size, *y.shape[2:], **_constants(y, weight, config)
-    )
+    _transposed_kernel[(_segments(ys[0], config) * blocks,)](
+        tuple(ys), tuple(weights), x, images, *size, *small,
+        SOURCES=len(ys), **_constants(x, weights[0], config),
+    )  # fmt: skip
     return x
 
 
 def small_size(size: Sequence[int]) -> tuple[int, int]:
     """(height, width) of y, from those of x."""
     return -(-size[0] // 2), -(-size[1] // 2)
-
-
-def check_size(y: Tensor, size: Sequence[int]) -> None:
-    """Raises `ValueError` unless maps of this size have results like y."""
-    if len(size) != 2 or small_size(size) != tuple(y.shape[2:]):
-        raise ValueError(f"size: {tuple(size)}, y has {tuple(y.shape[2:])}: need 2 n - 1 or 2 n")
 
 
 def _segments(y: Tensor, config: Stride2Config) -> int:
@@ -282,12 +310,3 @@ def _constants(x: Tensor, weight: Tensor, config: Stride2Config) -> dict[str, ob
         "STAGES": config.stages,
         "num_warps": config.warps,
     }
-
-
-def _check_weight(weight: Tensor, x: Tensor, channels: tuple[int, int]) -> None:
-    check_like("weight", weight, (*channels, 3, 3), x)
-    if weight.dtype != x.dtype:
-        raise ValueError(f"weight: dtype {weight.dtype}, the map has {x.dtype}")
-    if not weight.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"weight: strides {weight.stride()}, need channels_last")
-    check_product("weight", weight)

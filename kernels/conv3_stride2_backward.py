@@ -7,7 +7,8 @@ With a row of x as one vector, as conv3_stride2.py has it, and 0 <= k < 3 C,
 where y is the gradient of the result of a strided convolution of x, or the map of a transposed one
 whose result has the gradient x. A program sums a block of o and of k over its share of the
 positions, some rows of a block of columns at a time: a row of y serves three u, a row of x up to
-two rows of y. `summed` adds the shares in a fixed order.
+two rows of y. `summed` adds the shares in a fixed order. One launch takes several convolutions of
+equal shapes.
 
 Least traffic, in elements: M C_out + 4 M C for M positions of y. Each block of k reads y anew, each
 of o x, whose columns are in 1.5 blocks of k each. Arithmetic: 9 M C C_out multiply-adds.
@@ -26,11 +27,12 @@ from lgcnet_fast.kernels.common import (
     accumulator,
     accumulator_dtype,
     check_like,
-    check_map,
     check_product,
     operand,
 )
 from lgcnet_fast.kernels.conv3_stride2 import small_size
+from lgcnet_fast.kernels.mixed_sum import check_maps
+from lgcnet_fast.kernels.slabs import pointer_of
 
 RESIDENT = 132
 """Programs, one on each multiprocessor of an H200: few shares to add up."""
@@ -39,7 +41,8 @@ RESIDENT = 132
 @dataclass(frozen=True)
 class StridedWeightGradConfig:
     """Of one program: `rows` rows of `block_p` columns of y at a time, of which `stages` are on
-    their way, `block_o` by `block_k` sums of each u; `programs` share the positions."""
+    their way, `block_o` by `block_k` sums of each u; `programs` share the positions of a
+    convolution."""
 
     rows: int
     block_p: int
@@ -50,7 +53,9 @@ class StridedWeightGradConfig:
     programs: int
 
     @classmethod
-    def default(cls, shape: Sequence[int], out_channels: int) -> StridedWeightGradConfig:
+    def default(
+        cls, branches: int, shape: Sequence[int], out_channels: int
+    ) -> StridedWeightGradConfig:
         """Equal shares for up to RESIDENT programs; shape: of x, (N, C, H, W).
 
         Few channels leave room for many positions, and for two programs on a multiprocessor.
@@ -61,7 +66,7 @@ class StridedWeightGradConfig:
         block_k = min(64, max(16, triton.next_power_of_2(3 * channels)))
         few = block_o * block_k < 64 * 64
         block_p, resident = (128, 2 * RESIDENT) if few else (64, RESIDENT)
-        blocks = triton.cdiv(out_channels, block_o) * triton.cdiv(3 * channels, block_k)
+        blocks = triton.cdiv(out_channels, block_o) * triton.cdiv(3 * channels, block_k) * branches
         tiles = height * triton.cdiv(images * width, block_p)
         programs = triton.cdiv(tiles, triton.cdiv(tiles, max(1, resident // blocks)))
         return cls(1, block_p, block_o, block_k, warps=4, stages=3, programs=programs)
@@ -69,11 +74,11 @@ class StridedWeightGradConfig:
 
 @triton.jit(do_not_specialize=["images", "H", "HO", "programs"])
 def _strided_weight_grad_kernel(
-    y_ptr, x_ptr, share_ptr, images, H, W, HO, WO, programs, C: tl.constexpr, CO: tl.constexpr,
-    ACC: tl.constexpr, OPERAND: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    y_ptrs, x_ptrs, share_ptr, images, H, W, HO, WO, programs, C: tl.constexpr, CO: tl.constexpr,
+    BRANCHES: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: every `programs`-th tile of positions, for one block of o and k.
+    """One program: every `programs`-th tile of a convolution, for one block of o and k.
 
     Blocks of the same positions are neighbours in launch order.
     """
@@ -82,7 +87,10 @@ def _strided_weight_grad_kernel(
     block = tl.program_id(0) % blocks
     k = block % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
     o = block // blocks_k * BLOCK_O + tl.arange(0, BLOCK_O)
-    program = tl.program_id(0) // blocks
+    program = tl.program_id(0) // blocks % programs
+    branch = tl.program_id(0) // blocks // programs
+    y_ptr = pointer_of(y_ptrs, branch, BRANCHES)
+    x_ptr = pointer_of(x_ptrs, branch, BRANCHES)
     segments = tl.cdiv(HO, ROWS)
 
     sums = ()
@@ -124,7 +132,7 @@ def _strided_weight_grad_kernel(
                 added = added + (value,)
             sums = added
 
-    share = share_ptr + program.to(tl.int64) * (CO * 9 * C)
+    share = share_ptr + (program * BRANCHES + branch).to(tl.int64) * (CO * 9 * C)
     entry = (o * (9 * C))[:, None] + k[None, :]
     for u in tl.static_range(3):
         tl.store(
@@ -133,31 +141,36 @@ def _strided_weight_grad_kernel(
 
 
 def strided_weight_grad(
-    y: Tensor, x: Tensor, config: StridedWeightGradConfig | None = None
+    ys: Sequence[Tensor], xs: Sequence[Tensor], config: StridedWeightGradConfig | None = None
 ) -> Tensor:
-    """The shares (programs, 1, C_out, 3, 3, C) of dw, in the accumulator's dtype, for `summed`.
+    """The shares (programs, B, C_out, 3, 3, C) of dw, in the accumulator's dtype, for `summed`.
 
-    y: (N, C_out, ceil(H / 2), ceil(W / 2)), x: (N, C, H, W), both channels_last, of one dtype: the
-    gradient of a strided convolution and its map, or the map of a transposed one and its gradient.
-    float64 is for the interpreter only. Raises `ValueError` naming the argument at fault.
+    ys: (N, C_out, ceil(H / 2), ceil(W / 2)), xs: (N, C, H, W), of B convolutions: the gradients of
+    strided ones and their maps, or the maps of transposed ones and their gradients; all
+    channels_last, of one dtype. float64 is for the interpreter only. Raises `ValueError` naming the
+    argument at fault.
     """
-    check_map("y", y)
-    check_map("x", x)
-    images, channels, height, width = x.shape
-    out_channels = y.shape[1]
-    check_like("y", y, (images, out_channels, *small_size((height, width))), x)
-    if y.dtype != x.dtype:
-        raise ValueError(f"y: dtype {y.dtype}, x has {x.dtype}")
-    check_product("x", x)
-    config = config or StridedWeightGradConfig.default(x.shape, out_channels)
-    shares = x.new_empty(
-        (config.programs, 1, out_channels, 3, 3, channels), dtype=accumulator_dtype(x.dtype)
+    check_maps("ys", ys, ys[0] if len(ys) else None)
+    check_maps("xs", xs, xs[0] if len(xs) else None)
+    if len(ys) != len(xs):
+        raise ValueError(f"ys: {len(ys)} maps, xs: {len(xs)}")
+    images, channels, *size = xs[0].shape
+    out_channels, small = ys[0].shape[1], small_size(size)
+    check_like("ys[0]", ys[0], (images, out_channels, *small), xs[0])
+    if ys[0].dtype != xs[0].dtype:
+        raise ValueError(f"ys[0]: dtype {ys[0].dtype}, xs[0] has {xs[0].dtype}")
+    check_product("xs[0]", xs[0])
+    branches, storage = len(xs), xs[0].dtype
+    config = config or StridedWeightGradConfig.default(branches, xs[0].shape, out_channels)
+    shares = xs[0].new_empty(
+        (config.programs, branches, out_channels, 3, 3, channels), dtype=accumulator_dtype(storage)
     )
     blocks = triton.cdiv(out_channels, config.block_o) * triton.cdiv(3 * channels, config.block_k)
-    _strided_weight_grad_kernel[(config.programs * blocks,)](
-        y, x, shares, images, height, width, *y.shape[2:], config.programs,
-        C=channels, CO=out_channels, ACC=accumulator(x.dtype), OPERAND=operand(x.dtype),
-        ROWS=config.rows, BLOCK_P=config.block_p, BLOCK_O=config.block_o, BLOCK_K=config.block_k,
-        STAGES=config.stages, num_warps=config.warps,
+    _strided_weight_grad_kernel[(branches * config.programs * blocks,)](
+        tuple(ys), tuple(xs), shares, images, *size, *small, config.programs,
+        C=channels, CO=out_channels, BRANCHES=branches, ACC=accumulator(storage),
+        OPERAND=operand(storage), ROWS=config.rows, BLOCK_P=config.block_p,
+        BLOCK_O=config.block_o, BLOCK_K=config.block_k, STAGES=config.stages,
+        num_warps=config.warps,
     )  # fmt: skip
     return shares

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from lgcnet_fast.kernels.conv3_stride2 import (
     fits,
     serves,
     small_size,
-    strided_convolution,
-    transposed_convolution,
+    strided_convolutions,
+    transposed_convolutions,
 )
 from lgcnet_fast.kernels.conv3_stride2_backward import (
     RESIDENT,
@@ -26,6 +27,7 @@ from lgcnet_fast.kernels.conv3_stride2_backward import (
 from tests.kernels.products import CUDA, DTYPES, assert_close, random_map
 
 TILE = Stride2Config(rows=2, block_p=16, block_n=16, block_k=16, warps=4, stages=2)
+PAIR = replace(TILE, rows=3, targets=2)
 SHARES = StridedWeightGradConfig(
     rows=2, block_p=16, block_o=16, block_k=16, warps=4, stages=2, programs=3
 )
@@ -36,6 +38,7 @@ class Case:
     shape: tuple[int, int, int, int]
     """Of x."""
     out_channels: int
+    edges: int = 1
     tiled: bool = False
 
     @property
@@ -43,15 +46,23 @@ class Case:
         return self.shape[2:]
 
     @property
-    def tiles(self) -> tuple[Stride2Config, StridedWeightGradConfig] | tuple[None, None]:
-        return (TILE, SHARES) if self.tiled else (None, None)
+    def tiles(self) -> tuple[Stride2Config | None, StridedWeightGradConfig | None]:
+        if not self.tiled:
+            return None, None
+        return PAIR if self.edges % 2 == 0 else TILE, SHARES
 
-    def inputs(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """x, y and the weight."""
+    def inputs(
+        self, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """x, ys and weights."""
         torch.manual_seed(0)
         small = (self.shape[0], self.out_channels, *small_size(self.size))
         window = (self.out_channels, self.shape[1], 3, 3)
-        return tuple(random_map(shape, dtype, device) for shape in (self.shape, small, window))
+        x = random_map(self.shape, dtype, device)
+        return x, *(
+            [random_map(shape, dtype, device) for _ in range(self.edges)]
+            for shape in (small, window)
+        )
 
 
 SMALL = [
@@ -59,15 +70,16 @@ SMALL = [
     Case((1, 3, 1, 4), 2),
     Case((2, 8, 4, 7), 16),
     Case((1, 17, 5, 6), 20, tiled=True),
-    Case((3, 16, 7, 5), 32, tiled=True),
+    Case((3, 16, 7, 5), 32, edges=2, tiled=True),
+    Case((1, 8, 4, 4), 8, edges=3),
 ]
 LARGE = [
     Case((2, channels, 49, 98), out_channels)
     for channels, out_channels in ((1, 1), (3, 255), (8, 16), (48, 48), (64, 128), (160, 96))
 ]
 LARGE += [
-    Case((16, 64, 64, 128), 64),
-    Case((16, 128, 32, 64), 128),
+    Case((16, 64, 64, 128), 64, edges=2),
+    Case((16, 128, 32, 64), 128, edges=2),
     Case((16, 48, 64, 128), 48),
     Case((16, 8, 128, 256), 16),
 ]
@@ -88,18 +100,20 @@ def weight_gradient(y: Tensor, x: Tensor) -> Tensor:
     return torch.nn.grad.conv2d_weight(x.double(), shape, y.double(), stride=2, padding=1)
 
 
-def assert_all(x: Tensor, y: Tensor, weight: Tensor, case: Case) -> None:
+def assert_all(x: Tensor, ys: Sequence[Tensor], weights: Sequence[Tensor], case: Case) -> None:
     tile, shares = case.tiles
-    found = strided_convolution(x, weight, tile)
-    assert found.dtype == x.dtype and found.stride() == y.stride()
-    assert_close(found, strided(x, weight), strided(x.abs(), weight.abs()))
-    found = transposed_convolution(y, weight, case.size, tile)
-    assert found.dtype == y.dtype and found.stride() == x.stride()
-    truth = transposed(y, weight, case.size)
-    assert_close(found, truth, transposed(y.abs(), weight.abs(), case.size))
-    found = summed(strided_weight_grad(y, x, shares))[0]
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    assert_close(found, weight_gradient(y, x), weight_gradient(y.abs(), x.abs()))
+    for y, weight in zip(strided_convolutions(x, weights, tile), weights, strict=True):
+        assert y.dtype == x.dtype and y.stride() == ys[0].stride()
+        assert_close(y, strided(x, weight), strided(x.abs(), weight.abs()))
+    found = transposed_convolutions(ys, weights, case.size, tile)
+    assert found.dtype == x.dtype and found.stride() == x.stride()
+    pairs = list(zip(ys, weights, strict=True))
+    truth = sum(transposed(y, weight, case.size) for y, weight in pairs)
+    magnitude = sum(transposed(y.abs(), weight.abs(), case.size) for y, weight in pairs)
+    assert_close(found, truth, magnitude)
+    for dw, y in zip(summed(strided_weight_grad(ys, [x] * len(ys), shares)), ys, strict=True):
+        assert dw.is_contiguous(memory_format=torch.channels_last)
+        assert_close(dw, weight_gradient(y, x), weight_gradient(y.abs(), x.abs()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -117,13 +131,13 @@ def test_float64_through_the_interpreter(device):
 def test_what_is_not_finite_stays_near(device):
     """A NaN reaches what its taps reach, and as the rule says one column more of a block."""
     case = Case((1, 8, 6, 8), 8)
-    x, y, weight = case.inputs(torch.bfloat16, device)
+    x, [y], [weight] = case.inputs(torch.bfloat16, device)
     x[0, 3, 2, 4] = torch.nan
-    found = strided_convolution(x, weight)
+    (found,) = strided_convolutions(x, [weight])
     reached = strided(x, weight).isnan()
     assert torch.equal(found.isnan(), reached)
     y[0, 3, 1, 2] = torch.nan
-    found = transposed_convolution(y, weight, case.size).isnan()
+    found = transposed_convolutions([y], [weight], case.size).isnan()
     reached = transposed(y, weight, case.size).isnan()
     assert found[reached].all()
     reached[..., :-1] |= reached[..., 1:].clone()
@@ -132,16 +146,26 @@ def test_what_is_not_finite_stays_near(device):
 
 def test_same_inputs_same_bits(device):
     case = LARGE[-4] if CUDA else SMALL[2]
-    x, y, weight = case.inputs(torch.bfloat16, device)
+    x, ys, weights = case.inputs(torch.bfloat16, device)
     first, *others = [
-        (
-            strided_convolution(x, weight),
-            transposed_convolution(y, weight, case.size),
-            summed(strided_weight_grad(y, x)),
-        )
+        [
+            *strided_convolutions(x, weights),
+            transposed_convolutions(ys, weights, case.size),
+            summed(strided_weight_grad(ys, [x] * len(ys))),
+        ]
         for _ in range(3)
     ]
     assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
+
+
+def test_each_result_is_the_same_without_the_others(device):
+    case = SMALL[4]
+    x, ys, weights = case.inputs(torch.bfloat16, device)
+    shares = strided_weight_grad(ys, [x, x], SHARES)
+    found = strided_convolutions(x, weights, PAIR)
+    for index, (y, weight) in enumerate(zip(ys, weights, strict=True)):
+        assert torch.equal(found[index], strided_convolutions(x, [weight], TILE)[0])
+        assert torch.equal(shares[:, index : index + 1], strided_weight_grad([y], [x], SHARES))
 
 
 @pytest.mark.parametrize(
@@ -149,10 +173,11 @@ def test_same_inputs_same_bits(device):
     [((16, 64, 64, 128), 64), ((16, 128, 32, 64), 128), ((16, 48, 32, 64), 48), ((1, 8, 1, 1), 8)],
     ids=str,
 )
-def test_default_shares_fill_the_device(shape, out_channels):
-    config = StridedWeightGradConfig.default(shape, out_channels)
+@pytest.mark.parametrize("branches", [1, 2])
+def test_default_shares_fill_the_device(shape, out_channels, branches):
+    config = StridedWeightGradConfig.default(branches, shape, out_channels)
     height, width = small_size(shape[2:])
-    blocks = -(-out_channels // config.block_o) * -(-3 * shape[1] // config.block_k)
+    blocks = -(-out_channels // config.block_o) * -(-3 * shape[1] // config.block_k) * branches
     tiles = -(-height // config.rows) * -(-shape[0] * width // config.block_p)
     assert 1 <= config.programs <= tiles
     assert blocks * config.programs <= 2 * RESIDENT
@@ -163,36 +188,44 @@ def test_default_shares_fill_the_device(shape, out_channels):
 def test_serves_eights_of_16_bits(device):
     if CUDA and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs sm_90")
-    x, _, weight = Case((1, 8, 2, 2), 48).inputs(torch.bfloat16, device)
+    x, _, [weight] = Case((1, 8, 2, 2), 48).inputs(torch.bfloat16, device)
     assert serves(x, weight) and fits(x, weight)
     assert not serves(x.float(), weight) and not serves(x, weight[:20])
     assert not serves(x, weight[:, :4]) and not serves(x, weight[..., :1])
 
 
 def test_bad_arguments_are_named(device):
-    x, y, weight = Case((2, 4, 3, 5), 6).inputs(torch.float32, device)
+    x, ys, weights = Case((2, 4, 3, 5), 6, edges=2).inputs(torch.float32, device)
     for bad, message in (
-        ((x.contiguous(), weight), "x: strides"),
-        ((x[:0], weight), "x: empty map"),
-        ((x, weight[:, :3]), r"weight: shape \(6, 3, 3, 3\), need \(6, 4, 3, 3\)"),
-        ((x, weight.half()), "weight: dtype torch.float16"),
-        ((x, weight.contiguous()), "weight: strides"),
+        ((x, []), "weights: need at least one"),
+        ((x.contiguous(), weights), "x: strides"),
+        ((x[:0], weights), "x: empty map"),
+        ((x, [weights[0][:, :3]]), r"weights\[0\]: shape \(6, 3, 3, 3\), need \(6, 4, 3, 3\)"),
+        ((x, [weights[0], weights[1].half()]), r"weights\[1\]: dtype torch.float16"),
+        ((x, [weights[0].contiguous()]), r"weights\[0\]: strides"),
     ):
         with pytest.raises(ValueError, match=message):
-            strided_convolution(*bad)
+            strided_convolutions(*bad)
+    with pytest.raises(ValueError, match="config: targets 2 of 1"):
+        strided_convolutions(x, weights[:1], PAIR)
     for bad, message in (
-        ((y.contiguous(), weight, (3, 5)), "y: strides"),
-        ((y, weight[:5], (3, 5)), r"weight: shape \(5, 4, 3, 3\), need \(6, 4, 3, 3\)"),
-        ((y, weight, (3, 7)), r"size: \(3, 7\), y has \(2, 3\)"),
-        ((y, weight, (3,)), r"size: \(3,\)"),
+        (([], weights, (3, 5)), "ys: need at least one"),
+        ((ys[:1], weights, (3, 5)), "ys: 1 maps, weights: 2"),
+        (([ys[0].contiguous()] * 2, weights, (3, 5)), r"ys\[0\]: strides"),
+        ((ys, [w[:5].clone() for w in weights], (3, 5)), r"weights\[0\]: shape .* of 6 channels"),
+        ((ys, weights, (3, 7)), r"size: \(3, 7\), need 2 n - 1 or 2 n of \(2, 3\)"),
+        ((ys, weights, (3,)), r"size: \(3,\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            transposed_convolution(*bad)
+            transposed_convolutions(*bad)
     for bad, message in (
-        ((y.contiguous(), x), "y: strides"),
-        ((y, x.contiguous()), "x: strides"),
-        ((y[:1], x), r"y: shape \(1, 6, 2, 3\), need \(2, 6, 2, 3\)"),
-        ((y.half(), x), "y: dtype torch.float16"),
+        (([], [x]), "ys: need at least one"),
+        ((ys, []), "xs: need at least one"),
+        ((ys, [x]), "ys: 2 maps, xs: 1"),
+        (([ys[0].contiguous()], [x]), r"ys\[0\]: strides"),
+        ((ys[:1], [x.contiguous()]), r"xs\[0\]: strides"),
+        (([ys[0][:1]], [x]), r"ys\[0\]: shape \(1, 6, 2, 3\), need \(2, 6, 2, 3\)"),
+        (([ys[0].half()], [x]), r"ys\[0\]: dtype torch.float16"),
     ):
         with pytest.raises(ValueError, match=message):
             strided_weight_grad(*bad)
@@ -202,12 +235,13 @@ def test_bad_arguments_are_named(device):
 def test_more_than_2_31_elements(device):
     x = torch.randn(3, 4096, 5632, 32, device=device, dtype=torch.bfloat16).movedim(-1, 1)
     assert x.numel() > 2**31
-    weight = random_map((32, 32, 3, 3), torch.bfloat16, device)
-    y = strided_convolution(x, weight)
-    assert torch.equal(y[2:], strided_convolution(x[2:], weight))
-    back = transposed_convolution(y, weight, (4096, 5632))
-    assert torch.equal(back[2:], transposed_convolution(y[2:], weight, (4096, 5632)))
-    y[:2] = 0
-    dw, last = (summed(strided_weight_grad(*maps)) for maps in ((y, x), (y[2:], x[2:])))
-    magnitude = summed(strided_weight_grad(y[2:].abs(), x[2:].abs()))
-    assert ((dw - last).abs() <= 2**-18 * magnitude).all()
+    weights = [random_map((32, 32, 3, 3), torch.bfloat16, device)]
+    ys = strided_convolutions(x, weights)
+    last = [ys[0][2:]]
+    assert torch.equal(last[0], strided_convolutions(x[2:], weights)[0])
+    back = transposed_convolutions(ys, weights, (4096, 5632))
+    assert torch.equal(back[2:], transposed_convolutions(last, weights, (4096, 5632)))
+    ys[0][:2] = 0
+    dw, alone = (summed(strided_weight_grad(*maps)) for maps in ((ys, [x]), (last, [x[2:]])))
+    magnitude = summed(strided_weight_grad([last[0].abs()], [x[2:].abs()]))
+    assert ((dw - alone).abs() <= 2**-18 * magnitude).all()
