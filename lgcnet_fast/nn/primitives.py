@@ -34,6 +34,7 @@ from lgcnet_fast.ops import (
     rectified_convolutions,
     rectified_together,
     separable_branches,
+    strided_convolutions,
     upsample,
 )
 
@@ -69,16 +70,23 @@ class Source:
     def convolved(self, layers: Sequence[nn.Conv2d]) -> list[Tensor]:
         """What each layer makes of the ReLU, those that can be in one operation; no biases."""
         fused: dict[int, list[nn.Conv2d]] = {}
+        strided: dict[int, list[nn.Conv2d]] = {}
         others: list[nn.Conv2d] = []
         for layer in layers:
             geometry = (layer.kernel_size[0], layer.stride[0], layer.padding[0], layer.dilation[0])
             if geometry == (3, 1, 1, 1) and self._readers.fuses(layer.out_channels):
                 fused.setdefault(layer.out_channels, []).append(layer)
+            elif geometry == (3, 2, 1, 1) and self._readers.strides(layer.weight):
+                strided.setdefault(layer.out_channels, []).append(layer)
             else:
                 others.append(layer)
         maps: dict[nn.Conv2d, Tensor] = {}
         for group in fused.values():
             found = rectified_convolutions(self.plain(), [layer.weight for layer in group])
+            maps |= zip(group, found, strict=True)
+        for group in strided.values():
+            weights = [layer.weight for layer in group]
+            found = self.rectified(partial(strided_convolutions, weights=weights))
             maps |= zip(group, found, strict=True)
         if others:
             found = rectified_together([self._readers] * len(others), partial(convolved, others))

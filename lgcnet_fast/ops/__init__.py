@@ -23,6 +23,7 @@ from lgcnet_fast.ops.rectified_pointwise import rectified_pointwise
 from lgcnet_fast.ops.running_statistics import gathered_running_statistics
 from lgcnet_fast.ops.second_stages import second_stages
 from lgcnet_fast.ops.separable_branches import separable_branches
+from lgcnet_fast.ops.strided_convolutions import strided_convolutions
 from lgcnet_fast.ops.upsample_loss import upsample_argmax, upsample_cross_entropy, upsample_ohem
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "second_stages",
     "separable_branches",
     "set_backend",
+    "strided_convolutions",
     "sum_upsample",
     "upsample",
     "upsample_argmax",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from lgcnet_fast.ops.lanes import side_by_side
 from lgcnet_fast.ops.maps import empty_nhwc, nhwc
 from lgcnet_fast.ops.pointwise_kernels import convolution_gradient
 
@@ -24,55 +26,90 @@ def suits(x: Tensor, weight: Tensor, geometry: tuple[int, int, int]) -> bool:
     return tuple(geometry) == GEOMETRY and fits(x, weight)
 
 
-@custom_op("lgcnet_fast::strided_convolution", mutates_args=())
-def strided_convolution(x: Tensor, weight: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C_out, ceil(H / 2), ceil(W / 2)); x: NHWC; weight: (C_out, C, 3, 3)."""
+@custom_op(
+    "lgcnet_fast::strided_convolutions",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weights) -> Tensor[]",
+)
+def strided_convolutions_forward(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """(N, C, H, W) -> (N, C_out, ceil(H / 2), ceil(W / 2)) with every weight, (C_out, C, 3, 3).
+
+    x: NHWC; weights: of one shape.
+    """
     from lgcnet_fast.kernels import conv3_stride2 as kernel
 
-    if kernel.serves(x, weight):
-        return kernel.strided_convolution(x, nhwc(weight))
-    return nhwc(torch.ops.aten.convolution(x, weight, None, *ARGUMENTS))
+    if kernel.serves(x, weights[0]):
+        return kernel.strided_convolutions(x, [nhwc(weight) for weight in weights])
+    convolution = torch.ops.aten.convolution
+    jobs = [partial(convolution, x, weight, None, *ARGUMENTS) for weight in weights]
+    return [nhwc(y) for y in side_by_side(x.device, jobs)]
 
 
-@strided_convolution.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
+@strided_convolutions_forward.register_fake
+def _(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     height, width = (-(-length // 2) for length in x.shape[2:])
-    return empty_nhwc(x, (len(x), len(weight), height, width))
+    return [empty_nhwc(x, (len(x), len(weight), height, width)) for weight in weights]
 
 
-@custom_op("lgcnet_fast::transposed_convolution", mutates_args=())
-def transposed_convolution(y: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
-    """(N, C, *size), the gradient of x in `strided_convolution`; y: that of its result, NHWC."""
+@custom_op(
+    "lgcnet_fast::transposed_convolutions",
+    mutates_args=(),
+    schema="(Tensor[] ys, Tensor[] weights, SymInt[] size) -> Tensor",
+)
+def transposed_convolutions(
+    ys: Sequence[Tensor], weights: Sequence[Tensor], size: Sequence[int]
+) -> Tensor:
+    """(N, C, *size), the sum of the transposed convolutions of all ys, or the gradient of x in
+    `strided_convolutions_forward`, whose results have these; ys: NHWC."""
     from lgcnet_fast.kernels import conv3_stride2 as kernel
 
-    if kernel.serves(y, weight):
-        return kernel.transposed_convolution(y, nhwc(weight), size)
-    beyond = [1 - length % 2 for length in size]
-    arguments = (*ARGUMENTS[:3], True, beyond, 1)
-    return nhwc(torch.ops.aten.convolution(y, weight, None, *arguments))
+    if kernel.serves(ys[0], weights[0]):
+        return kernel.transposed_convolutions(ys, [nhwc(weight) for weight in weights], size)
+    arguments = (*ARGUMENTS[:3], True, [1 - length % 2 for length in size], 1)
+    convolution = torch.ops.aten.convolution
+    pairs = zip(ys, weights, strict=True)
+    jobs = [partial(convolution, y, weight, None, *arguments) for y, weight in pairs]
+    return nhwc(reduce(torch.add, side_by_side(ys[0].device, jobs)))
 
 
-@transposed_convolution.register_fake
-def _(y: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
-    return empty_nhwc(y, (len(y), weight.shape[1], *size))
+@transposed_convolutions.register_fake
+def _(ys: Sequence[Tensor], weights: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    return empty_nhwc(ys[0], (len(ys[0]), weights[0].shape[1], *size))
 
 
-@custom_op("lgcnet_fast::strided_weight_gradient", mutates_args=())
-def strided_weight_gradient(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """(C_out, C, 3, 3), channels_last, in the dtype of the weight.
+@custom_op(
+    "lgcnet_fast::strided_weight_gradients",
+    mutates_args=(),
+    schema="(Tensor[] ys, Tensor[] xs, Tensor[] weights) -> Tensor",
+)
+def strided_weight_gradients(
+    ys: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor]
+) -> Tensor:
+    """(B, C_out, C, 3, 3), each channels_last, in the dtype of the weights.
 
-    Of `strided_convolution`, where y is the gradient of its result, or of `transposed_convolution`,
-    where x is; both NHWC.
+    Of B convolutions of equal shapes: of strided ones of xs, whose results have the gradients ys,
+    or of transposed ones of ys, whose results have the gradients xs; all NHWC.
     """
     from lgcnet_fast.kernels import conv3_stride2 as kernel
     from lgcnet_fast.kernels import conv3_stride2_backward as backward
     from lgcnet_fast.kernels.conv3_backward import summed
 
-    if kernel.serves(x, weight):
-        return summed(backward.strided_weight_grad(y, x), weight.dtype)[0]
-    return nhwc(convolution_gradient(1, y, x, weight, ARGUMENTS)).to(weight.dtype)
+    if kernel.serves(xs[0], weights[0]):
+        return summed(backward.strided_weight_grad(ys, xs), weights[0].dtype)
+    out = _empty(weights)
+    jobs = [
+        partial(convolution_gradient, 1, *one, ARGUMENTS)
+        for one in zip(ys, xs, weights, strict=True)
+    ]
+    for place, found in zip(out, side_by_side(xs[0].device, jobs), strict=True):
+        place.copy_(found)
+    return out
 
 
-@strided_weight_gradient.register_fake
-def _(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return empty_nhwc(weight, weight.shape)
+@strided_weight_gradients.register_fake
+def _(ys: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return _empty(weights)
+
+
+def _empty(weights: Sequence[Tensor]) -> Tensor:
+    return empty_nhwc(weights[0], (len(weights), *weights[0].shape))

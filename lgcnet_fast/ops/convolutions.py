@@ -15,9 +15,9 @@ from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.cast_together import gradient_owners
 from lgcnet_fast.ops.conv3_kernels import conv3_weight_gradients, suits
 from lgcnet_fast.ops.conv3_stride2_kernels import (
-    strided_convolution,
-    strided_weight_gradient,
-    transposed_convolution,
+    strided_convolutions_forward,
+    strided_weight_gradients,
+    transposed_convolutions,
 )
 from lgcnet_fast.ops.conv3_stride2_kernels import suits as suits_stride2
 from lgcnet_fast.ops.image_convolution import image_convolution
@@ -115,7 +115,7 @@ class _Convolutions(torch.autograd.Function):
         ctx.owners = gradient_owners(tensors[len(geometries) :])
         every = zip(geometries, _each(tensors, geometries), strict=True)
         jobs = [_result(backend, geometry, *one) for geometry, one in every]
-        return tuple(side_by_side(tensors[0].device, jobs))
+        return tuple(y for (y,) in side_by_side(tensors[0].device, jobs))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -140,10 +140,10 @@ class _Convolutions(torch.autograd.Function):
 
 def _result(
     backend: str, geometry: Geometry, x: Tensor, weight: Tensor, arguments: tuple[Any, ...]
-) -> Callable[[], Tensor]:
+) -> Callable[[], Sequence[Tensor]]:
     if backend == "triton" and suits_stride2(x, weight, geometry):
-        return partial(strided_convolution, x, weight)
-    return partial(torch.ops.aten.convolution, x, weight, None, *arguments)
+        return partial(strided_convolutions_forward, x, [weight])
+    return lambda: [torch.ops.aten.convolution(x, weight, None, *arguments)]
 
 
 Convolution = tuple[Tensor, Tensor, tuple[Any, ...]]
@@ -193,7 +193,8 @@ def _gradient_jobs(
         if backend == "triton" and suits_stride2(x, weight, geometry):
             if wanted[index]:
                 jobs.append(((index,), partial(_of_strided_map, g, x, weight)))
-            later.append(((count + index,), partial(_of_strided_weight, g, x, weight)))
+            job = partial(strided_weight_gradients, [g], [x], [weight])
+            later.append(((count + index,), job))
             continue
         if wanted[index]:
             jobs.append(((index,), partial(_alone, 0, g, *one)))
@@ -220,11 +221,7 @@ def _alone(
 
 
 def _of_strided_map(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor]:
-    return (transposed_convolution(g, weight, x.shape[2:]),)
-
-
-def _of_strided_weight(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor]:
-    return (strided_weight_gradient(g, x, weight),)
+    return (transposed_convolutions([g], [weight], x.shape[2:]),)
 
 
 def _like(

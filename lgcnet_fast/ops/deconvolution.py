@@ -14,9 +14,9 @@ from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.cast_together import gradient_owners
 from lgcnet_fast.ops.conv3_stride2_kernels import (
-    strided_convolution,
-    strided_weight_gradient,
-    transposed_convolution,
+    strided_convolutions_forward,
+    strided_weight_gradients,
+    transposed_convolutions,
 )
 from lgcnet_fast.ops.lanes import settle, side_by_side
 from lgcnet_fast.ops.maps import computed_dtype, dtype_refusal, laid_like, nhwc
@@ -64,7 +64,7 @@ class _Deconvolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.owners = gradient_owners([weight])
-        return transposed_convolution(x, weight, size)
+        return transposed_convolutions([x], [weight], size)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
@@ -72,14 +72,15 @@ class _Deconvolution(torch.autograd.Function):
         g = nhwc(gradient)
         jobs = []
         if ctx.needs_input_grad[0]:
-            jobs.append(partial(strided_convolution, g, weight))
+            jobs.append(partial(strided_convolutions_forward, g, [weight]))
         found = side_by_side(x.device, jobs, [partial(_of_weight, g, x, weight)])
         settle(x.device, ctx.owners)
-        return found[0] if jobs else None, found[-1], None
+        dx = found[0][0] if jobs else None
+        return dx, found[-1][0], None
 
 
-def _of_weight(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return laid_like([weight], [strided_weight_gradient(x, g, weight)])[0]
+def _of_weight(g: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
+    return laid_like([weight], strided_weight_gradients([x], [g], [weight]))
 
 
 def _refuse(x: Tensor, weight: Tensor, size: tuple[int, int]) -> str | None:

@@ -1,17 +1,18 @@
-"""Transposed convolutions, and strided ones, against the reference."""
+"""Transposed convolutions against the reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops import deconvolution, use_backend
 from lgcnet_fast.ops.conv3_stride2_kernels import (
-    strided_convolution,
-    strided_weight_gradient,
-    transposed_convolution,
+    strided_convolutions_forward,
+    strided_weight_gradients,
+    transposed_convolutions,
 )
 
 SIZES = [((1, 1), (1, 2)), ((2, 3), (4, 5)), ((3, 2), (5, 4))]
@@ -96,19 +97,26 @@ def test_gradients_lie_in_memory_as_their_weights(device: torch.device) -> None:
 @pytest.mark.parametrize("served", [False, True])
 def test_registration(served: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the kernels, and where they do not serve: equal results."""
-    kernels = "lgcnet_fast.kernels.conv3_stride2"
-    monkeypatch.setattr(f"{kernels}.serves", lambda x, weight: served)
+    monkeypatch.setattr("lgcnet_fast.kernels.conv3_stride2.serves", lambda x, weight: served)
     y, weight = (t.detach() for t in operands((2, 3), device))
-    torch.library.opcheck(transposed_convolution, (y, weight, (3, 6)))
-    x = transposed_convolution(y, weight, (3, 6))
-    torch.library.opcheck(strided_convolution, (x, weight))
-    torch.library.opcheck(strided_weight_gradient, (y, x, weight))
-    back, dw = strided_convolution(x, weight), strided_weight_gradient(y, x, weight)
-    exact = x.double()
-    truth = torch.nn.functional.conv2d(exact, weight.double(), stride=2, padding=1)
-    torch.testing.assert_close(back.double(), truth, rtol=2**-7, atol=2**-3)
-    truth = torch.nn.grad.conv2d_weight(exact, weight.shape, y.double(), stride=2, padding=1)
-    torch.testing.assert_close(dw.double(), truth, rtol=2**-7, atol=2**-3)
+    weights = [weight, weight.flip(2).contiguous(memory_format=torch.channels_last)]
+    ys = [y, y.relu()]
+    torch.library.opcheck(transposed_convolutions, (ys, weights, (3, 6)))
+    x = transposed_convolutions(ys, weights, (3, 6))
+    torch.library.opcheck(strided_convolutions_forward, (x, weights))
+    torch.library.opcheck(strided_weight_gradients, (ys, [x, x], weights))
+    back, dws = (
+        strided_convolutions_forward(x, weights),
+        strided_weight_gradients(ys, [x, x], weights),
+    )
+    pairs = list(zip(ys, weights, strict=True))
+    truth = sum(F.conv_transpose2d(y.double(), w.double(), None, 2, 1, (0, 1)) for y, w in pairs)
+    torch.testing.assert_close(x.double(), truth, rtol=2**-6, atol=2**-3)
+    for (y, w), found, dw in zip(pairs, back, dws, strict=True):
+        truth = F.conv2d(x.double(), w.double(), stride=2, padding=1)
+        torch.testing.assert_close(found.double(), truth, rtol=2**-7, atol=2**-2)
+        truth = torch.nn.grad.conv2d_weight(x.double(), w.shape, y.double(), stride=2, padding=1)
+        torch.testing.assert_close(dw.double(), truth, rtol=2**-7, atol=2**-3)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
