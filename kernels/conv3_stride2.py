@@ -169,21 +169,20 @@ def _transposed_kernel(
         sums = sums + (tl.zeros((BLOCK_P, BLOCK_N), dtype=ACC),)
     steps = tl.cdiv(values, BLOCK_K)
     for step in tl.range(0, SOURCES * steps, num_stages=STAGES):
-        k = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
-        y_ptr = pointer_of(y_ptrs, step // steps, SOURCES)
-        w_ptr = pointer_of(w_ptrs, step // steps, SOURCES)
+        source = step // steps if SOURCES > 1 else 0
+        k = (step - source * steps) * BLOCK_K + tl.arange(0, BLOCK_K)
+        y_ptr = pointer_of(y_ptrs, source, SOURCES)
+        w_ptr = pointer_of(w_ptrs, source, SOURCES)
         inside = begin[:, None] + k[None, :] < WO * CO
         # d = 1 has taps for the second column alone.
-        second = (k >= CO)[:, None]
         wanted = (m < 2 * C)[None, :] & ((m >= C)[None, :] | (k < CO)[:, None])
         if not WHOLE:
             inside = inside & (k < values)[None, :]
             wanted = wanted & (k < values)[:, None]
-        w_at = tl.where(second, k[:, None] - CO, k[:, None]) * (9 * C)
-        w_at = w_at + tl.where(second, -C, C) + m[None, :]
+        w_row = tl.where(k < CO, k * (9 * C) + C, (k - CO) * (9 * C) - C)
         windows = ()
         for u in tl.static_range(3):
-            w = tl.load(w_ptr + u * (3 * C) + w_at, mask=wanted, other=0.0)
+            w = tl.load(w_ptr + u * (3 * C) + (w_row[:, None] + m[None, :]), mask=wanted, other=0.0)
             windows = windows + (w.to(OPERAND),)
         for r in tl.static_range(ROWS + 1):
             row = first + r
