@@ -19,7 +19,9 @@ images, and a block of channels o or m. It loads each row of the source once for
 block of m < C it leaves out d = 1. A block that has both m < C and others multiplies zeros: there
 a NaN or an infinity in y makes NaN of the column on its left, too.
 
-Several convolutions of one x are one launch, as are their gradients of x, summed.
+Several convolutions of one x are one launch, as are their gradients of x, summed. The second form
+may be of relu(y); the first then gives the gradient of y, zero where y is not positive. NaN passes
+both.
 
 Least traffic: x and all y once. Arithmetic: 9 C C_out multiply-adds a position of each y.
 """
@@ -42,7 +44,7 @@ from lgcnet_fast.kernels.common import (
     empty_map,
     operand,
 )
-from lgcnet_fast.kernels.conv3 import check_windows
+from lgcnet_fast.kernels.conv3 import check_windows, rectified
 from lgcnet_fast.kernels.mixed_sum import check_maps
 from lgcnet_fast.kernels.slabs import pointer_of
 
@@ -65,25 +67,32 @@ class Stride2Config:
     """Results of which it makes its block, one after the other for the same rows of the source."""
 
     @classmethod
-    def default(cls, shape: Sequence[int], values: int, widest: int) -> Stride2Config:
-        """Two rows if programs suffice; wide blocks have few programs, which take longer steps.
+    def default(
+        cls, shape: Sequence[int], values: int, widest: int, targets: int = 1
+    ) -> Stride2Config:
+        """Two rows, and two targets in larger programs, if programs suffice.
 
-        shape: of y, (N, any, H, W); values: of which blocks are made, up to `widest`.
+        Wide blocks have few programs, which take longer steps. shape: of y, (N, any, H, W); values:
+        of which blocks are made, up to `widest`.
         """
         images, _, height, width = shape
         block_n = widest if values % widest == 0 else min(64, triton.next_power_of_2(values))
         block_n = max(16, block_n)
         programs = triton.cdiv(images * width, 64) * triton.cdiv(height, 2)
-        rows = 2 if programs * triton.cdiv(values, block_n) >= FEWEST_PROGRAMS else 1
-        return cls(rows, 64, block_n, 64 if block_n > 64 else 32, warps=4, stages=3)
+        programs *= triton.cdiv(values, block_n)
+        enough = programs >= FEWEST_PROGRAMS
+        if enough and targets % 2 == 0 and block_n == 64:
+            return cls(2, 128, block_n, 32, warps=8, stages=3, targets=2)
+        rows, block_k = 2 if enough else 1, 64 if block_n > 64 else 32
+        return cls(rows, 64, block_n, block_k, warps=4, stages=3)
 
 
 @triton.jit(do_not_specialize=["images", "H", "HO"])
 def _strided_kernel(
-    x_ptr, w_ptrs, y_ptrs, images, H, W, HO, WO, C: tl.constexpr, CO: tl.constexpr,
-    TARGETS: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    STAGES: tl.constexpr,
+    x_ptr, w_ptrs, mask_ptr, y_ptrs, images, H, W, HO, WO, C: tl.constexpr, CO: tl.constexpr,
+    TARGETS: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs of the same positions are neighbours in launch order."""
     WHOLE: tl.constexpr = 3 * C % BLOCK_K == 0
@@ -139,15 +148,22 @@ def _strided_kernel(
     inside = (column >= 0)[:, None] & (o < CO)[None, :]
     for i in tl.static_range(ROWS * GROUP):
         row = first + i // GROUP
-        y_row = pointer_of(y_ptrs, group + i % GROUP, TARGETS) + row * (tl.cast(WO, tl.int64) * CO)
-        tl.store(y_row + y_at, sums[i], mask=inside & (row < HO))
+        entry = row * (tl.cast(WO, tl.int64) * CO) + y_at
+        stored = inside & (row < HO)
+        value = sums[i]
+        if MASKED:
+            # Where the map is NaN the gradient passes, as PyTorch's does.
+            dead = tl.load(mask_ptr + entry, mask=stored, other=0.0) <= 0.0
+            value = tl.where(dead, 0.0, value)
+        tl.store(pointer_of(y_ptrs, group + i % GROUP, TARGETS) + entry, value, mask=stored)
 
 
 @triton.jit(do_not_specialize=["images", "H", "HO"])
 def _transposed_kernel(
     y_ptrs, w_ptrs, x_ptr, images, H, W, HO, WO, C: tl.constexpr, CO: tl.constexpr,
-    SOURCES: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    SOURCES: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs of the same positions are neighbours in launch order."""
     WHOLE: tl.constexpr = CO % BLOCK_K == 0
@@ -188,7 +204,10 @@ def _transposed_kernel(
             row = first + r
             y = tl.load(
                 y_ptr + row * pitch + (y_at + k[None, :]), mask=inside & (row < HO), other=0.0
-            ).to(OPERAND)
+            )
+            if RELU:
+                y = rectified(y)
+            y = y.to(OPERAND)
             added = ()
             for p in tl.static_range(2 * ROWS):
                 value = sums[p]
@@ -227,12 +246,16 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 
 def strided_convolutions(
-    x: Tensor, weights: Sequence[Tensor], config: Stride2Config | None = None
+    x: Tensor,
+    weights: Sequence[Tensor],
+    config: Stride2Config | None = None,
+    mask: Tensor | None = None,
 ) -> list[Tensor]:
     """Of x with every weight: (N, C_out, ceil(H / 2), ceil(W / 2)), like x.
 
-    x: (N, C, H, W); weights: (C_out, C, 3, 3); all channels_last, of one dtype. float64 is for the
-    interpreter only. Raises `ValueError` naming the argument at fault.
+    x: (N, C, H, W); weights: (C_out, C, 3, 3); mask: like a result, which is zero where it is
+    not positive; all channels_last, of one dtype. float64 is for the interpreter only. Raises
+    `ValueError` naming the argument at fault.
     """
     check_map("x", x)
     check_windows(weights, x)
@@ -240,13 +263,16 @@ def strided_convolutions(
     images, _, *size = x.shape
     out_channels = len(weights[0])
     ys = [empty_map((images, out_channels, *small_size(size)), x) for _ in weights]
-    config = config or Stride2Config.default(ys[0].shape, out_channels, 128)
+    if mask is not None:
+        check_maps("mask", [mask], ys[0])
+    config = config or Stride2Config.default(ys[0].shape, out_channels, 128, len(ys))
     if len(ys) % config.targets:
         raise ValueError(f"config: targets {config.targets} of {len(ys)}")
     blocks = triton.cdiv(out_channels, config.block_n) * (len(ys) // config.targets)
     _strided_kernel[(_segments(ys[0], config) * blocks,)](
-        x, tuple(weights), tuple(ys), images, *size, *ys[0].shape[2:],
-        TARGETS=len(ys), GROUP=config.targets, **_constants(x, weights[0], config),
+        x, tuple(weights), x if mask is None else mask, tuple(ys), images, *size, *ys[0].shape[2:],
+        TARGETS=len(ys), MASKED=mask is not None, GROUP=config.targets,
+        **_constants(x, weights[0], config),
     )  # fmt: skip
     return ys
 
@@ -256,8 +282,9 @@ def transposed_convolutions(
     weights: Sequence[Tensor],
     size: Sequence[int],
     config: Stride2Config | None = None,
+    relu: bool = False,
 ) -> Tensor:
-    """(N, C, *size), like each y: the sum of their transposed convolutions.
+    """(N, C, *size), like each y: the sum of their transposed convolutions, or those of relu(y).
 
     It is the gradient of x in `strided_convolutions`, where these are of the results. ys: (N,
     C_out, H, W); weights: (C_out, C, 3, 3), as many; all channels_last, of one dtype; size: 2 n - 1
@@ -280,7 +307,7 @@ def transposed_convolutions(
     blocks = triton.cdiv(2 * channels, config.block_n)
     _transposed_kernel[(_segments(ys[0], config) * blocks,)](
         tuple(ys), tuple(weights), x, images, *size, *small,
-        SOURCES=len(ys), **_constants(x, weights[0], config),
+        SOURCES=len(ys), RELU=relu, **_constants(x, weights[0], config),
     )  # fmt: skip
     return x
 

@@ -4,11 +4,11 @@ With a row of x as one vector, as conv3_stride2.py has it, and 0 <= k < 3 C,
 
     dw_u[o, k] = sum_{n, i, j} y[n, i, j, o] x[n, 2 i + u]((2 j - 1) C + k)
 
-where y is the gradient of the result of a strided convolution of x, or the map of a transposed one
-whose result has the gradient x. A program sums a block of o and of k over its share of the
-positions, some rows of a block of columns at a time: a row of y serves three u, a row of x up to
-two rows of y. `summed` adds the shares in a fixed order. One launch takes several convolutions of
-equal shapes.
+where y is the gradient of the result of a strided convolution of x, or the map of a transposed one,
+or its ReLU, whose result has the gradient x. A program sums a block of o and of k over its share of
+the positions, some rows of a block of columns at a time: a row of y serves three u, a row of x up
+to two rows of y. `summed` adds the shares in a fixed order. One launch takes several convolutions
+of equal shapes.
 
 Least traffic, in elements: M C_out + 4 M C for M positions of y. Each block of k reads y anew, each
 of o x, whose columns are in 1.5 blocks of k each. Arithmetic: 9 M C C_out multiply-adds.
@@ -30,12 +30,16 @@ from lgcnet_fast.kernels.common import (
     check_product,
     operand,
 )
+from lgcnet_fast.kernels.conv3 import rectified
+from lgcnet_fast.kernels.conv3_backward import _anew
 from lgcnet_fast.kernels.conv3_stride2 import small_size
 from lgcnet_fast.kernels.mixed_sum import check_maps
 from lgcnet_fast.kernels.slabs import pointer_of
 
-RESIDENT = 132
-"""Programs, one on each multiprocessor of an H200: few shares to add up."""
+RESIDENT = 264
+"""Programs, two on each multiprocessor of an H200."""
+FEWEST_TILES = 4
+"""Of a share, so that there are few to add up."""
 
 
 @dataclass(frozen=True)
@@ -56,27 +60,28 @@ class StridedWeightGradConfig:
     def default(
         cls, branches: int, shape: Sequence[int], out_channels: int
     ) -> StridedWeightGradConfig:
-        """Equal shares for up to RESIDENT programs; shape: of x, (N, C, H, W).
+        """Equal shares for up to RESIDENT programs; few channels leave room for many positions.
 
-        Few channels leave room for many positions, and for two programs on a multiprocessor.
+        shape: of x, (N, C, H, W).
         """
         images, channels, *size = shape
         height, width = small_size(size)
         block_o = min(64, max(16, triton.next_power_of_2(out_channels)))
         block_k = min(64, max(16, triton.next_power_of_2(3 * channels)))
-        few = block_o * block_k < 64 * 64
-        block_p, resident = (128, 2 * RESIDENT) if few else (64, RESIDENT)
+        block_p = 32 if block_o * block_k == 64 * 64 else 128
         blocks = triton.cdiv(out_channels, block_o) * triton.cdiv(3 * channels, block_k) * branches
-        tiles = height * triton.cdiv(images * width, block_p)
-        programs = triton.cdiv(tiles, triton.cdiv(tiles, max(1, resident // blocks)))
-        return cls(1, block_p, block_o, block_k, warps=4, stages=3, programs=programs)
+        tiles = triton.cdiv(height, 2) * triton.cdiv(images * width, block_p)
+        most = min(max(1, RESIDENT // blocks), triton.cdiv(tiles, FEWEST_TILES))
+        programs = triton.cdiv(tiles, triton.cdiv(tiles, most))
+        return cls(2, block_p, block_o, block_k, warps=4, stages=3, programs=programs)
 
 
 @triton.jit(do_not_specialize=["images", "H", "HO", "programs"])
 def _strided_weight_grad_kernel(
     y_ptrs, x_ptrs, share_ptr, images, H, W, HO, WO, programs, C: tl.constexpr, CO: tl.constexpr,
-    BRANCHES: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BRANCHES: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: every `programs`-th tile of a convolution, for one block of o and k.
 
@@ -115,6 +120,8 @@ def _strided_weight_grad_kernel(
                 y_ptr + row * (tl.cast(WO, tl.int64) * CO) + y_at,
                 mask=y_inside & (row < HO), other=0.0,
             )  # fmt: skip
+            if RELU:
+                y = rectified(y)
             ys = ys + (tl.trans(y.to(OPERAND)),)
         for r in tl.static_range(2 * ROWS + 1):
             row = 2 * first + (r - 1)
@@ -131,6 +138,10 @@ def _strided_weight_grad_kernel(
                     value = tl.dot(y, x, value, input_precision="ieee", out_dtype=ACC)
                 added = added + (value,)
             sums = added
+        if RELU:
+            # Its use makes the matrix units finish all products, so that the next tile does not
+            # overwrite registers that they still read.
+            sums = (sums[0], sums[1], _anew(sums[2]))
 
     share = share_ptr + (program * BRANCHES + branch).to(tl.int64) * (CO * 9 * C)
     entry = (o * (9 * C))[:, None] + k[None, :]
@@ -141,14 +152,17 @@ def _strided_weight_grad_kernel(
 
 
 def strided_weight_grad(
-    ys: Sequence[Tensor], xs: Sequence[Tensor], config: StridedWeightGradConfig | None = None
+    ys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    config: StridedWeightGradConfig | None = None,
+    relu: bool = False,
 ) -> Tensor:
     """The shares (programs, B, C_out, 3, 3, C) of dw, in the accumulator's dtype, for `summed`.
 
     ys: (N, C_out, ceil(H / 2), ceil(W / 2)), xs: (N, C, H, W), of B convolutions: the gradients of
     strided ones and their maps, or the maps of transposed ones and their gradients; all
-    channels_last, of one dtype. float64 is for the interpreter only. Raises `ValueError` naming the
-    argument at fault.
+    channels_last, of one dtype; relu: the transposed ones are of relu(y). float64 is for the
+    interpreter only. Raises `ValueError` naming the argument at fault.
     """
     check_maps("ys", ys, ys[0] if len(ys) else None)
     check_maps("xs", xs, xs[0] if len(xs) else None)
@@ -168,7 +182,7 @@ def strided_weight_grad(
     blocks = triton.cdiv(out_channels, config.block_o) * triton.cdiv(3 * channels, config.block_k)
     _strided_weight_grad_kernel[(branches * config.programs * blocks,)](
         tuple(ys), tuple(xs), shares, images, *size, *small, config.programs,
-        C=channels, CO=out_channels, BRANCHES=branches, ACC=accumulator(storage),
+        C=channels, CO=out_channels, BRANCHES=branches, RELU=relu, ACC=accumulator(storage),
         OPERAND=operand(storage), ROWS=config.rows, BLOCK_P=config.block_p,
         BLOCK_O=config.block_o, BLOCK_K=config.block_k, STAGES=config.stages,
         num_warps=config.warps,

@@ -304,18 +304,22 @@ def convolutions_of_stride_2(
     shared: dict[str, Any] = {"ACC": tl.float32, "OPERAND": OPERANDS[storage]}
     shared |= {"C": channels, "CO": out_channels}
     for kernel, values, widest, counts in (
-        (conv3_stride2._strided_kernel, out_channels, 128, {"TARGETS": 2, "GROUP": 1}),
-        (conv3_stride2._transposed_kernel, 2 * channels, 64, {"SOURCES": 2}),
+        (conv3_stride2._strided_kernel, out_channels, 128, {"TARGETS": 1, "MASKED": True}),
+        (conv3_stride2._transposed_kernel, 2 * channels, 64, {"SOURCES": 1, "RELU": True}),
+        (conv3_stride2._strided_kernel, out_channels, 128, {"TARGETS": 2, "MASKED": False}),
     ):
-        tile = conv3_stride2.Stride2Config.default(shape, values, widest)
+        targets = counts.get("TARGETS", 1)
+        tile = conv3_stride2.Stride2Config.default(shape, values, widest, targets)
         options = {"ROWS": tile.rows, "BLOCK_P": tile.block_p, "BLOCK_N": tile.block_n}
         options |= {"BLOCK_K": tile.block_k, "STAGES": tile.stages}
+        if kernel is conv3_stride2._strided_kernel:
+            options |= {"GROUP": tile.targets}
         yield kernel, shared | options | counts, tile.warps, 3
     walk = conv3_stride2_backward.StridedWeightGradConfig.default(
         2, (images, channels, 2 * height, 2 * width), out_channels
     )
     options = {"ROWS": walk.rows, "BLOCK_P": walk.block_p, "BLOCK_O": walk.block_o}
-    options |= {"BLOCK_K": walk.block_k, "STAGES": walk.stages, "BRANCHES": 2}
+    options |= {"BLOCK_K": walk.block_k, "STAGES": walk.stages, "BRANCHES": 2, "RELU": True}
     yield conv3_stride2_backward._strided_weight_grad_kernel, shared | options, walk.warps, 3
 
 

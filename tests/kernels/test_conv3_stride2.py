@@ -144,6 +144,25 @@ def test_what_is_not_finite_stays_near(device):
     assert not found[~reached].any()
 
 
+def test_of_a_relu(device):
+    """NaN passes; where it is NaN so does its gradient."""
+    case = Case((2, 16, 4, 7), 8, tiled=True)
+    x, [y], [weight] = case.inputs(torch.bfloat16, device)
+    tile, shares = case.tiles
+    found = transposed_convolutions([y], [weight], case.size, tile, relu=True)
+    r = y.relu()
+    assert torch.equal(found, transposed_convolutions([r], [weight], case.size, tile))
+    found = strided_weight_grad([y], [x], shares, relu=True)
+    assert torch.equal(found, strided_weight_grad([r], [x], shares))
+    y[0, 3, 1, 2] = torch.nan
+    (plain,) = strided_convolutions(x, [weight], tile)
+    (found,) = strided_convolutions(x, [weight], tile, mask=y)
+    assert torch.equal(found, torch.where(y <= 0, 0, plain)) and found[0, 3, 1, 2] != 0
+    assert transposed_convolutions([y], [weight], case.size, relu=True)[0].isnan().any()
+    with pytest.raises(ValueError, match=r"mask\[0\]: shape"):
+        strided_convolutions(x, [weight], mask=x)
+
+
 def test_same_inputs_same_bits(device):
     case = LARGE[-4] if CUDA else SMALL[2]
     x, ys, weights = case.inputs(torch.bfloat16, device)
@@ -180,9 +199,9 @@ def test_default_shares_fill_the_device(shape, out_channels, branches):
     blocks = -(-out_channels // config.block_o) * -(-3 * shape[1] // config.block_k) * branches
     tiles = -(-height // config.rows) * -(-shape[0] * width // config.block_p)
     assert 1 <= config.programs <= tiles
-    assert blocks * config.programs <= 2 * RESIDENT
+    assert blocks * config.programs <= RESIDENT
     if tiles > 1:
-        assert blocks * config.programs > 0.4 * RESIDENT
+        assert blocks * config.programs > 0.3 * RESIDENT
 
 
 def test_serves_eights_of_16_bits(device):
