@@ -22,7 +22,6 @@ from lgcnet_fast.ops import (
     average_pools,
     concat_upsample_pointwise,
     convolutions,
-    deconvolution,
     interleaved_convolution,
     max_pools,
     norm_sum,
@@ -32,6 +31,7 @@ from lgcnet_fast.ops import (
     recomputable,
     recomputes,
     rectified_convolutions,
+    rectified_deconvolution,
     rectified_together,
     separable_branches,
     strided_convolutions,
@@ -92,6 +92,12 @@ class Source:
             found = rectified_together([self._readers] * len(others), partial(convolved, others))
             maps |= zip(others, found, strict=True)
         return [maps[layer] for layer in layers]
+
+    def deconvolved(self, layer: nn.ConvTranspose2d, size: tuple[int, int]) -> Tensor:
+        """What a 3x3 layer of stride 2 makes of the ReLU; it has no bias."""
+        if self._readers.reads_itself and self._readers.strides(layer.weight):
+            return rectified_deconvolution(self.plain(), layer.weight, size)
+        return self.rectified(partial(layer, output_size=list(size)))
 
     def average(self, bins: Sequence[int]) -> None:
         """Fills `means` for the readers that pool the ReLU to so many bins, in one operation."""
@@ -360,7 +366,7 @@ class Deconvolution(nn.Module):
         self.norm = nn.BatchNorm2d(channels, affine=affine)
 
     def raw(self, source: Source, size: tuple[int, int]) -> Tensor:
-        return source.rectified(partial(deconvolution, weight=self.conv.weight, size=size))
+        return source.deconvolved(self.conv, size)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return _norm_of(self.norm, self.raw(Source(x), size))

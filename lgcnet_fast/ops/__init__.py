@@ -7,7 +7,6 @@ from lgcnet_fast.ops.concat_pair import concat_pair
 from lgcnet_fast.ops.concat_upsample import concat_upsample, sum_upsample, upsample
 from lgcnet_fast.ops.concat_upsample_pointwise import concat_upsample_pointwise
 from lgcnet_fast.ops.convolutions import Geometry, convolutions
-from lgcnet_fast.ops.deconvolution import deconvolution
 from lgcnet_fast.ops.depthwise_separable import relu_depthwise_separable
 from lgcnet_fast.ops.interleaved_convolution import interleaved_convolution
 from lgcnet_fast.ops.max_pool import max_pool, max_pools
@@ -19,6 +18,7 @@ from lgcnet_fast.ops.products import Products
 from lgcnet_fast.ops.readers import Readers, readers, rectified_together
 from lgcnet_fast.ops.recompute import Recomputable, recomputable, recomputed, recomputes
 from lgcnet_fast.ops.rectified_convolutions import rectified_convolutions
+from lgcnet_fast.ops.rectified_deconvolution import rectified_deconvolution
 from lgcnet_fast.ops.rectified_pointwise import rectified_pointwise
 from lgcnet_fast.ops.running_statistics import gathered_running_statistics
 from lgcnet_fast.ops.second_stages import second_stages
@@ -38,7 +38,6 @@ __all__ = [
     "concat_upsample",
     "concat_upsample_pointwise",
     "convolutions",
-    "deconvolution",
     "explain",
     "gathered_running_statistics",
     "interleaved_convolution",
@@ -55,6 +54,7 @@ __all__ = [
     "recomputed",
     "recomputes",
     "rectified_convolutions",
+    "rectified_deconvolution",
     "rectified_pointwise",
     "rectified_together",
     "relu_depthwise_separable",

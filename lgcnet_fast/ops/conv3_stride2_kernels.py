@@ -8,6 +8,7 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.nn import functional as F
 
 from lgcnet_fast.ops.lanes import side_by_side
 from lgcnet_fast.ops.maps import empty_nhwc, nhwc
@@ -29,24 +30,29 @@ def suits(x: Tensor, weight: Tensor, geometry: tuple[int, int, int]) -> bool:
 @custom_op(
     "lgcnet_fast::strided_convolutions",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] weights) -> Tensor[]",
+    schema="(Tensor x, Tensor[] weights, Tensor? mask=None) -> Tensor[]",
 )
-def strided_convolutions_forward(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+def strided_convolutions_forward(
+    x: Tensor, weights: Sequence[Tensor], mask: Tensor | None = None
+) -> list[Tensor]:
     """(N, C, H, W) -> (N, C_out, ceil(H / 2), ceil(W / 2)) with every weight, (C_out, C, 3, 3).
 
-    x: NHWC; weights: of one shape.
+    x: NHWC; weights: of one shape; mask: like a result, which is zero where it is not positive.
     """
     from lgcnet_fast.kernels import conv3_stride2 as kernel
 
     if kernel.serves(x, weights[0]):
-        return kernel.strided_convolutions(x, [nhwc(weight) for weight in weights])
+        return kernel.strided_convolutions(x, [nhwc(weight) for weight in weights], mask=mask)
     convolution = torch.ops.aten.convolution
     jobs = [partial(convolution, x, weight, None, *ARGUMENTS) for weight in weights]
-    return [nhwc(y) for y in side_by_side(x.device, jobs)]
+    ys = side_by_side(x.device, jobs)
+    if mask is not None:
+        ys = [torch.ops.aten.threshold_backward(y, mask, 0) for y in ys]
+    return [nhwc(y) for y in ys]
 
 
 @strided_convolutions_forward.register_fake
-def _(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+def _(x: Tensor, weights: Sequence[Tensor], mask: Tensor | None = None) -> list[Tensor]:
     height, width = (-(-length // 2) for length in x.shape[2:])
     return [empty_nhwc(x, (len(x), len(weight), height, width)) for weight in weights]
 
@@ -54,17 +60,24 @@ def _(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
 @custom_op(
     "lgcnet_fast::transposed_convolutions",
     mutates_args=(),
-    schema="(Tensor[] ys, Tensor[] weights, SymInt[] size) -> Tensor",
+    schema="(Tensor[] ys, Tensor[] weights, SymInt[] size, bool relu=False) -> Tensor",
 )
 def transposed_convolutions(
-    ys: Sequence[Tensor], weights: Sequence[Tensor], size: Sequence[int]
+    ys: Sequence[Tensor], weights: Sequence[Tensor], size: Sequence[int], relu: bool = False
 ) -> Tensor:
     """(N, C, *size), the sum of the transposed convolutions of all ys, or the gradient of x in
-    `strided_convolutions_forward`, whose results have these; ys: NHWC."""
+    `strided_convolutions_forward`, whose results have these.
+
+    ys: NHWC; relu: the sum is of relu(y).
+    """
     from lgcnet_fast.kernels import conv3_stride2 as kernel
 
     if kernel.serves(ys[0], weights[0]):
-        return kernel.transposed_convolutions(ys, [nhwc(weight) for weight in weights], size)
+        return kernel.transposed_convolutions(
+            ys, [nhwc(weight) for weight in weights], size, relu=relu
+        )
+    if relu:
+        ys = [F.relu(y) for y in ys]
     arguments = (*ARGUMENTS[:3], True, [1 - length % 2 for length in size], 1)
     convolution = torch.ops.aten.convolution
     pairs = zip(ys, weights, strict=True)
@@ -73,29 +86,34 @@ def transposed_convolutions(
 
 
 @transposed_convolutions.register_fake
-def _(ys: Sequence[Tensor], weights: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+def _(
+    ys: Sequence[Tensor], weights: Sequence[Tensor], size: Sequence[int], relu: bool = False
+) -> Tensor:
     return empty_nhwc(ys[0], (len(ys[0]), weights[0].shape[1], *size))
 
 
 @custom_op(
     "lgcnet_fast::strided_weight_gradients",
     mutates_args=(),
-    schema="(Tensor[] ys, Tensor[] xs, Tensor[] weights) -> Tensor",
+    schema="(Tensor[] ys, Tensor[] xs, Tensor[] weights, bool relu=False) -> Tensor",
 )
 def strided_weight_gradients(
-    ys: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor]
+    ys: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor], relu: bool = False
 ) -> Tensor:
     """(B, C_out, C, 3, 3), each channels_last, in the dtype of the weights.
 
     Of B convolutions of equal shapes: of strided ones of xs, whose results have the gradients ys,
-    or of transposed ones of ys, whose results have the gradients xs; all NHWC.
+    or of transposed ones of ys, or with `relu` of relu(y), whose results have the gradients xs; all
+    NHWC.
     """
     from lgcnet_fast.kernels import conv3_stride2 as kernel
     from lgcnet_fast.kernels import conv3_stride2_backward as backward
     from lgcnet_fast.kernels.conv3_backward import summed
 
     if kernel.serves(xs[0], weights[0]):
-        return summed(backward.strided_weight_grad(ys, xs), weights[0].dtype)
+        return summed(backward.strided_weight_grad(ys, xs, relu=relu), weights[0].dtype)
+    if relu:
+        ys = [F.relu(y) for y in ys]
     out = _empty(weights)
     jobs = [
         partial(convolution_gradient, 1, *one, ARGUMENTS)
@@ -107,7 +125,9 @@ def strided_weight_gradients(
 
 
 @strided_weight_gradients.register_fake
-def _(ys: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+def _(
+    ys: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor], relu: bool = False
+) -> Tensor:
     return _empty(weights)
 
 

@@ -52,7 +52,7 @@ class Readers:
         return False
 
     def strides(self, weight: Tensor) -> bool:
-        """Whether 3x3 convolutions by such weights should be `strided_convolutions` of relu(x)."""
+        """Whether the fused forms of 3x3 convolutions of stride 2 should take such weights."""
         return False
 
     @property

@@ -1,4 +1,8 @@
-"""Transposed 3x3 convolutions of stride 2, padding 1, which double a map's sides."""
+"""Transposed 3x3 convolutions, stride 2, padding 1, of a ReLU: they double a map's sides.
+
+The fused form rectifies what it loads, and masks the gradient as it stores it: relu(x) is never
+written.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +27,11 @@ from lgcnet_fast.ops.maps import computed_dtype, dtype_refusal, laid_like, nhwc
 from lgcnet_fast.ops.operands import check_beside, check_map, check_shape
 
 
-def deconvolution(x: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
-    """(N, C, H, W) -> (N, C_out, *size), without bias, also under autocast.
+def rectified_deconvolution(x: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
+    """Of relu(x), (N, C, H, W) -> (N, C_out, *size), without bias, also under autocast.
 
     weight: (C, C_out, 3, 3); size: 2 n - 1 or 2 n for each side n. Differentiable; keeps x and the
-    weight. Under Triton kernels serve 16-bit maps.
+    weight, the reference relu(x) too. Under Triton kernels serve 16-bit maps.
 
     Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
     cannot serve.
@@ -45,7 +49,7 @@ def deconvolution(x: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
 
 def _reference(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
     beyond = [1 - length % 2 for length in size]
-    return F.conv_transpose2d(x, weight, None, 2, padding=1, output_padding=beyond)
+    return F.conv_transpose2d(F.relu(x), weight, None, 2, padding=1, output_padding=beyond)
 
 
 def _run(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
@@ -55,16 +59,16 @@ def _run(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
     x, weight = x.to(dtype), weight.to(dtype)
     if not fits(x, weight):
         return _reference(x, weight, size)
-    result: Tensor = _Deconvolution.apply(nhwc(x), weight, size)
+    result: Tensor = _RectifiedDeconvolution.apply(nhwc(x), weight, size)
     return result
 
 
-class _Deconvolution(torch.autograd.Function):
+class _RectifiedDeconvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.owners = gradient_owners([weight])
-        return transposed_convolutions([x], [weight], size)
+        return transposed_convolutions([x], [weight], size, True)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
@@ -72,7 +76,7 @@ class _Deconvolution(torch.autograd.Function):
         g = nhwc(gradient)
         jobs = []
         if ctx.needs_input_grad[0]:
-            jobs.append(partial(strided_convolutions_forward, g, [weight]))
+            jobs.append(partial(strided_convolutions_forward, g, [weight], x))
         found = side_by_side(x.device, jobs, [partial(_of_weight, g, x, weight)])
         settle(x.device, ctx.owners)
         dx = found[0][0] if jobs else None
@@ -80,7 +84,7 @@ class _Deconvolution(torch.autograd.Function):
 
 
 def _of_weight(g: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
-    return laid_like([weight], strided_weight_gradients([x], [g], [weight]))
+    return laid_like([weight], strided_weight_gradients([x], [g], [weight], True))
 
 
 def _refuse(x: Tensor, weight: Tensor, size: tuple[int, int]) -> str | None:
@@ -88,7 +92,7 @@ def _refuse(x: Tensor, weight: Tensor, size: tuple[int, int]) -> str | None:
 
 
 _operation = Operation(
-    "deconvolution",
+    "rectified_deconvolution",
     _reference,
     triton=Implementation(_run, _refuse),
     cuda=Implementation(_reference, _refuse),
