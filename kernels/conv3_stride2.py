@@ -48,6 +48,7 @@ from lgcnet_fast.kernels.conv3 import check_windows, rectified
 from lgcnet_fast.kernels.mixed_sum import check_maps
 from lgcnet_fast.kernels.slabs import pointer_of
 
+MOST_CHANNELS = 128
 FEWEST_PROGRAMS = 200
 """For 132 multiprocessors, each of which holds two or three."""
 
@@ -231,11 +232,12 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels, `strided_weight_grad` too, suit maps like x, on either side.
 
     weight: (C_out, C, 3, 3), where channels in whole eights fill the units in which maps are read.
-    32-bit products run outside the matrix units, where libraries tile better.
+    32-bit products run outside the matrix units, where libraries tile better, and wider maps have
+    not been measured.
     """
     if x.dtype.itemsize != 2 or weight.shape[2:] != (3, 3):
         return False
-    return len(weight) % 8 == weight.shape[1] % 8 == 0
+    return all(count % 8 == 0 and count <= MOST_CHANNELS for count in weight.shape[:2])
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:

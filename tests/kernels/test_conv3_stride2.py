@@ -210,6 +210,7 @@ def test_serves_eights_of_16_bits(device):
     x, _, [weight] = Case((1, 8, 2, 2), 48).inputs(torch.bfloat16, device)
     assert serves(x, weight) and fits(x, weight)
     assert not serves(x.float(), weight) and not serves(x, weight[:20])
+    assert not fits(x, weight.repeat(4, 1, 1, 1))
     assert not serves(x, weight[:, :4]) and not serves(x, weight[..., :1])
 
 
