@@ -68,24 +68,36 @@ class Stride2Config:
     """Results of which it makes its block, one after the other for the same rows of the source."""
 
     @classmethod
-    def default(
-        cls, shape: Sequence[int], values: int, widest: int, targets: int = 1
-    ) -> Stride2Config:
-        """Two rows, and two targets in larger programs, if programs suffice.
+    def strided(cls, shape: Sequence[int], out_channels: int, targets: int = 1) -> Stride2Config:
+        """shape: of each of the results y, (N, any, H, W).
 
-        Wide blocks have few programs, which take longer steps. shape: of y, (N, any, H, W); values:
-        of which blocks are made, up to `widest`.
+        Two rows, and two targets in larger programs, if programs suffice. Of wide blocks there are
+        few, so that they take longer steps.
         """
-        images, _, height, width = shape
-        block_n = widest if values % widest == 0 else min(64, triton.next_power_of_2(values))
-        block_n = max(16, block_n)
-        programs = triton.cdiv(images * width, 64) * triton.cdiv(height, 2)
-        programs *= triton.cdiv(values, block_n)
-        enough = programs >= FEWEST_PROGRAMS
+        block_n = 128 if out_channels % 128 == 0 else _block(out_channels)
+        enough = _programs(shape, out_channels, block_n) >= FEWEST_PROGRAMS
         if enough and targets % 2 == 0 and block_n == 64:
             return cls(2, 128, block_n, 32, warps=8, stages=3, targets=2)
         rows, block_k = 2 if enough else 1, 64 if block_n > 64 else 32
         return cls(rows, 64, block_n, block_k, warps=4, stages=3)
+
+    @classmethod
+    def transposed(cls, shape: Sequence[int], channels: int) -> Stride2Config:
+        """shape: of y, (N, any, H, W); channels: of the result."""
+        block_n = _block(2 * channels)
+        rows = 2 if _programs(shape, 2 * channels, block_n) >= FEWEST_PROGRAMS else 1
+        return cls(rows, 64, block_n, 32, warps=4, stages=4)
+
+
+def _block(values: int) -> int:
+    return min(64, max(16, triton.next_power_of_2(values)))
+
+
+def _programs(shape: Sequence[int], values: int, block_n: int) -> int:
+    """Of two rows of 64 columns of maps like y, in blocks of so many values."""
+    images, _, height, width = shape
+    places = triton.cdiv(images * width, 64) * triton.cdiv(height, 2)
+    return places * triton.cdiv(values, block_n)
 
 
 @triton.jit(do_not_specialize=["images", "H", "HO"])
@@ -267,7 +279,7 @@ def strided_convolutions(
     ys = [empty_map((images, out_channels, *small_size(size)), x) for _ in weights]
     if mask is not None:
         check_maps("mask", [mask], ys[0])
-    config = config or Stride2Config.default(ys[0].shape, out_channels, 128, len(ys))
+    config = config or Stride2Config.strided(ys[0].shape, out_channels, len(ys))
     if len(ys) % config.targets:
         raise ValueError(f"config: targets {config.targets} of {len(ys)}")
     blocks = triton.cdiv(out_channels, config.block_n) * (len(ys) // config.targets)
@@ -305,7 +317,7 @@ def transposed_convolutions(
     check_windows(weights, x)
     if len(weights[0]) != out_channels:
         raise ValueError(f"weights[0]: shape {tuple(weights[0].shape)}, of {out_channels} channels")
-    config = config or Stride2Config.default(ys[0].shape, 2 * channels, 64)
+    config = config or Stride2Config.transposed(ys[0].shape, channels)
     blocks = triton.cdiv(2 * channels, config.block_n)
     _transposed_kernel[(_segments(ys[0], config) * blocks,)](
         tuple(ys), tuple(weights), x, images, *size, *small,

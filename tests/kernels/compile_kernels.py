@@ -303,17 +303,21 @@ def convolutions_of_stride_2(
     channels = channels or out_channels
     shared: dict[str, Any] = {"ACC": tl.float32, "OPERAND": OPERANDS[storage]}
     shared |= {"C": channels, "CO": out_channels}
-    for kernel, values, widest, counts in (
-        (conv3_stride2._strided_kernel, out_channels, 128, {"TARGETS": 1, "MASKED": True}),
-        (conv3_stride2._transposed_kernel, 2 * channels, 64, {"SOURCES": 1, "RELU": True}),
-        (conv3_stride2._strided_kernel, out_channels, 128, {"TARGETS": 2, "MASKED": False}),
-    ):
-        targets = counts.get("TARGETS", 1)
-        tile = conv3_stride2.Stride2Config.default(shape, values, widest, targets)
+    config, kernel = conv3_stride2.Stride2Config, conv3_stride2._strided_kernel
+    choices = [
+        (
+            conv3_stride2._transposed_kernel,
+            config.transposed(shape, channels),
+            {"SOURCES": 1, "RELU": True},
+        )
+    ]
+    for targets in (1, 2):
+        tile = config.strided(shape, out_channels, targets)
+        counts = {"TARGETS": targets, "GROUP": tile.targets, "MASKED": targets == 1}
+        choices.append((kernel, tile, counts))
+    for kernel, tile, counts in choices:
         options = {"ROWS": tile.rows, "BLOCK_P": tile.block_p, "BLOCK_N": tile.block_n}
         options |= {"BLOCK_K": tile.block_k, "STAGES": tile.stages}
-        if kernel is conv3_stride2._strided_kernel:
-            options |= {"GROUP": tile.targets}
         yield kernel, shared | options | counts, tile.warps, 3
     walk = conv3_stride2_backward.StridedWeightGradConfig.default(
         2, (images, channels, 2 * height, 2 * width), out_channels
