@@ -49,6 +49,7 @@ from lgcnet_fast.kernels.mixed_sum import check_maps
 from lgcnet_fast.kernels.slabs import pointer_of
 
 MOST_CHANNELS = 128
+"""On either side."""
 FEWEST_PROGRAMS = 200
 """For 132 multiprocessors, each of which holds two or three."""
 
