@@ -31,8 +31,10 @@ from lgcnet_fast.ops import (
     recomputable,
     recomputes,
     rectified_convolutions,
+    rectified_deconvolution,
     rectified_together,
     separable_branches,
+    strided_convolutions,
     upsample,
 )
 
@@ -68,21 +70,34 @@ class Source:
     def convolved(self, layers: Sequence[nn.Conv2d]) -> list[Tensor]:
         """What each layer makes of the ReLU, those that can be in one operation; no biases."""
         fused: dict[int, list[nn.Conv2d]] = {}
+        strided: dict[int, list[nn.Conv2d]] = {}
         others: list[nn.Conv2d] = []
         for layer in layers:
             geometry = (layer.kernel_size[0], layer.stride[0], layer.padding[0], layer.dilation[0])
             if geometry == (3, 1, 1, 1) and self._readers.fuses(layer.out_channels):
                 fused.setdefault(layer.out_channels, []).append(layer)
+            elif geometry == (3, 2, 1, 1) and self._readers.strides(layer.weight):
+                strided.setdefault(layer.out_channels, []).append(layer)
             else:
                 others.append(layer)
         maps: dict[nn.Conv2d, Tensor] = {}
         for group in fused.values():
             found = rectified_convolutions(self.plain(), [layer.weight for layer in group])
             maps |= zip(group, found, strict=True)
+        for group in strided.values():
+            weights = [layer.weight for layer in group]
+            found = self.rectified(partial(strided_convolutions, weights=weights))
+            maps |= zip(group, found, strict=True)
         if others:
             found = rectified_together([self._readers] * len(others), partial(convolved, others))
             maps |= zip(others, found, strict=True)
         return [maps[layer] for layer in layers]
+
+    def deconvolved(self, layer: nn.ConvTranspose2d, size: tuple[int, int]) -> Tensor:
+        """What a 3x3 layer of stride 2 makes of the ReLU; it has no bias."""
+        if self._readers.reads_itself and self._readers.strides(layer.weight):
+            return rectified_deconvolution(self.plain(), layer.weight, size)
+        return self.rectified(partial(layer, output_size=list(size)))
 
     def average(self, bins: Sequence[int]) -> None:
         """Fills `means` for the readers that pool the ReLU to so many bins, in one operation."""
@@ -351,7 +366,7 @@ class Deconvolution(nn.Module):
         self.norm = nn.BatchNorm2d(channels, affine=affine)
 
     def raw(self, source: Source, size: tuple[int, int]) -> Tensor:
-        return source.rectified(partial(self.conv, output_size=list(size)))
+        return source.deconvolved(self.conv, size)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return _norm_of(self.norm, self.raw(Source(x), size))

@@ -18,10 +18,12 @@ from lgcnet_fast.ops.products import Products
 from lgcnet_fast.ops.readers import Readers, readers, rectified_together
 from lgcnet_fast.ops.recompute import Recomputable, recomputable, recomputed, recomputes
 from lgcnet_fast.ops.rectified_convolutions import rectified_convolutions
+from lgcnet_fast.ops.rectified_deconvolution import rectified_deconvolution
 from lgcnet_fast.ops.rectified_pointwise import rectified_pointwise
 from lgcnet_fast.ops.running_statistics import gathered_running_statistics
 from lgcnet_fast.ops.second_stages import second_stages
 from lgcnet_fast.ops.separable_branches import separable_branches
+from lgcnet_fast.ops.strided_convolutions import strided_convolutions
 from lgcnet_fast.ops.upsample_loss import upsample_argmax, upsample_cross_entropy, upsample_ohem
 
 __all__ = [
@@ -53,12 +55,14 @@ __all__ = [
     "recomputed",
     "recomputes",
     "rectified_convolutions",
+    "rectified_deconvolution",
     "rectified_pointwise",
     "rectified_together",
     "relu_depthwise_separable",
     "second_stages",
     "separable_branches",
     "set_backend",
+    "strided_convolutions",
     "sum_upsample",
     "upsample",
     "upsample_argmax",

@@ -14,6 +14,12 @@ from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.cast_together import gradient_owners
 from lgcnet_fast.ops.conv3_kernels import conv3_weight_gradients, suits
+from lgcnet_fast.ops.conv3_stride2_kernels import (
+    strided_convolutions_forward,
+    strided_weight_gradients,
+    transposed_convolutions,
+)
+from lgcnet_fast.ops.conv3_stride2_kernels import suits as suits_stride2
 from lgcnet_fast.ops.image_convolution import image_convolution
 from lgcnet_fast.ops.image_convolution import suits as suits_image
 from lgcnet_fast.ops.lanes import settle, side_by_side
@@ -39,8 +45,8 @@ def convolutions(
     next. Differentiable; keeps maps and weights. Where a CUDA graph is captured, the fused form
     runs them, and in the backward pass both gradients of each, side by side; under Triton one
     kernel takes both of a 1x1 convolution of stride 1, and one the gradients of the weights of all
-    16-bit 3x3 convolutions of stride 1 that have equal shapes; 3x3 convolutions of images of up to
-    four channels that need no gradient have kernels of their own.
+    16-bit 3x3 convolutions of stride 1 that have equal shapes; 16-bit 3x3 convolutions of stride 2
+    and 3x3 ones of images of up to four channels that need no gradient have kernels of their own.
 
     Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
     cannot serve.
@@ -107,11 +113,9 @@ class _Convolutions(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.backend, ctx.geometries = backend, geometries
         ctx.owners = gradient_owners(tensors[len(geometries) :])
-        jobs = [
-            partial(torch.ops.aten.convolution, *operands, None, *arguments)
-            for *operands, arguments in _each(tensors, geometries)
-        ]
-        return tuple(side_by_side(tensors[0].device, jobs))
+        every = zip(geometries, _each(tensors, geometries), strict=True)
+        jobs = [_result(backend, geometry, *one) for geometry, one in every]
+        return tuple(y for (y,) in side_by_side(tensors[0].device, jobs))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -132,6 +136,14 @@ class _Convolutions(torch.autograd.Function):
             for place, gradient in zip(places, part, strict=True)
         }
         return None, None, *(found.get(place) for place in range(len(tensors)))
+
+
+def _result(
+    backend: str, geometry: Geometry, x: Tensor, weight: Tensor, arguments: tuple[Any, ...]
+) -> Callable[[], Sequence[Tensor]]:
+    if backend == "triton" and suits_stride2(x, weight, geometry):
+        return partial(strided_convolutions_forward, x, [weight])
+    return lambda: [torch.ops.aten.convolution(x, weight, None, *arguments)]
 
 
 Convolution = tuple[Tensor, Tensor, tuple[Any, ...]]
@@ -178,6 +190,12 @@ def _gradient_jobs(
             job = partial(pointwise_convolution_backward, g, x, weight)
             jobs.append(((index, count + index), job))
             continue
+        if backend == "triton" and suits_stride2(x, weight, geometry):
+            if wanted[index]:
+                jobs.append(((index,), partial(_of_strided_map, g, x, weight)))
+            job = partial(strided_weight_gradients, [g], [x], [weight])
+            later.append(((count + index,), job))
+            continue
         if wanted[index]:
             jobs.append(((index,), partial(_alone, 0, g, *one)))
         if index not in served:
@@ -200,6 +218,10 @@ def _alone(
     which: int, g: Tensor, x: Tensor, weight: Tensor, arguments: tuple[Any, ...]
 ) -> tuple[Tensor]:
     return (convolution_gradient(which, g, x, weight, arguments),)
+
+
+def _of_strided_map(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor]:
+    return (transposed_convolutions([g], [weight], x.shape[2:]),)
 
 
 def _like(

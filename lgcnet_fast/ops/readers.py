@@ -22,6 +22,7 @@ from lgcnet_fast.ops.deferred_gradient import DeferredGradient
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.recompute import Recomputable, recomputed, remembered
 from lgcnet_fast.ops.rectified_convolutions import fuses
+from lgcnet_fast.ops.strided_convolutions import fuses as fuses_strided
 
 T = TypeVar("T")
 AT_ONCE = 8
@@ -48,6 +49,10 @@ class Readers:
 
     def fuses(self, out_channels: int) -> bool:
         """Whether 3x3 convolutions to so many channels should be `rectified_convolutions` of x."""
+        return False
+
+    def strides(self, weight: Tensor) -> bool:
+        """Whether the fused forms of 3x3 convolutions of stride 2 should take such weights."""
         return False
 
     @property
@@ -91,6 +96,9 @@ class SummedReaders(Readers):
 
     def fuses(self, out_channels: int) -> bool:
         return self.reads_itself and fuses(self.x, out_channels)
+
+    def strides(self, weight: Tensor) -> bool:
+        return self._backend == "triton" and fuses_strided(self.x, weight)
 
     @property
     def reads_itself(self) -> bool:

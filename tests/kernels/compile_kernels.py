@@ -34,6 +34,8 @@ from lgcnet_fast.kernels import (
     concat_upsample_backward,
     conv3,
     conv3_backward,
+    conv3_stride2,
+    conv3_stride2_backward,
     covariance,
     depthwise,
     depthwise_backward,
@@ -288,6 +290,42 @@ def gradients_of_products(
             windows |= {"STAGES": walk.stages, "RELU": True}
             yield conv3_backward._conv3_weight_grad_kernel, windows, walk.warps, 3
             yield from edges_of_a_map(storage, shape)
+            yield from convolutions_of_stride_2(storage, shape)
+    if storage != "fp32" and arch >= 90:
+        for shape, channels in (((16, 16, 64, 128), 8), ((16, 48, 32, 64), 48)):
+            yield from convolutions_of_stride_2(storage, shape, channels)
+
+
+def convolutions_of_stride_2(
+    storage: str, shape: tuple[int, ...], channels: int | None = None
+) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
+    """As `products`; shape: of a result, channels: of the map, by default as many."""
+    images, out_channels, height, width = shape
+    channels = channels or out_channels
+    shared: dict[str, Any] = {"ACC": tl.float32, "OPERAND": OPERANDS[storage]}
+    shared |= {"C": channels, "CO": out_channels}
+    config, kernel = conv3_stride2.Stride2Config, conv3_stride2._strided_kernel
+    choices = [
+        (
+            conv3_stride2._transposed_kernel,
+            config.transposed(shape, channels),
+            {"SOURCES": 1, "RELU": True},
+        )
+    ]
+    for targets in (1, 2):
+        tile = config.strided(shape, out_channels, targets)
+        counts = {"TARGETS": targets, "GROUP": tile.targets, "MASKED": targets == 1}
+        choices.append((kernel, tile, counts))
+    for kernel, tile, counts in choices:
+        options = {"ROWS": tile.rows, "BLOCK_P": tile.block_p, "BLOCK_N": tile.block_n}
+        options |= {"BLOCK_K": tile.block_k, "STAGES": tile.stages}
+        yield kernel, shared | options | counts, tile.warps, 3
+    walk = conv3_stride2_backward.StridedWeightGradConfig.default(
+        2, (images, channels, 2 * height, 2 * width), out_channels
+    )
+    options = {"ROWS": walk.rows, "BLOCK_P": walk.block_p, "BLOCK_O": walk.block_o}
+    options |= {"BLOCK_K": walk.block_k, "STAGES": walk.stages, "BRANCHES": 2, "RELU": True}
+    yield conv3_stride2_backward._strided_weight_grad_kernel, shared | options, walk.warps, 3
 
 
 def edges_of_a_map(

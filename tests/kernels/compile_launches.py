@@ -28,6 +28,8 @@ from lgcnet_fast.kernels import (
     concat_upsample_backward,
     conv3,
     conv3_backward,
+    conv3_stride2,
+    conv3_stride2_backward,
     covariance,
     depthwise,
     depthwise_backward,
@@ -127,6 +129,9 @@ def products(x: Tensor) -> None:
         window = x.new_zeros(channels, 3, 3, channels).movedim(-1, 1)
         conv3.conv3_forward(x, [window] * stride, relu=True)
         conv3.conv3_input_grad([x] * stride, x, [window] * stride, relu=True)
+        ys = conv3_stride2.strided_convolutions(x, [window] * stride)
+        conv3_stride2.transposed_convolutions(ys, [window] * stride, x.shape[2:])
+        conv3_stride2_backward.strided_weight_grad(ys, [x] * stride)
     weight = x.new_zeros(channels, channels)
     half, w = x.bfloat16(), weight.bfloat16()
     y = rectified_pointwise.rectified_pointwise(half, w, w[0])

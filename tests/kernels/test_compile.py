@@ -16,7 +16,7 @@ from tests.kernels.registers_in_flight import overwritten
 
 MOST_SHARED = {75: 48 * 1024, 80: 80 * 1024, 90: 112 * 1024}
 """Bytes a block: without an opt-in, and for two blocks a multiprocessor."""
-ALONE = {"_product_sum_kernel", "_input_gradients_kernel", "_conv3_kernel"}
+ALONE = {"_product_sum_kernel", "_input_gradients_kernel", "_conv3_kernel", "_strided_kernel"}
 """Of wide maps, one block to a multiprocessor of an H200, which has 227 KB."""
 HANDING_OVER = {"_slab_statistics_kernel", "_gradient_sums_kernel"}
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def most_shared(arch: int, row: dict[str, Any]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arch", "dtype", "kernels"), [(80, "float32", 25), (90, "float32", 25), (90, "bfloat16", 15)]
+    ("arch", "dtype", "kernels"), [(80, "float32", 28), (90, "float32", 28), (90, "bfloat16", 15)]
 )
 def test_smallest_maps_compile(arch: int, dtype: str, kernels: int) -> None:
     rows = compiled("-m", "tests.kernels.compile_launches", str(arch), dtype)

@@ -124,6 +124,31 @@ def test_3x3_convolutions_of_equal_and_of_other_shapes(device: torch.device) -> 
         torch.testing.assert_close(found, wanted, rtol=2**-6, atol=2**-3)
 
 
+def test_3x3_convolutions_of_stride_2(device: torch.device) -> None:
+    """One that kernels take, one of too odd channels, and a map that needs no gradient."""
+    torch.manual_seed(0)
+    shapes = [(2, 8, 5, 6), (2, 8, 4, 3), (2, 16, 3, 2), (16, 8, 3, 3), (9, 8, 3, 3), (8, 16, 3, 3)]
+    leaves = [
+        torch.randn(shape, device=device)
+        .bfloat16()
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_(index != 2)
+        for index, shape in enumerate(shapes)
+    ]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+
+    def outcome(backend: str) -> list[Tensor]:
+        with use_backend(backend):
+            maps = convolutions(leaves[:3], leaves[3:], [Geometry(2, 1)] * 3)
+        torch.manual_seed(1)
+        gs = [torch.randn_like(y) for y in maps]
+        return [*maps, *torch.autograd.grad(maps, wanted, gs)]
+
+    for found, truth in zip(outcome("triton"), outcome("reference"), strict=True):
+        assert found.dtype == truth.dtype and found.shape == truth.shape
+        torch.testing.assert_close(found, truth, rtol=2**-6, atol=2**-3)
+
+
 def test_gradients_by_finite_differences(device: torch.device) -> None:
     leaves, count = operands(device, torch.float64), len(GEOMETRIES)
 
