@@ -34,6 +34,7 @@ from lgcnet_fast.kernels import (
     concat_upsample_backward,
     conv3,
     conv3_backward,
+    conv3_walk,
     covariance,
     depthwise,
     depthwise_backward,
@@ -58,7 +59,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 BRANCHES, PLAIN, READERS = 18, 3, 8
 MAPS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "g_ptr", "out_ptr", "matrices_out_ptr"}
 MAPS |= {"even_ptr", "odd_ptr", "mask_ptr", "matrix_ptr", "weighted_ptr"}
-MAPS |= {"from_gradient_ptr", "from_map_ptr"}
+MAPS |= {"from_gradient_ptr", "from_map_ptr", "taps_ptr"}
 MAPS |= {f"{name}{index}_ptr" for name in ("x", "y", "dx") for index in range(4)}
 LISTS = {
     "y_ptrs": BRANCHES,
@@ -287,6 +288,8 @@ def gradients_of_products(
             windows |= {"STAGES": walk.stages, "RELU": True}
             yield conv3_backward._conv3_weight_grad_kernel, windows, walk.warps, 3
             yield from edges_of_a_map(storage, shape)
+    if storage != "fp32" and arch >= 90:
+        yield from walks(storage)
 
 
 def edges_of_a_map(
@@ -304,6 +307,18 @@ def edges_of_a_map(
             options |= {"GROUP": tile.targets, "STAGES": tile.stages}
             options |= {"ACC": tl.float32, "OPERAND": OPERANDS[storage]}
             yield conv3._conv3_kernel, options, tile.warps, 3
+
+
+def walks(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
+    """As `products`: those of 48 channels, to few and to many."""
+    shared = {"C": 48, "RELU": True, "ACC": tl.float32, "OPERAND": OPERANDS[storage]}
+    shared |= {"MOST_K": 128, "REST_K": 16}
+    for channels in (48, 144):
+        for backward in (False, True):
+            tile = conv3_walk.WalkConfig.default(channels, backward)
+            options = shared | {"BACKWARD": backward, "STAGES": tile.stages}
+            options |= {"BLOCK_P": tile.block_p, "BLOCK_O": tile.block_o}
+            yield conv3_walk._conv3_walk_kernel, options, tile.warps, 3
 
 
 def compile_for(

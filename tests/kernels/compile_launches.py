@@ -28,6 +28,7 @@ from lgcnet_fast.kernels import (
     concat_upsample_backward,
     conv3,
     conv3_backward,
+    conv3_walk,
     covariance,
     depthwise,
     depthwise_backward,
@@ -127,6 +128,8 @@ def products(x: Tensor) -> None:
         window = x.new_zeros(channels, 3, 3, channels).movedim(-1, 1)
         conv3.conv3_forward(x, [window] * stride, relu=True)
         conv3.conv3_input_grad([x] * stride, x, [window] * stride, relu=True)
+    conv3_walk.conv3_walk(x, window, relu=True)
+    conv3_walk.conv3_walk_input_grad(x, x, window, relu=True)
     weight = x.new_zeros(channels, channels)
     half, w = x.bfloat16(), weight.bfloat16()
     y = rectified_pointwise.rectified_pointwise(half, w, w[0])
