@@ -13,7 +13,13 @@ from torch.nn import functional as F
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.cast_together import gradient_owners
-from lgcnet_fast.ops.conv3_kernels import conv3_weight_gradients, suits
+from lgcnet_fast.ops.conv3_kernels import (
+    conv3_input_gradient,
+    conv3_results,
+    conv3_weight_gradients,
+    suits,
+    suits_all,
+)
 from lgcnet_fast.ops.image_convolution import image_convolution
 from lgcnet_fast.ops.image_convolution import suits as suits_image
 from lgcnet_fast.ops.lanes import settle, side_by_side
@@ -39,8 +45,8 @@ def convolutions(
     next. Differentiable; keeps maps and weights. Where a CUDA graph is captured, the fused form
     runs them, and in the backward pass both gradients of each, side by side; under Triton one
     kernel takes both of a 1x1 convolution of stride 1, and one the gradients of the weights of all
-    16-bit 3x3 convolutions of stride 1 that have equal shapes; 3x3 convolutions of images of up to
-    four channels that need no gradient have kernels of their own.
+    16-bit 3x3 convolutions of stride 1 that have equal shapes; those of few channels, and 3x3
+    convolutions of images of up to four channels that need no gradient, have kernels of their own.
 
     Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
     cannot serve.
@@ -107,11 +113,9 @@ class _Convolutions(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.backend, ctx.geometries = backend, geometries
         ctx.owners = gradient_owners(tensors[len(geometries) :])
-        jobs = [
-            partial(torch.ops.aten.convolution, *operands, None, *arguments)
-            for *operands, arguments in _each(tensors, geometries)
-        ]
-        return tuple(side_by_side(tensors[0].device, jobs))
+        every = zip(geometries, _each(tensors, geometries), strict=True)
+        jobs = [_result(backend, geometry, *one) for geometry, one in every]
+        return tuple(y for (y,) in side_by_side(tensors[0].device, jobs))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -148,6 +152,14 @@ def _each(tensors: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[Con
     ]
 
 
+def _result(
+    backend: str, geometry: Geometry, x: Tensor, weight: Tensor, arguments: tuple[Any, ...]
+) -> Callable[[], Sequence[Tensor]]:
+    if backend == "triton" and suits_all(x, weight, geometry):
+        return partial(conv3_results, x, [weight])
+    return lambda: [torch.ops.aten.convolution(x, weight, None, *arguments)]
+
+
 Job = tuple[Sequence[int], Callable[[], Iterable[Tensor]]]
 """Places of gradients, those of maps before those of weights, and what computes them."""
 
@@ -179,7 +191,7 @@ def _gradient_jobs(
             jobs.append(((index, count + index), job))
             continue
         if wanted[index]:
-            jobs.append(((index,), partial(_alone, 0, g, *one)))
+            jobs.append(((index,), partial(_of_map, backend, geometry, g, *one)))
         if index not in served:
             later.append(((count + index,), partial(_alone, 1, g, *one)))
     return jobs, later
@@ -194,6 +206,19 @@ def _weights_together(
         if suits(x, weight, geometry):
             groups.setdefault((x.shape, weight.shape, x.dtype), []).append(index)
     return list(groups.values())
+
+
+def _of_map(
+    backend: str,
+    geometry: Geometry,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    arguments: tuple[Any, ...],
+) -> tuple[Tensor]:
+    if backend == "triton" and suits_all(x, weight, geometry):
+        return (conv3_input_gradient([g], x, [weight]),)
+    return _alone(0, g, x, weight, arguments)
 
 
 def _alone(
