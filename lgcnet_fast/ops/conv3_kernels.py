@@ -1,4 +1,4 @@
-"""Plain 3x3 convolutions by Triton's kernels with tuned tiles; weight gradients also by torch."""
+"""3x3 convolutions by Triton's kernels with tuned tiles; weight gradients also by torch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from lgcnet_fast.ops.tuning import shape_key, tuned
 
 GEOMETRY = (1, 1, 1)
 """Stride, padding and dilation."""
-
-
 FEW_CHANNELS = 64
 """Up to which the kernels win although nobody rectifies: library tiles are half empty."""
 
