@@ -43,6 +43,9 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 FEWEST_PROGRAMS = 200
 """For 132 multiprocessors, each of which holds two or three with small steps, one with large."""
 
+MOST_MASKED = 144
+"""Channels that are no whole 32s, of which blocks are masked; beyond, nothing has been measured."""
+
 
 @dataclass(frozen=True)
 class Conv3Config:
@@ -66,21 +69,31 @@ class Conv3Config:
         shape: of all maps, (N, any, H, W); channels, out_channels: of each source and target.
         """
         images, _, height, width = shape
-        block_o = _block(out_channels, 64)
+        block_o = _out_block(out_channels)
         programs = triton.cdiv(images * width, 64) * triton.cdiv(height, 2)
         programs *= triton.cdiv(out_channels, block_o) * targets
         together = 2 if targets % 2 == 0 and programs // 2 >= FEWEST_PROGRAMS else 1
-        block_c = _block(channels, 32 if programs // together >= FEWEST_PROGRAMS else 64)
-        rows = 4 if block_o * together <= 32 else 2
+        if programs // together >= FEWEST_PROGRAMS:
+            block_c = _block(channels, 32, masked=0.125)
+        else:
+            block_c = _block(channels, 64, masked=0.25)
+        rows = 4 if block_o * together <= 32 else 2 if programs > FEWEST_PROGRAMS // 2 else 1
         return cls(rows, 64, block_o, block_c, together, warps=4, stages=3)
 
 
-def _block(channels: int, most: int) -> int:
-    """The largest of which no part is masked, or as many as a product takes at least."""
+def _block(channels: int, most: int, masked: float) -> int:
+    """The largest of which no greater part is masked, or as many as a product takes at least."""
     block = most
-    while block > 16 and channels % block:
+    while block > 16 and channels < triton.cdiv(channels, block) * block * (1 - masked):
         block //= 2
     return block
+
+
+def _out_block(channels: int) -> int:
+    """Where the fewest are masked; matrix units are half empty with 16."""
+    if channels <= 16:
+        return 16
+    return min((64, 32), key=lambda block: triton.cdiv(channels, block) * block)
 
 
 @triton.jit
@@ -218,7 +231,10 @@ def fits(x: Tensor, out_channels: int) -> bool:
     They take others too, but 32-bit products run outside the matrix units, where libraries tile
     better.
     """
-    return x.dtype.itemsize == 2 and x.shape[1] % 32 == out_channels % 32 == 0
+    counts = (x.shape[1], out_channels)
+    whole = all(count % 32 == 0 for count in counts)
+    few = all(count % 16 == 0 and count <= MOST_MASKED for count in counts)
+    return x.dtype.itemsize == 2 and (whole or few)
 
 
 def serves(x: Tensor, out_channels: int) -> bool:

@@ -62,8 +62,11 @@ class WeightGradConfig:
 
     @classmethod
     def default(cls, branches: int, shape: Sequence[int], out_channels: int) -> WeightGradConfig:
-        """shape: of a map, (N, C, H, W)."""
-        return cls.of_tile(branches, shape, out_channels, 32, 32, 64, warps=4)
+        """Small blocks where few channels make small shares; shape: of a map, (N, C, H, W)."""
+        if min(shape[1], out_channels) >= 64:
+            return cls.of_tile(branches, shape, out_channels, 32, 32, 64, warps=4)
+        small = 4 * RESIDENT
+        return cls.of_tile(branches, shape, out_channels, 32, 32, 16, warps=2, resident=small)
 
     @classmethod
     def of_tile(

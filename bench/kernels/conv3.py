@@ -1,8 +1,8 @@
 """Dense 3x3 convolutions of a ReLU and their input gradients: `python -m bench.kernels.conv3`.
 
-For the edges of a cell that leave the same node, one or two. Stock is the ReLU and cuDNN's
-convolutions, one after the other, and their input gradients, which nobody masks or sums. Floors:
-x and each result once, each gradient, x and dx once.
+For the edges of a cell that leave the same node, one or two, and those of the fusion cell. Stock is
+the ReLU and cuDNN's convolutions, one after the other, and their input gradients, which nobody
+masks or sums. Floors: x and each result once, each gradient, x and dx once.
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ from bench.device import DEVICE
 from bench.kernels.command import main
 from bench.kernels.comparison import Binding, Comparison, Family, Part, Sweep
 from bench.kernels.keys import case_of_key
-from bench.kernels.shapes import INPUTS, Shape, Size, cell_shapes
+from bench.kernels.shapes import (
+    FUSION_CHANNELS,
+    INPUTS,
+    Shape,
+    Size,
+    cell_shapes,
+    fusion_shapes,
+)
 from bench.kernels.timing import Call, gate
 from lgcnet_fast.kernels.conv3 import Conv3Config, conv3_forward, conv3_input_grad
+from lgcnet_fast.kernels.conv3_walk import conv3_walk, conv3_walk_input_grad, walks
 from lgcnet_fast.ops.tuning import shape_key
 
 GEOMETRY = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
@@ -87,13 +95,19 @@ def cases(size: Size | None) -> Iterator[Case]:
     for shape in cell_shapes(size):
         yield Case(shape, 2, shape[1])
         yield Case(shape, 1, shape[1])
+    for shape in fusion_shapes(size):
+        yield Case(shape, 1, FUSION_CHANNELS)
 
 
 def forward(i: Inputs, config: Conv3Config | None = None) -> list[Tensor]:
+    if config is None and len(i.weights) == 1 and walks(i.x):
+        return [conv3_walk(i.x, i.weights[0], True)]
     return conv3_forward(i.x, i.weights, True, config)
 
 
 def backward(i: Inputs, config: Conv3Config | None = None) -> Tensor:
+    if config is None and len(i.gs) == 1 and walks(i.gs[0]):
+        return conv3_walk_input_grad(i.gs[0], i.x, i.weights[0], True)
     return conv3_input_grad(i.gs, i.x, i.weights, True, config)
 
 

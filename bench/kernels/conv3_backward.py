@@ -1,6 +1,7 @@
 """Weight gradients of dense 3x3 convolutions: `python -m bench.kernels.conv3_backward`.
 
-For the edges of cells: those that leave both inputs of a cell, four in a call, or another node.
+For the edges of cells: those that leave both inputs of a cell, four in a call, or another node. And
+for those of the fusion cell.
 Stock is cuDNN's gradients of one weight after the other. Floors: g and x of every convolution once.
 """
 
@@ -17,7 +18,14 @@ from bench.device import DEVICE
 from bench.kernels.command import main
 from bench.kernels.comparison import Binding, Comparison, Family, Part, Sweep
 from bench.kernels.keys import case_of_key
-from bench.kernels.shapes import INPUTS, Shape, Size, cell_shapes
+from bench.kernels.shapes import (
+    FUSION_CHANNELS,
+    INPUTS,
+    Shape,
+    Size,
+    cell_shapes,
+    fusion_shapes,
+)
 from bench.kernels.timing import Call, gate
 from lgcnet_fast.kernels.conv3_backward import WeightGradConfig, conv3_weight_grad, summed
 from lgcnet_fast.ops.tuning import shape_key
@@ -70,6 +78,8 @@ def cases(size: Size | None) -> Iterator[Case]:
     for shape in cell_shapes(size):
         yield Case(shape, 4, shape[1])
         yield Case(shape, 1, shape[1])
+    for shape in fusion_shapes(size):
+        yield Case(shape, 1, FUSION_CHANNELS)
 
 
 def ours(i: Inputs, config: WeightGradConfig | None = None) -> Tensor:
@@ -149,6 +159,8 @@ def tiles(case: Case) -> Iterator[WeightGradConfig]:
     yield default
     yield replace(default, stages=4)
     yield tile(32, 64, 4, 2)
+    if min(case.shape[1], case.out_channels) < 64:
+        yield tile(64, 32, 4, 2)
     if case.shape[1] >= 64:
         yield tile(32, 32, 4, 2)
         yield tile(64, 64, 8, 1)

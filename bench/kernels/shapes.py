@@ -34,6 +34,13 @@ def pyramid(size: Size) -> tuple[Size, Size, Size]:
     return fine, middle, coarse
 
 
+def fusion_shapes(size: Size) -> list[Shape]:
+    """Maps and concatenations of them that convolutions of the fusion cell read, finest first."""
+    fine, middle, coarse = pyramid(size)
+    concatenated = [(fine, 1), (fine, 3), (middle, 1), (middle, 2), (coarse, 1)]
+    return [(INPUTS[size], maps * FUSION_CHANNELS, *at) for at, maps in concatenated]
+
+
 def depthwise_uses(size: Size) -> Iterator[tuple[Shape, int, int]]:
     """(shape, dilation, stride) of each depthwise convolution of the network, once."""
     keys = make_space({"name": "lgcnet"}).lut_keys(size, CLASSES)

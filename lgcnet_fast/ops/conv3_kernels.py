@@ -1,4 +1,4 @@
-"""Plain 3x3 convolutions by Triton's kernels with tuned tiles; weight gradients also by torch."""
+"""3x3 convolutions by Triton's kernels with tuned tiles; weight gradients also by torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
 
+from lgcnet_fast.ops.backend import supposing
 from lgcnet_fast.ops.lanes import side_by_side
 from lgcnet_fast.ops.maps import empty_nhwc, nhwc
 from lgcnet_fast.ops.pointwise_kernels import convolution_gradient
@@ -16,6 +17,8 @@ from lgcnet_fast.ops.tuning import shape_key, tuned
 
 GEOMETRY = (1, 1, 1)
 """Stride, padding and dilation."""
+FEW_CHANNELS = 64
+"""Up to which the kernels win although nobody rectifies: library tiles are half empty."""
 
 
 def suits(x: Tensor, weight: Tensor, geometry: tuple[int, int, int]) -> bool:
@@ -25,6 +28,15 @@ def suits(x: Tensor, weight: Tensor, geometry: tuple[int, int, int]) -> bool:
     if weight.shape[2:] != (3, 3) or tuple(geometry) != GEOMETRY:
         return False
     return fits(x, len(weight))
+
+
+def suits_all(x: Tensor, weight: Tensor, geometry: tuple[int, int, int]) -> bool:
+    """Whether `conv3_results` and `conv3_input_gradient` shall take it as well."""
+    from lgcnet_fast.kernels.conv3 import serves
+
+    if max(weight.shape[:2]) > FEW_CHANNELS or not suits(x, weight, geometry):
+        return False
+    return supposing() or serves(x, len(weight))
 
 
 @custom_op(
@@ -74,47 +86,53 @@ def _empty(weights: Sequence[Tensor]) -> Tensor:
 
 
 @custom_op(
-    "lgcnet_fast::rectified_convolutions",
+    "lgcnet_fast::conv3_results",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] weights) -> Tensor[]",
+    schema="(Tensor x, Tensor[] weights, bool relu=False) -> Tensor[]",
 )
-def rectified_convolutions_forward(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """3x3 convolutions of relu(x), stride 1, padding 1; x: NHWC; weights: of one shape."""
+def conv3_results(x: Tensor, weights: Sequence[Tensor], relu: bool = False) -> list[Tensor]:
+    """3x3 convolutions of x or relu(x), stride 1, padding 1; x: NHWC; weights: of one shape."""
     from lgcnet_fast.kernels import conv3 as kernel
+    from lgcnet_fast.kernels import conv3_walk
 
     weights = [nhwc(weight) for weight in weights]
+    if len(weights) == 1 and conv3_walk.walks(x):
+        return [conv3_walk.conv3_walk(x, weights[0], relu)]
     out_channels, channels = weights[0].shape[:2]
     default = kernel.Conv3Config.default(x.shape, channels, out_channels, len(weights))
     config = tuned(default, "conv3_forward", _key(x, weights), x.device)
-    return kernel.conv3_forward(x, weights, True, config)
+    return kernel.conv3_forward(x, weights, relu, config)
 
 
-@rectified_convolutions_forward.register_fake
-def _(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+@conv3_results.register_fake
+def _(x: Tensor, weights: Sequence[Tensor], relu: bool = False) -> list[Tensor]:
     images, _, height, width = x.shape
     return [empty_nhwc(x, (images, len(weight), height, width)) for weight in weights]
 
 
 @custom_op(
-    "lgcnet_fast::rectified_convolutions_input_gradient",
+    "lgcnet_fast::conv3_input_gradient",
     mutates_args=(),
-    schema="(Tensor[] gs, Tensor x, Tensor[] weights) -> Tensor",
+    schema="(Tensor[] gs, Tensor x, Tensor[] weights, bool relu=False) -> Tensor",
 )
-def rectified_convolutions_input_gradient(
-    gs: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]
+def conv3_input_gradient(
+    gs: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], relu: bool = False
 ) -> Tensor:
-    """Of x, from those of all results of `rectified_convolutions_forward`; gs: NHWC, like x."""
+    """Of x, from those of all `conv3_results`; gs: NHWC, like x."""
     from lgcnet_fast.kernels import conv3 as kernel
+    from lgcnet_fast.kernels import conv3_walk
 
     weights = [nhwc(weight) for weight in weights]
+    if len(weights) == 1 and conv3_walk.walks(gs[0]):
+        return conv3_walk.conv3_walk_input_grad(gs[0], x, weights[0], relu)
     out_channels, channels = weights[0].shape[:2]
     default = kernel.Conv3Config.default(x.shape, out_channels, channels)
     config = tuned(default, "conv3_input_grad", _key(x, weights), x.device)
-    return kernel.conv3_input_grad(gs, x, weights, True, config)
+    return kernel.conv3_input_grad(gs, x, weights, relu, config)
 
 
-@rectified_convolutions_input_gradient.register_fake
-def _(gs: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+@conv3_input_gradient.register_fake
+def _(gs: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], relu: bool = False) -> Tensor:
     return empty_nhwc(x, x.shape)
 
 

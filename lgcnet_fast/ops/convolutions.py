@@ -13,7 +13,13 @@ from torch.nn import functional as F
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.cast_together import gradient_owners
-from lgcnet_fast.ops.conv3_kernels import conv3_weight_gradients, suits
+from lgcnet_fast.ops.conv3_kernels import (
+    conv3_input_gradient,
+    conv3_results,
+    conv3_weight_gradients,
+    suits,
+    suits_all,
+)
 from lgcnet_fast.ops.conv3_stride2_kernels import (
     strided_convolutions_forward,
     strided_weight_gradients,
@@ -45,8 +51,9 @@ def convolutions(
     next. Differentiable; keeps maps and weights. Where a CUDA graph is captured, the fused form
     runs them, and in the backward pass both gradients of each, side by side; under Triton one
     kernel takes both of a 1x1 convolution of stride 1, and one the gradients of the weights of all
-    16-bit 3x3 convolutions of stride 1 that have equal shapes; 16-bit 3x3 convolutions of stride 2
-    and 3x3 ones of images of up to four channels that need no gradient have kernels of their own.
+    16-bit 3x3 convolutions of stride 1 that have equal shapes; 16-bit 3x3 convolutions of few
+    channels or of stride 2, and 3x3 ones of images of up to four channels that need no gradient,
+    have kernels of their own.
 
     Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
     cannot serve.
@@ -138,14 +145,6 @@ class _Convolutions(torch.autograd.Function):
         return None, None, *(found.get(place) for place in range(len(tensors)))
 
 
-def _result(
-    backend: str, geometry: Geometry, x: Tensor, weight: Tensor, arguments: tuple[Any, ...]
-) -> Callable[[], Sequence[Tensor]]:
-    if backend == "triton" and suits_stride2(x, weight, geometry):
-        return partial(strided_convolutions_forward, x, [weight])
-    return lambda: [torch.ops.aten.convolution(x, weight, None, *arguments)]
-
-
 Convolution = tuple[Tensor, Tensor, tuple[Any, ...]]
 
 
@@ -158,6 +157,16 @@ def _each(tensors: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[Con
             tensors[:count], tensors[count:], geometries, strict=True
         )
     ]
+
+
+def _result(
+    backend: str, geometry: Geometry, x: Tensor, weight: Tensor, arguments: tuple[Any, ...]
+) -> Callable[[], Sequence[Tensor]]:
+    if backend == "triton" and suits_stride2(x, weight, geometry):
+        return partial(strided_convolutions_forward, x, [weight])
+    if backend == "triton" and suits_all(x, weight, geometry):
+        return partial(conv3_results, x, [weight])
+    return lambda: [torch.ops.aten.convolution(x, weight, None, *arguments)]
 
 
 Job = tuple[Sequence[int], Callable[[], Iterable[Tensor]]]
@@ -197,7 +206,7 @@ def _gradient_jobs(
             later.append(((count + index,), job))
             continue
         if wanted[index]:
-            jobs.append(((index,), partial(_alone, 0, g, *one)))
+            jobs.append(((index,), partial(_of_map, backend, geometry, g, *one)))
         if index not in served:
             later.append(((count + index,), partial(_alone, 1, g, *one)))
     return jobs, later
@@ -212,6 +221,19 @@ def _weights_together(
         if suits(x, weight, geometry):
             groups.setdefault((x.shape, weight.shape, x.dtype), []).append(index)
     return list(groups.values())
+
+
+def _of_map(
+    backend: str,
+    geometry: Geometry,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    arguments: tuple[Any, ...],
+) -> tuple[Tensor]:
+    if backend == "triton" and suits_all(x, weight, geometry):
+        return (conv3_input_gradient([g], x, [weight]),)
+    return _alone(0, g, x, weight, arguments)
 
 
 def _alone(

@@ -18,9 +18,9 @@ from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation, supposing
 from lgcnet_fast.ops.cast_together import gradient_owners
 from lgcnet_fast.ops.conv3_kernels import (
+    conv3_input_gradient,
+    conv3_results,
     conv3_weight_gradients,
-    rectified_convolutions_forward,
-    rectified_convolutions_input_gradient,
 )
 from lgcnet_fast.ops.convolutions import Geometry, convolutions
 from lgcnet_fast.ops.lanes import settle, side_by_side
@@ -81,7 +81,7 @@ class _RectifiedConvolutions(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *weights)
         ctx.owners = gradient_owners(weights)
-        return tuple(rectified_convolutions_forward(x, weights))
+        return tuple(conv3_results(x, weights, True))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -97,7 +97,7 @@ class _RectifiedConvolutions(torch.autograd.Function):
 
 
 def _of_map(gs: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    return [rectified_convolutions_input_gradient(gs, x, weights)]
+    return [conv3_input_gradient(gs, x, weights, True)]
 
 
 def _of_weights(gs: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:

@@ -36,6 +36,7 @@ from lgcnet_fast.kernels import (
     conv3_backward,
     conv3_stride2,
     conv3_stride2_backward,
+    conv3_walk,
     covariance,
     depthwise,
     depthwise_backward,
@@ -60,7 +61,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 BRANCHES, PLAIN, READERS = 18, 3, 8
 MAPS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "g_ptr", "out_ptr", "matrices_out_ptr"}
 MAPS |= {"even_ptr", "odd_ptr", "mask_ptr", "matrix_ptr", "weighted_ptr"}
-MAPS |= {"from_gradient_ptr", "from_map_ptr"}
+MAPS |= {"from_gradient_ptr", "from_map_ptr", "taps_ptr"}
 MAPS |= {f"{name}{index}_ptr" for name in ("x", "y", "dx") for index in range(4)}
 LISTS = {
     "y_ptrs": BRANCHES,
@@ -294,6 +295,7 @@ def gradients_of_products(
     if storage != "fp32" and arch >= 90:
         for shape, channels in (((16, 16, 64, 128), 8), ((16, 48, 32, 64), 48)):
             yield from convolutions_of_stride_2(storage, shape, channels)
+        yield from walks(storage)
 
 
 def convolutions_of_stride_2(
@@ -343,6 +345,18 @@ def edges_of_a_map(
             options |= {"GROUP": tile.targets, "STAGES": tile.stages}
             options |= {"ACC": tl.float32, "OPERAND": OPERANDS[storage]}
             yield conv3._conv3_kernel, options, tile.warps, 3
+
+
+def walks(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
+    """As `products`: those of 48 channels, to few and to many."""
+    shared = {"C": 48, "RELU": True, "ACC": tl.float32, "OPERAND": OPERANDS[storage]}
+    shared |= {"MOST_K": 128, "REST_K": 16}
+    for channels in (48, 144):
+        for backward in (False, True):
+            tile = conv3_walk.WalkConfig.default(channels, backward)
+            options = shared | {"BACKWARD": backward, "STAGES": tile.stages}
+            options |= {"BLOCK_P": tile.block_p, "BLOCK_O": tile.block_o}
+            yield conv3_walk._conv3_walk_kernel, options, tile.warps, 3
 
 
 def compile_for(

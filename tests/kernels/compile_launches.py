@@ -30,6 +30,7 @@ from lgcnet_fast.kernels import (
     conv3_backward,
     conv3_stride2,
     conv3_stride2_backward,
+    conv3_walk,
     covariance,
     depthwise,
     depthwise_backward,
@@ -132,6 +133,8 @@ def products(x: Tensor) -> None:
         ys = conv3_stride2.strided_convolutions(x, [window] * stride)
         conv3_stride2.transposed_convolutions(ys, [window] * stride, x.shape[2:])
         conv3_stride2_backward.strided_weight_grad(ys, [x] * stride)
+    conv3_walk.conv3_walk(x, window, relu=True)
+    conv3_walk.conv3_walk_input_grad(x, x, window, relu=True)
     weight = x.new_zeros(channels, channels)
     half, w = x.bfloat16(), weight.bfloat16()
     y = rectified_pointwise.rectified_pointwise(half, w, w[0])

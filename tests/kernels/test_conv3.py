@@ -45,6 +45,7 @@ SMALL = [
     Case((1, 17, 5, 3), 16, edges=3, config=TILE),
     Case((2, 20, 3, 7), 32, edges=2, relu=False, config=TILE),
     Case((1, 32, 7, 9), 16, edges=2, config=PAIR),
+    Case((1, 48, 3, 5), 96),
 ]
 LARGE = [
     Case((2, channels, 49, 97), out_channels, edges)
@@ -60,6 +61,10 @@ LARGE = [
     )
 ]
 LARGE += [
+    Case((16, 16, 64, 128), 32, relu=False),
+    Case((16, 48, 64, 128), 48),
+    Case((16, 96, 32, 64), 48),
+    Case((16, 48, 16, 32), 48),
     Case((16, 32, 64, 128), 32, 2),
     Case((16, 64, 32, 64), 64, 1),
     Case((16, 64, 32, 64), 64, 2),
@@ -150,13 +155,26 @@ def test_each_result_is_the_same_without_the_others(device):
         assert torch.equal(y, conv3_forward(x, [weight], True, TILE)[0])
 
 
-def test_serves_blocks_of_16_bits(device):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("channels", "out_channels", "whole"),
+    [(32, 64, True), (16, 32, True), (48, 96, True), (160, 32, True), (144, 48, True)]
+    + [(176, 48, False), (24, 64, False), (64, 24, False)],
+)
+def test_serves_blocks_of_16_bits(channels, out_channels, whole, dtype, device):
     if CUDA and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs sm_90")
-    served = random_map((1, 32, 1, 1), torch.bfloat16, device)
-    assert serves(served, 64) and fits(served, 64)
-    assert not serves(served, 24) and not serves(served.float(), 64)
-    assert not serves(random_map((1, 24, 1, 1), torch.bfloat16, device), 64)
+    x = random_map((1, channels, 1, 1), dtype, device)
+    expected = whole and dtype == torch.bfloat16
+    assert serves(x, out_channels) == fits(x, out_channels) == expected
+
+
+@pytest.mark.parametrize("channels", [1, 16, 32, 48, 80, 96, 128, 144])
+@pytest.mark.parametrize("size", [(64, 128), (16, 32), (1, 1)], ids=str)
+def test_default_tiles_leave_the_device_no_larger_part_masked_than_a_quarter(channels, size):
+    config = Conv3Config.default((16, 1, *size), channels, channels)
+    for block in (config.block_o, config.block_c):
+        assert channels < 16 or -(-channels // block) * block * 0.75 <= channels
 
 
 def test_bad_arguments_are_named(device):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops import cast_together, use_backend
@@ -100,11 +102,14 @@ def test_weight_gradients_of_3x3_convolutions(
 
 
 def test_3x3_convolutions_of_equal_and_of_other_shapes(device: torch.device) -> None:
-    """Two that go together, one of another size, one of stride 2 and a 1x1 one."""
-    geometries = [Geometry(1, 1), Geometry(2, 1), Geometry(), Geometry(1, 1), Geometry(1, 1)]
-    sizes, kernels = [(3, 5), (3, 5), (3, 5), (3, 5), (4, 3)], [3, 3, 1, 3, 3]
+    """Two that go together, one of another size, one of stride 2, a 1x1 one, and of other channels,
+    few and many."""
+    geometries = [Geometry(1, 1), Geometry(2, 1), Geometry(), *[Geometry(1, 1)] * 4]
+    sizes, kernels = [*[(3, 5)] * 4, (4, 3), (3, 5), (3, 5)], [3, 3, 1, 3, 3, 3, 3]
+    channels, count = [32, 32, 32, 32, 32, 16, 96], len(geometries)
     torch.manual_seed(0)
-    shapes = [*((2, 32, *size) for size in sizes), *((32, 32, k, k) for k in kernels)]
+    shapes = [(2, own, *size) for own, size in zip(channels, sizes, strict=True)]
+    shapes += [(32, own, k, k) for own, k in zip(channels, kernels, strict=True)]
     leaves = [
         torch.randn(shape, device=device)
         .bfloat16()
@@ -115,12 +120,13 @@ def test_3x3_convolutions_of_equal_and_of_other_shapes(device: torch.device) -> 
 
     def outcome(backend: str) -> tuple[Tensor, ...]:
         with use_backend(backend):
-            maps = convolutions(leaves[:5], leaves[5:], geometries)
+            maps = convolutions(leaves[:count], leaves[count:], geometries)
         torch.manual_seed(1)
-        return torch.autograd.grad(maps, leaves, [torch.randn_like(y) for y in maps])
+        gs = [torch.randn_like(y) for y in maps]
+        return *torch.autograd.grad(maps, leaves, gs), *maps
 
-    for found, wanted, leaf in zip(outcome("triton"), outcome("reference"), leaves, strict=True):
-        assert found.dtype == leaf.dtype and found.shape == leaf.shape
+    for found, wanted in zip(outcome("triton"), outcome("reference"), strict=True):
+        assert found.dtype == wanted.dtype and found.shape == wanted.shape
         torch.testing.assert_close(found, wanted, rtol=2**-6, atol=2**-3)
 
 
@@ -147,6 +153,33 @@ def test_3x3_convolutions_of_stride_2(device: torch.device) -> None:
     for found, truth in zip(outcome("triton"), outcome("reference"), strict=True):
         assert found.dtype == truth.dtype and found.shape == truth.shape
         torch.testing.assert_close(found, truth, rtol=2**-6, atol=2**-3)
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts torch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "aten.convolution" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("channels", "count"), [(16, 0), (64, 0), (96, 2)])
+def test_few_channels_have_kernels_of_their_own(
+    channels: int, count: int, device: torch.device
+) -> None:
+    """Of more the gradient of the weight has one, as before."""
+    x, weight = (
+        torch.randn(shape, device=device).bfloat16().movedim(-1, 1).requires_grad_()
+        for shape in ((1, 3, 5, channels), (32, 3, 3, channels))
+    )
+    with use_backend("triton"), Convolutions() as torchs:
+        (y,) = convolutions([x], [weight], [Geometry(1, 1)])
+        y.sum().backward()
+    assert torchs.count == count
 
 
 def test_gradients_by_finite_differences(device: torch.device) -> None:

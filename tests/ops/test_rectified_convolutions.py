@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lgcnet_fast.errors import OperandError
+from lgcnet_fast.kernels import conv3_walk
 from lgcnet_fast.ops import rectified_convolutions, use_backend
 from lgcnet_fast.ops.conv3_kernels import (
-    rectified_convolutions_forward,
-    rectified_convolutions_input_gradient,
+    conv3_input_gradient,
+    conv3_results,
 )
 from lgcnet_fast.ops.rectified_convolutions import fuses
 
-SHAPES = [(1, 32, 1, 1), (2, 64, 3, 5), (1, 32, 7, 9)]
+SHAPES = [(1, 32, 1, 1), (2, 64, 3, 5), (1, 32, 7, 9), (1, 48, 3, 5)]
 
 
 def operands(
@@ -57,6 +60,28 @@ def test_results_and_gradients(shape: tuple[int, ...], edges: int, device: torch
         assert ours.dtype == torch.bfloat16
         scale = wanted.abs().max().item() + 1e-3
         torch.testing.assert_close(ours.double(), wanted, rtol=2**-7, atol=2**-10 * scale)
+
+
+def test_large_maps_of_few_channels_keep_their_weights_at_hand(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    shapes = (2, 3, 5, 48), (48, 3, 3, 48)
+    leaves = [torch.randn(shape, device=device).bfloat16().movedim(-1, 1) for shape in shapes]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    by_tiles = outcome(leaves, "triton")
+    launches: list[int] = []
+    launch = conv3_walk._launch
+
+    def counted(*arguments: Any) -> None:
+        launches.append(1)
+        launch(*arguments)
+
+    monkeypatch.setattr(conv3_walk, "FEWEST_POSITIONS", 30)
+    monkeypatch.setattr(conv3_walk, "_launch", counted)
+    for found, wanted in zip(outcome(leaves, "triton"), by_tiles, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=2**-6, atol=2**-4)
+    assert len(launches) == 2
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
@@ -127,9 +152,9 @@ def test_gradients_lie_in_memory_as_their_weights(device: torch.device) -> None:
 
 def test_registration(device: torch.device) -> None:
     x, *weights = (t.detach() for t in operands((1, 32, 3, 5), 2, device))
-    torch.library.opcheck(rectified_convolutions_forward, (x, weights))
-    gs = rectified_convolutions_forward(x, weights)
-    torch.library.opcheck(rectified_convolutions_input_gradient, (gs, x, weights))
+    torch.library.opcheck(conv3_results, (x, weights, True))
+    gs = conv3_results(x, weights, True)
+    torch.library.opcheck(conv3_input_gradient, (gs, x, weights, True))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
