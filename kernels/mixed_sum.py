@@ -71,7 +71,7 @@ class TileConfig:
         if elements < SMALL:
             return cls(1, ahead=4, warps=4)
         if gradients and not SMALL < elements <= 2 * SMALL:
-            return cls(2, ahead=1, warps=4)
+            return cls(2, ahead=2, warps=4)
         return cls(4, ahead=2, warps=4)
 
     @staticmethod
@@ -122,20 +122,22 @@ def tile_of(
 
 
 @triton.jit
-def load_runs(map_ptr, first, offsets, masks):
+def load_runs(map_ptr, first, offsets, masks, EVICTION: tl.constexpr = ""):
     """The runs of a map, a tensor each."""
     runs = ()
     for load in tl.static_range(len(offsets)):
-        runs = runs + (tl.load(map_ptr + first + offsets[load], mask=masks[load], other=0.0),)
+        run_ptr = map_ptr + first + offsets[load]
+        run = tl.load(run_ptr, mask=masks[load], other=0.0, eviction_policy=EVICTION)
+        runs = runs + (run,)
     return runs
 
 
 @triton.jit
-def load_ahead(map_ptrs, first, AHEAD: tl.constexpr, offsets, masks):
+def load_ahead(map_ptrs, first, AHEAD: tl.constexpr, offsets, masks, EVICTION: tl.constexpr = ""):
     """The runs of the first AHEAD maps."""
     runs = ()
     for k in tl.static_range(AHEAD):
-        runs = runs + load_runs(map_ptrs[k], first, offsets, masks)
+        runs = runs + load_runs(map_ptrs[k], first, offsets, masks, EVICTION)
     return runs
 
 

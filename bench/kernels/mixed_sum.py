@@ -32,7 +32,7 @@ from lgcnet_fast.kernels.mixed_sum_backward import (
     mixed_sum_grad,
     mixed_sum_gradient_sums,
 )
-from lgcnet_fast.kernels.slabs import FEW_MAPS
+from lgcnet_fast.kernels.slabs import FEW_MAPS, SlabConfig
 from lgcnet_fast.ops.tuning import shape_key
 
 EDGE, NODE, FUSION = (6, 1), (18, 3), (10, 0)
@@ -136,10 +136,17 @@ def sum_alone(i: Inputs) -> Tensor:
     return mixed_sum(i.ys, i.z, i.statistics, i.xs, i.plain_z)
 
 
+def gradient_sums(i: Inputs, config: SlabConfig | None = None) -> GradientSums:
+    """With the gradients of z and plain_z, as training wants them."""
+    weights = torch.empty(len(i.ys) + len(i.xs), device=DEVICE)
+    return mixed_sum_gradient_sums(i.g, i.ys, i.statistics, i.xs, config, weights)
+
+
 def backward(i: Inputs) -> tuple[list[Tensor], Tensor]:
-    sums = mixed_sum_gradient_sums(i.g, i.ys, i.statistics, i.xs)
+    sums = gradient_sums(i)
     dys, dxs = mixed_sum_grad(i.g, i.ys, i.z, i.statistics, sums, i.plain_z)
-    return [*dys, *dxs], sums.normalised.sum(1)
+    assert sums.weights is not None
+    return [*dys, *dxs], sums.weights
 
 
 def check_forward(i: Inputs) -> None:
@@ -149,11 +156,13 @@ def check_forward(i: Inputs) -> None:
 
 def check_backward(i: Inputs) -> None:
     ys, xs = ([m.double().requires_grad_() for m in maps] for maps in (i.ys, i.xs))
-    z = i.z.double().requires_grad_()
-    out = stock_sum(ys, xs, z, i.plain_z.double())
-    *truths, dz_truth = torch.autograd.grad(out, [*ys, *xs, z], i.g.double())
+    z, plain_z = (weights.double().requires_grad_() for weights in (i.z, i.plain_z))
+    out = stock_sum(ys, xs, z, plain_z)
+    weights = [z, plain_z] if i.xs else [z]
+    truths = torch.autograd.grad(out, [*ys, *xs, *weights], i.g.double())
     maps, dz = backward(i)
-    for number, (ours, truth) in enumerate(zip(maps, truths, strict=True)):
+    dz_truth = torch.cat(truths[len(maps) :])
+    for number, (ours, truth) in enumerate(zip(maps, truths, strict=False)):
         gate(f"mixed sum gradient {number}", ours, truth)
     # The terms of dz cancel: compare with their size, not with their sum.
     terms = torch.stack([m.double().abs().mean() for m in i.ys]).mean() * i.g.numel() ** 0.5
@@ -222,9 +231,7 @@ RUNS: dict[str, Callable[[Inputs, Any], Any]] = {
     "mixed_sum_forward": lambda i, config: mixed_sum(
         i.ys, i.z, i.statistics, i.xs, i.plain_z, config
     ),
-    "mixed_sum_gradient_sums": lambda i, config: mixed_sum_gradient_sums(
-        i.g, i.ys, i.statistics, i.xs, config
-    ),
+    "mixed_sum_gradient_sums": gradient_sums,
     "mixed_sum_gradients": lambda i, config: mixed_sum_grad(
         i.g, i.ys, i.z, i.statistics, i.sums, i.plain_z, config=config
     ),
