@@ -122,22 +122,20 @@ def tile_of(
 
 
 @triton.jit
-def load_runs(map_ptr, first, offsets, masks, EVICTION: tl.constexpr = ""):
+def load_runs(map_ptr, first, offsets, masks):
     """The runs of a map, a tensor each."""
     runs = ()
     for load in tl.static_range(len(offsets)):
-        run_ptr = map_ptr + first + offsets[load]
-        run = tl.load(run_ptr, mask=masks[load], other=0.0, eviction_policy=EVICTION)
-        runs = runs + (run,)
+        runs = runs + (tl.load(map_ptr + first + offsets[load], mask=masks[load], other=0.0),)
     return runs
 
 
 @triton.jit
-def load_ahead(map_ptrs, first, AHEAD: tl.constexpr, offsets, masks, EVICTION: tl.constexpr = ""):
+def load_ahead(map_ptrs, first, AHEAD: tl.constexpr, offsets, masks):
     """The runs of the first AHEAD maps."""
     runs = ()
     for k in tl.static_range(AHEAD):
-        runs = runs + load_runs(map_ptrs[k], first, offsets, masks, EVICTION)
+        runs = runs + load_runs(map_ptrs[k], first, offsets, masks)
     return runs
 
 

@@ -52,9 +52,6 @@ from lgcnet_fast.kernels.mixed_sum import (
 )
 from lgcnet_fast.kernels.slabs import SlabConfig, load_tile, pointer_of, sums_of
 
-_LAST = tl.constexpr("evict_first")
-"""For maps that are read for the last time, so that the cache keeps what is written instead."""
-
 
 @dataclass(frozen=True)
 class GradientSums:
@@ -222,21 +219,20 @@ def _mixed_sum_grad_kernel(
     """dy_k = z_k r_k ((g - S0 / M) - (r_k S1_k / M) (y_k - mean_k)), dx_j = zp_j g on one tile."""
     first, channel, offsets, masks = tile_of(vectors, per_pixel, period, LOADS, GROUPS, VECTOR)
     C = per_pixel * VECTOR
-    values = load_ahead(y_ptrs, first, AHEAD, offsets, masks, _LAST)
+    values = load_ahead(y_ptrs, first, AHEAD, offsets, masks)
     share = 1.0 / count.to(ACC)
     shift = tl.load(s0_ptr + channel) * share
     gs = ()
     for load in tl.static_range(LOADS):
-        at = first + offsets[load]
-        g = tl.load(g_ptr + at, mask=masks[load], other=0.0, eviction_policy=_LAST).to(ACC)
+        g = tl.load(g_ptr + first + offsets[load], mask=masks[load], other=0.0).to(ACC)
         for j in tl.static_range(J):
             dx = tl.load(plain_z_ptr + j).to(ACC) * g
-            tl.store(dx_ptrs[j] + at, dx, mask=masks[load])
+            tl.store(dx_ptrs[j] + first + offsets[load], dx, mask=masks[load])
         gs = gs + (g - shift,)
     for k in tl.static_range(K):
         # On its way before anything is stored, which loads would wait for.
         if k + AHEAD < K:
-            values = values + load_runs(y_ptrs[k + AHEAD], first, offsets, masks, _LAST)
+            values = values + load_runs(y_ptrs[k + AHEAD], first, offsets, masks)
         mean = tl.load(mean_ptr + k * C + channel)
         r = tl.load(r_ptr + k * C + channel)
         s1 = tl.load(s1_ptr + k * C + channel)
