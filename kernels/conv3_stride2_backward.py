@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import (
+    INTERPRETED,
     accumulator,
     accumulator_dtype,
     check_like,
@@ -161,8 +162,9 @@ def strided_weight_grad(
 
     ys: (N, C_out, ceil(H / 2), ceil(W / 2)), xs: (N, C, H, W), of B convolutions: the gradients of
     strided ones and their maps, or the maps of transposed ones and their gradients; all
-    channels_last, of one dtype; relu: the transposed ones are of relu(y). float64 is for the
-    interpreter only. Raises `ValueError` naming the argument at fault.
+    channels_last, of one dtype; relu: the transposed ones are of relu(y). On a GPU channels come in
+    whole eights: of 3 to 255 the code that Triton 3.6 makes reads where it must not. float64 is for
+    the interpreter only. Raises `ValueError` naming the argument at fault.
     """
     check_maps("ys", ys, ys[0] if len(ys) else None)
     check_maps("xs", xs, xs[0] if len(xs) else None)
@@ -174,6 +176,8 @@ def strided_weight_grad(
     if ys[0].dtype != xs[0].dtype:
         raise ValueError(f"ys[0]: dtype {ys[0].dtype}, xs[0] has {xs[0].dtype}")
     check_product("xs[0]", xs[0])
+    if not INTERPRETED and (channels % 8 or out_channels % 8):
+        raise ValueError(f"xs[0]: {channels} channels, ys[0]: {out_channels}, need whole eights")
     branches, storage = len(xs), xs[0].dtype
     config = config or StridedWeightGradConfig.default(branches, xs[0].shape, out_channels)
     shares = xs[0].new_empty(

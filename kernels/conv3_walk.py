@@ -165,7 +165,7 @@ def _launch(
 def conv3_walk(
     x: Tensor, weight: Tensor, relu: bool = False, config: WalkConfig | None = None
 ) -> Tensor:
-    """As `conv3_forward`, of one weight."""
+    """As `conv3_forward`, of one weight. On a GPU by default of 16 bits: others find no room."""
     check_map("x", x)
     check_windows([weight], x)
     y = empty_map((x.shape[0], len(weight), *x.shape[2:]), x)
@@ -176,7 +176,7 @@ def conv3_walk(
 def conv3_walk_input_grad(
     dy: Tensor, x: Tensor, weight: Tensor, relu: bool = False, config: WalkConfig | None = None
 ) -> Tensor:
-    """As `conv3_input_grad`, of one result."""
+    """As `conv3_input_grad`, of one result; see `conv3_walk`."""
     check_map("x", x)
     check_map("dy", dy)
     check_windows([weight], x)

@@ -46,6 +46,10 @@ class Case:
         return self.shape[2:]
 
     @property
+    def whole_eights(self) -> bool:
+        return self.shape[1] % 8 == self.out_channels % 8 == 0
+
+    @property
     def tiles(self) -> tuple[Stride2Config | None, StridedWeightGradConfig | None]:
         if not self.tiled:
             return None, None
@@ -111,6 +115,10 @@ def assert_all(x: Tensor, ys: Sequence[Tensor], weights: Sequence[Tensor], case:
     truth = sum(transposed(y, weight, case.size) for y, weight in pairs)
     magnitude = sum(transposed(y.abs(), weight.abs(), case.size) for y, weight in pairs)
     assert_close(found, truth, magnitude)
+    if CUDA and not case.whole_eights:
+        with pytest.raises(ValueError, match="need whole eights"):
+            strided_weight_grad(ys, [x] * len(ys), shares)
+        return
     for dw, y in zip(summed(strided_weight_grad(ys, [x] * len(ys), shares)), ys, strict=True):
         assert dw.is_contiguous(memory_format=torch.channels_last)
         assert_close(dw, weight_gradient(y, x), weight_gradient(y.abs(), x.abs()))
@@ -119,6 +127,8 @@ def assert_all(x: Tensor, ys: Sequence[Tensor], weights: Sequence[Tensor], case:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results(case, dtype, device, guarded):
+    if dtype == torch.float32 and case.edges > 1 and case in LARGE:
+        pytest.skip("default tiles of two targets are for 16 bits")
     assert_all(*case.inputs(dtype, device), case)
 
 
