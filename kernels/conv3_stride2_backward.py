@@ -61,7 +61,7 @@ class StridedWeightGradConfig:
     def default(
         cls, branches: int, shape: Sequence[int], out_channels: int
     ) -> StridedWeightGradConfig:
-        """Equal shares for up to RESIDENT programs; few channels leave room for many positions.
+        """Equal shares for up to RESIDENT programs; few sums leave registers for many positions.
 
         shape: of x, (N, C, H, W).
         """
@@ -69,7 +69,7 @@ class StridedWeightGradConfig:
         height, width = small_size(size)
         block_o = min(64, max(16, triton.next_power_of_2(out_channels)))
         block_k = min(64, max(16, triton.next_power_of_2(3 * channels)))
-        block_p = 32 if block_o * block_k == 64 * 64 else 128
+        block_p = min(128, max(32, 2**17 // (block_o * block_k)))
         blocks = triton.cdiv(out_channels, block_o) * triton.cdiv(3 * channels, block_k) * branches
         tiles = triton.cdiv(height, 2) * triton.cdiv(images * width, block_p)
         most = min(max(1, RESIDENT // blocks), triton.cdiv(tiles, FEWEST_TILES))
