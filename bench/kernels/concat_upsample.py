@@ -7,12 +7,14 @@ of a copied map for nothing, as a view of the output's.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.device import DEVICE
 from bench.kernels.command import main
 from bench.kernels.comparison import Comparison, Family, Part, Sweep
 from bench.kernels.keys import case_of_key
@@ -30,14 +32,25 @@ from lgcnet_fast.kernels.concat_upsample_backward import (
 )
 from lgcnet_fast.kernels.rows import StripConfig
 from lgcnet_fast.ops.fused_resize import resize_key
+from lgcnet_fast.ops.tuning import tuned
 
 
-def forward(case: Case, i: Inputs, config: StripConfig = FORWARD) -> Tensor:
+def tile(case: Case, backwards: bool) -> StripConfig:
+    """That with which the operation launches the kernel."""
+    if backwards and case.add:  # Maps that are copied have no part in it.
+        case = replace(case, sizes=case.resized)
+    operation = f"{'sum' if case.add else 'concat'}_upsample{'_backward' if backwards else ''}"
+    return tuned(BACKWARD if backwards else FORWARD, operation, key_of(case), DEVICE)
+
+
+def forward(case: Case, i: Inputs, config: StripConfig | None = None) -> Tensor:
+    config = config or tile(case, backwards=False)
     function = sum_upsample_forward if case.add else concat_upsample_forward
     return function(i.maps, case.size, config=config)
 
 
-def backward(case: Case, i: Inputs, config: StripConfig = BACKWARD) -> list[Tensor]:
+def backward(case: Case, i: Inputs, config: StripConfig | None = None) -> list[Tensor]:
+    config = config or tile(case, backwards=True)
     if case.add:
         return sum_upsample_backward(i.grad, case.resized, config=config)
     channels = [CHANNELS] * len(case.sizes)

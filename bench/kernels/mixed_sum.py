@@ -33,6 +33,7 @@ from lgcnet_fast.kernels.mixed_sum_backward import (
     mixed_sum_gradient_sums,
 )
 from lgcnet_fast.kernels.slabs import FEW_MAPS, SlabConfig
+from lgcnet_fast.ops.fused_mixed_norm_sum import tile
 from lgcnet_fast.ops.tuning import shape_key
 
 EDGE, NODE, FUSION = (6, 1), (18, 3), (10, 0)
@@ -128,23 +129,30 @@ def stock_sum(ys: list[Tensor], xs: list[Tensor], z: Tensor, plain_z: Tensor) ->
     return out
 
 
+def tiled(launch: str, i: Inputs) -> dict[str, Any]:
+    """The tile with which the operation launches a kernel."""
+    return tile("triton", launch, i.ys, len(i.xs))
+
+
 def with_statistics(i: Inputs) -> Tensor:
-    return mixed_sum(i.ys, i.z, batch_statistics(i.ys), i.xs, i.plain_z)
+    statistics = batch_statistics(i.ys, **tiled("statistics", i))
+    return mixed_sum(i.ys, i.z, statistics, i.xs, i.plain_z, **tiled("forward", i))
 
 
 def sum_alone(i: Inputs) -> Tensor:
-    return mixed_sum(i.ys, i.z, i.statistics, i.xs, i.plain_z)
+    return mixed_sum(i.ys, i.z, i.statistics, i.xs, i.plain_z, **tiled("forward", i))
 
 
-def gradient_sums(i: Inputs, config: SlabConfig | None = None) -> GradientSums:
+def gradient_sums(i: Inputs, config: SlabConfig) -> GradientSums:
     """With the gradients of z and plain_z, as training wants them."""
     weights = torch.empty(len(i.ys) + len(i.xs), device=DEVICE)
     return mixed_sum_gradient_sums(i.g, i.ys, i.statistics, i.xs, config, weights)
 
 
 def backward(i: Inputs) -> tuple[list[Tensor], Tensor]:
-    sums = gradient_sums(i)
-    dys, dxs = mixed_sum_grad(i.g, i.ys, i.z, i.statistics, sums, i.plain_z)
+    sums = gradient_sums(i, **tiled("gradient_sums", i))
+    tile_of_maps = tiled("gradients", i)
+    dys, dxs = mixed_sum_grad(i.g, i.ys, i.z, i.statistics, sums, i.plain_z, **tile_of_maps)
     assert sums.weights is not None
     return [*dys, *dxs], sums.weights
 
