@@ -67,9 +67,10 @@ def _normalised_forward_kernel(
     edge = rest // segments // N
     rows = tl.cdiv(H, segments)
     norm = _load_norm(mean_ptr, r_ptr, edge * C + channel, channel < C)
+    dilation = tl.full((), 1, tl.int32)  # As a tensor: of a constant and W = 1 comes no int64.
     _walk_forward(
         pointer_of(x_ptrs, edge, EDGES) + image % N * H * W * C, norm, w_ptr + edge * 9 * C,
-        y_ptr + image * H * W * C, column, channel, rest % segments * rows, rows, 1, 0, 0,
+        y_ptr + image * H * W * C, column, channel, rest % segments * rows, rows, dilation, 0, 0,
         H, W, H, W, C, 1, 1, 1, True, True, ACC,
     )  # fmt: skip
 
@@ -97,6 +98,7 @@ def _normalised_backward_kernel(
     zero = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
     top, centre, bottom = (zero, zero, zero), (zero, zero, zero), (zero, zero, zero)
     sums = (zero, zero)
+    reach = tl.full((), 1, tl.int32)  # As in the forward kernel.
     column_blocks = tl.cdiv(W, BLOCK_P)
     pieces = tl.cdiv(H, ROWS)
     for walk in range(program, N * pieces * column_blocks, programs):
@@ -106,7 +108,7 @@ def _normalised_backward_kernel(
         top, centre, bottom, sums = _walk_backward(
             top, centre, bottom, sums, w_top, w_centre, w_bottom, norm,
             dy_ptr + start, x_ptr + start, e_ptr + start, (column < W) & inside, column, channel,
-            row, 1, H, W, H, W, C, 1, ROWS, True, True, ACC,
+            row, reach, H, W, H, W, C, 1, ROWS, True, True, ACC,
         )  # fmt: skip
 
     number = program.to(tl.int64) * EDGES + edge
