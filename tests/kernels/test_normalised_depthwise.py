@@ -14,6 +14,8 @@ from lgcnet_fast.kernels.depthwise import ForwardConfig
 from lgcnet_fast.kernels.depthwise_weight_grad import WeightGradConfig
 from lgcnet_fast.kernels.mixed_sum import TileConfig
 from lgcnet_fast.kernels.normalised_depthwise import (
+    default_backward,
+    default_forward,
     norm_gradients,
     normalised_depthwise,
     normalised_depthwise_backward,
@@ -197,6 +199,12 @@ def test_nan_stays_in_its_window_and_edge(device: torch.device) -> None:
     assert torch.equal(y[:, 0, 0].isnan(), expected)
     assert e.isfinite().all()  # Where x is NaN the gradient passes the ReLU.
     assert torch.equal(sums[:, :, 0].isnan().cpu(), torch.tensor([[False] * 2, [False, True]]))
+
+
+def test_edges_share_programs_and_large_ones_walk_further() -> None:
+    x = torch.empty((), dtype=torch.bfloat16).expand(16, 64, 32, 64)
+    assert default_backward([x, x]).programs == default_backward([x]).programs // 2 == 128
+    assert (default_forward([x]).rows, default_forward([x, x]).rows) == (8, 16)
 
 
 class _Normalised(torch.autograd.Function):
