@@ -5,8 +5,8 @@ Branch b has dilation d_b, edge e its own weights; all of them read the same x:
     y[e, b, n, i, j, c] = sum_{u, v} w[e, b, u, v, c] r(x[n, s i + u d_b, s j + v d_b, c])
 
 with u, v in {-1, 0, 1}, stride s, zero padding d_b, r = ReLU or the identity, and
-ceil(H / s) x ceil(W / s) outputs. r may be the ReLU of a batch norm, (x - mean_c) r_c with r_c the
-inverse deviation: padding is zero behind it, so minus infinity is what lies outside x.
+ceil(H / s) x ceil(W / s) outputs. A batch norm before r is for normalised_depthwise.py, whose
+kernels walk as these do: padding is zero behind the ReLU, so minus infinity is what lies outside x.
 
 How the kernel saves work: output rows that lie `step` apart (d / s, or d where s does not divide
 d) share input rows. A program walks down such a chain, loads the three horizontal taps of each
@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import INTERPRETED, accumulator, empty_map
-from lgcnet_fast.kernels.depthwise_arguments import Norm, check_arguments, check_norm, pack
+from lgcnet_fast.kernels.depthwise_arguments import check_arguments, pack
 
 try:
     from triton.language.target_info import cuda_capability_geq
@@ -194,18 +194,6 @@ def prepared(x, norm, RELU: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr)
     else:
         x = ready(x, RELU, ACC)
     return x
-
-
-@triton.jit
-def load_norm(mean, r, mask, NORM: tl.constexpr, ACC: tl.constexpr):
-    """(mean, inverse deviation) for `prepared`."""
-    norm = (0.0, 0.0)
-    if NORM:
-        norm = (
-            tl.load(mean, mask=mask, other=0.0).to(ACC),
-            tl.load(r, mask=mask, other=1.0).to(ACC),
-        )
-    return norm
 
 
 @triton.jit
@@ -374,8 +362,8 @@ def _walk(
 
 @triton.jit(do_not_specialize=["packed_dilations", "N", "branches", "segments"])
 def _forward_kernel(
-    x_ptr, mean_ptr, r_ptr, w_ptr, y_ptr, packed_dilations, N, H, W, HO, WO, C, branches, segments,
-    STRIDE: tl.constexpr, RELU: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, w_ptr, y_ptr, packed_dilations, N, H, W, HO, WO, C, branches, segments,
+    STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
     EDGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: a segment of a branch's sequence, BLOCK_P columns, BLOCK_C channels.
@@ -396,7 +384,6 @@ def _forward_kernel(
     _, phases, length = chains_of(dilation, HO, STRIDE)
     rows = tl.cdiv(phases * (length + 1) - 1, segments)
     first = rest % segments * rows
-    norm = load_norm(mean_ptr + channel, r_ptr + channel, channel < C, NORM, ACC)
     x = x_ptr + image * H * W * C
     w = w_ptr + branch * 9 * C
     y = y_ptr + (branch.to(tl.int64) * N + image) * HO * WO * C
@@ -404,13 +391,13 @@ def _forward_kernel(
     y_edge = branches.to(tl.int64) * N * HO * WO * C
     if STRIDE == 1 or dilation % STRIDE == 0:
         _walk(
-            x, norm, w, y, column, channel, first, rows, dilation, w_edge, y_edge, H, W, HO, WO, C,
-            STRIDE, 1, EDGES, RELU, NORM, ACC,
+            x, (0.0, 0.0), w, y, column, channel, first, rows, dilation, w_edge, y_edge, H, W, HO,
+            WO, C, STRIDE, 1, EDGES, RELU, False, ACC,
         )  # fmt: skip
     else:
         _walk(
-            x, norm, w, y, column, channel, first, rows, dilation, w_edge, y_edge, H, W, HO, WO, C,
-            STRIDE, 2, EDGES, RELU, NORM, ACC,
+            x, (0.0, 0.0), w, y, column, channel, first, rows, dilation, w_edge, y_edge, H, W, HO,
+            WO, C, STRIDE, 2, EDGES, RELU, False, ACC,
         )  # fmt: skip
 
 
@@ -421,17 +408,14 @@ def depthwise_multi(
     stride: int = 1,
     relu: bool = False,
     config: ForwardConfig | None = None,
-    norm: Norm | None = None,
 ) -> Tensor:
     """Depthwise convolutions of x: (edges, branches, N, C, ceil(H / stride), ceil(W / stride)).
 
     x: (N, C, H, W), channels_last; weights: (edges, branches, 3, 3, C), contiguous, any float
-    dtype; dilations: one a branch, 1 to 255; norm: what x passes before the ReLU, which it needs.
-    Every y[e, b] is a dense channels_last map of x's dtype. Raises `ValueError` naming the argument
-    at fault.
+    dtype; dilations: one a branch, 1 to 255. Every y[e, b] is a dense channels_last map of x's
+    dtype. Raises `ValueError` naming the argument at fault.
     """
     edges, branches, channels = check_arguments(x, weights, dilations, stride)
-    mean, r = check_norm(norm, x, relu)
     images, _, height, width = x.shape
     out_height, out_width = -(-height // stride), -(-width // stride)
     y = empty_map((edges, branches, images, channels, out_height, out_width), x)
@@ -439,9 +423,9 @@ def depthwise_multi(
     segments = triton.cdiv(out_height, config.rows)
     tiles = triton.cdiv(out_width, config.block_p) * triton.cdiv(channels, config.block_c)
     _forward_kernel[(images * segments * tiles * branches,)](
-        x, mean, r, weights, y, pack(dilations), images, height, width, out_height, out_width,
+        x, weights, y, pack(dilations), images, height, width, out_height, out_width,
         channels, branches, segments,
-        STRIDE=stride, RELU=relu, NORM=norm is not None, ACC=accumulator(x.dtype),
+        STRIDE=stride, RELU=relu, ACC=accumulator(x.dtype),
         EDGES=edges, BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
     )  # fmt: skip
     return y

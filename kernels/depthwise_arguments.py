@@ -10,8 +10,6 @@ from lgcnet_fast.kernels.common import check_dense, check_like, check_map
 
 MAX_BRANCHES = 7
 """Dilations of one launch: they travel as bytes of one signed 64-bit argument."""
-Norm = tuple[Tensor, Tensor]
-"""Mean and inverse deviation of each channel, (C,) in the accumulator's dtype."""
 Maps = Tensor | Sequence[Tensor]
 """Those of all edges and branches, edge after edge: as one tensor, or a tensor each."""
 
@@ -39,17 +37,6 @@ def check_arguments(
     edges, branches, channels = weights.shape[0], len(dilations), x.shape[1]
     check_dense("weights", weights, (edges, branches, 3, 3, channels), x)
     return edges, branches, channels
-
-
-def check_norm(norm: Norm | None, x: Tensor, relu: bool) -> Norm:
-    """norm, or something that kernels do not read; raises `ValueError`."""
-    if norm is None:
-        return x, x
-    if not relu:
-        raise ValueError("norm: only before a ReLU, which makes zeros of what lies outside x")
-    for name, values in zip(("norm[0]", "norm[1]"), norm, strict=True):
-        check_dense(name, values, (x.shape[1],), x)
-    return norm
 
 
 def check_dy(

@@ -6,11 +6,9 @@ With g = dy, reach e = d / s, and an output position (i, j), whose centre is x[s
     dw[u, v, c] = sum_{n, i, j} r(x[n, s i, s j, c]) g[n, i - u e, j - v e, c]
 
 with m = [x > 0] under a ReLU, else 1; with stride 2 all other dx are zero. Both need the same nine
-values of g. With a batch norm before the ReLU (see depthwise.py) r(x) and m are those behind it, dx
-is the gradient of its output yhat, and the sums that its own gradient needs are made on the way,
-as in mixed_sum_backward.py:
-
-    S0[c] = sum dx,   S1[c] = sum dx yhat
+values of g. A batch norm before the ReLU is for normalised_depthwise.py, whose kernel walks as this
+one does: r(x) and m are those behind it, and of dx, the gradient of its output yhat, come the sums
+S0 = sum dx and S1 = sum dx yhat.
 
 A program walks down chains of rows e apart: three taps of each row of g, loaded once, serve three
 rows of dx and of dw. All columns of a walk are in the same row. Stride 2 with dilation 1, launched
@@ -27,7 +25,6 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, empty_map, sum_rows
 from lgcnet_fast.kernels.depthwise import (
-    load_norm,
     load_weight_row,
     pieces_of,
     prepared,
@@ -35,7 +32,7 @@ from lgcnet_fast.kernels.depthwise import (
     window_row,
     within,
 )
-from lgcnet_fast.kernels.depthwise_arguments import Norm, check_arguments, check_dy, check_norm
+from lgcnet_fast.kernels.depthwise_arguments import check_arguments, check_dy
 from lgcnet_fast.kernels.depthwise_backward_stride2 import _both_gradients_kernel
 from lgcnet_fast.kernels.depthwise_input_grad import depthwise_input_grad
 from lgcnet_fast.kernels.depthwise_weight_grad import (
@@ -144,10 +141,9 @@ def _walk(
 
 @triton.jit(do_not_specialize=["dilation", "N", "programs"])
 def _backward_kernel(
-    dy_ptr, x_ptr, mean_ptr, r_ptr, w_ptr, dx_ptr, share_ptr, sums_ptr, dilation, N, H, W, HO, WO,
-    C, programs,
-    STRIDE: tl.constexpr, RELU: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    dy_ptr, x_ptr, w_ptr, dx_ptr, share_ptr, dilation, N, H, W, HO, WO, C, programs,
+    STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: every `programs`-th walk, of ROWS rows and BLOCK_P columns; BLOCK_C channels."""
     channel_blocks = tl.cdiv(C, BLOCK_C)
@@ -158,11 +154,9 @@ def _backward_kernel(
     w_centre = load_weight_row(w_ptr + channel, 1, channel_mask, C, ACC)
     w_bottom = load_weight_row(w_ptr + channel, 2, channel_mask, C, ACC)
 
-    norm = load_norm(mean_ptr + channel, r_ptr + channel, channel_mask, NORM, ACC)
     reach = dilation // STRIDE
     zero = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
     top, centre, bottom = (zero, zero, zero), (zero, zero, zero), (zero, zero, zero)
-    sums = (zero, zero)
     column_blocks = tl.cdiv(WO, BLOCK_P)
     phases = tl.minimum(reach, HO)
     pieces = pieces_of(dilation, HO, STRIDE, ROWS)
@@ -171,19 +165,15 @@ def _backward_kernel(
         piece = walk // column_blocks % pieces
         row = piece % phases + piece // phases * (reach * ROWS)
         image = (walk // column_blocks // pieces).to(tl.int64)
-        top, centre, bottom, sums = _walk(
-            top, centre, bottom, sums, w_top, w_centre, w_bottom, norm,
+        top, centre, bottom, _ = _walk(
+            top, centre, bottom, (0.0, 0.0), w_top, w_centre, w_bottom, (0.0, 0.0),
             dy_ptr + image * HO * WO * C, x_ptr + image * H * W * C, dx_ptr + image * H * W * C,
             (column < WO) & channel_mask, column, channel, row, reach, H, W, HO, WO, C,
-            STRIDE, ROWS, RELU, NORM, ACC,
+            STRIDE, ROWS, RELU, False, ACC,
         )  # fmt: skip
 
     share = share_ptr + program.to(tl.int64) * 9 * C + channel
     _store_share(share, top, centre, bottom, channel_mask, C)
-    if NORM:
-        share = sums_ptr + program.to(tl.int64) * 2 * C + channel
-        tl.store(share, tl.sum(sums[0], axis=0)[None, :], mask=channel_mask)
-        tl.store(share + C, tl.sum(sums[1], axis=0)[None, :], mask=channel_mask)
 
 
 def depthwise_backward(
@@ -204,45 +194,12 @@ def depthwise_backward(
     if dilation % stride and dilation > 1:
         arguments = (dy, x, weight, dilation, stride, relu)
         return depthwise_input_grad(*arguments), depthwise_weight_grad(*arguments)
-    dx, shares, _ = _in_one_pass(dy, x, weight, dilation, stride, relu, config, None)
-    return dx, sum_rows(shares)
-
-
-def normalised_depthwise_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    norm: Norm,
-    config: WeightGradConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the depthwise convolution of relu(yhat), yhat = norm(x): stride 1, dilation 1.
-
-    That of yhat, like x, dw (3, 3, C), and the rows S0 and S1, (2, C), both in the accumulator's
-    dtype. Other arguments as in `depthwise_backward`. Raises `ValueError` naming the one at fault.
-    """
-    dx, shares, sums = _in_one_pass(dy, x, weight, 1, 1, True, config, norm)
-    return dx, sum_rows(shares), sum_rows(sums, at_once=True)
-
-
-def _in_one_pass(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    dilation: int,
-    stride: int,
-    relu: bool,
-    config: WeightGradConfig | None,
-    norm: Norm | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and the shares of all programs of dw and, with `norm`, of (S0, S1)."""
     check_arguments(x, weight[None, None], (dilation,), stride)
     _, (out_height, out_width) = check_dy(dy[None, None], x, weight[None, None], stride)
-    mean, r = check_norm(norm, x, relu)
     images, channels, height, width = x.shape
     config = config or WeightGradConfig.default((1, 1, *dy.shape), (dilation,), stride)
     dx = empty_map(tuple(x.shape), x)
     shares = x.new_empty(config.programs, *weight.shape, dtype=accumulator_dtype(x.dtype))
-    sums = shares if norm is None else shares.new_empty(config.programs, 2, channels)
     grid = (config.programs * triton.cdiv(channels, config.block_c),)
     sizes = (images, height, width, out_height, out_width, channels, config.programs)
     tile = {"ROWS": config.rows, "BLOCK_P": config.block_p, "BLOCK_C": config.block_c}
@@ -251,7 +208,6 @@ def _in_one_pass(
         _both_gradients_kernel[grid](dy, x, weight, dx, shares, *sizes, **options)
     else:
         _backward_kernel[grid](
-            dy, x, mean, r, weight, dx, shares, sums, dilation, *sizes,
-            STRIDE=stride, NORM=norm is not None, **options,
-        )  # fmt: skip
-    return dx, shares, sums
+            dy, x, weight, dx, shares, dilation, *sizes, STRIDE=stride, **options
+        )
+    return dx, sum_rows(shares)

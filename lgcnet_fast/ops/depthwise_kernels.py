@@ -24,15 +24,12 @@ def filtered_maps(
     windows: Tensor,
     dilations: Sequence[int],
     stride: int,
-    norm: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Depthwise convolutions of relu(x): a stack (edges, B, N, C, H', W') of NHWC maps.
 
-    x: (N, C, H, W), NHWC; windows: (edges, B, 3, 3, C); dilations: B of them; norm: mean and
-    inverse deviation (C,) of a batch norm before the ReLU, for Triton's kernels.
+    x: (N, C, H, W), NHWC; windows: (edges, B, 3, 3, C); dilations: B of them.
     """
     if backend == "cuda":
-        assert norm is None
         from lgcnet_fast.native.depthwise import depthwise_forward
 
         y = empty_nhwc(x, _shape(x, windows, stride))
@@ -43,7 +40,7 @@ def filtered_maps(
 
     default = ForwardConfig.default(_shape(x, windows, stride), dilations, stride)
     config = _tuned(default, "forward", x, windows, dilations, stride)
-    return depthwise_multi(x, windows, dilations, stride, relu=True, config=config, norm=norm)
+    return depthwise_multi(x, windows, dilations, stride, relu=True, config=config)
 
 
 def depthwise_gradients(
@@ -163,26 +160,19 @@ def _gradients_of_one(
 
 
 def normalised_gradients(
-    dy: Tensor,
-    x: Tensor,
-    window: Tensor,
+    dys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    windows: Tensor,
     norm: tuple[Tensor, Tensor],
     of_products: Callable[[], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of `filtered_maps` of relu(yhat), yhat = norm(x), by Triton's kernels: stride 1, dilation 1.
-
-    window: (3, 3, C). The gradient of yhat, the rows of sums that its norm needs of it (see
-    kernels/depthwise_backward.py), and the others of `depthwise_gradients`.
-    """
+    """What `normalised_depthwise_backward` gives of the norms, see there, and the gradients of the
+    weights as `depthwise_gradients` does; dys: a map for each of xs."""
     from lgcnet_fast.kernels.common import unsummed
-    from lgcnet_fast.kernels.depthwise_backward import normalised_depthwise_backward
-    from lgcnet_fast.kernels.depthwise_weight_grad import WeightGradConfig
+    from lgcnet_fast.kernels.normalised_depthwise import normalised_depthwise_backward
 
-    windows = window[None, None]
-    default = WeightGradConfig.default(_shape(x, windows, 1), (1,), 1)
-    config = _tuned(default, "backward", x, windows, (1,), 1)
     (d_yhat, dw, sums), shares = unsummed(
-        lambda: normalised_depthwise_backward(dy, x, window, norm, config)
+        lambda: normalised_depthwise_backward(dys, xs, windows, norm)
     )
     return d_yhat, sums, *_summed_later(dw, shares, of_products)
 

@@ -268,23 +268,6 @@ def _gradients(
     return [*dys, *dxs]
 
 
-def norm_gradient(g: Tensor, y: Tensor, statistics: Tensor, sums: Tensor, training: bool) -> Tensor:
-    """Of one normalised map by Triton's kernel, from that of its norm's output.
-
-    statistics: (3, 1, C); sums: the rows of g and of g times the output, (2, C).
-    """
-    forward, backward = launchers("triton")
-    found = backward.GradientSums.of(sums, 1)
-    packed, through = forward.Statistics(*statistics.unbind()), found
-    if not training:
-        through = _no_sums(found)
-    config = tile("triton", "gradients", [y], 0)
-    one = constant((1.0,), y.device)
-    (dy,), _ = backward.mixed_sum_grad(g, [y], one, packed, through, **config)
-    result: Tensor = dy
-    return result
-
-
 def _sums_over_channels(sums: Any) -> Tensor:
     """Of the products with every map: what Triton's kernel gives by itself."""
     if len(sums.plain) == 0:

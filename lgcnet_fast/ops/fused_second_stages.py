@@ -1,10 +1,11 @@
 """`second_stages` by the kernels of `mixed_norm_sum` and `separable_branches`.
 
-Two launches take the statistics of all edges. The rest of an edge is a job beside those of the
-others: normalise, depthwise, pointwise, and in the backward pass the same in reverse. Triton's
-depthwise kernels normalise as they load (see normalised_depthwise.py). Where products are left to
-the node (see products.py) the depthwise maps are the end of it. Small ones are kept for the
-gradients of the products.
+Two launches take the statistics of all edges. What follows is, forward, to normalise, depthwise,
+pointwise, and in the backward pass the same in reverse. Triton's kernels take all edges in one
+launch each, and the depthwise ones normalise as they load (see normalised_depthwise.py). Where
+products are left to the node (see products.py) the depthwise maps are the end of it. Small ones are
+kept for the gradients of the products. With `cuda` the rest of an edge is a job beside those of the
+others.
 """
 
 from __future__ import annotations
@@ -101,26 +102,37 @@ class _SecondStages(torch.autograd.Function):
         ys, weights = tensors[:edges], tensors[edges:]
         windows, pointwise = stacked_windows(weights[:edges]), weights[edges:]
         matrices = stacked_matrices(pointwise, ys[0]) if pointwise else ys[0].new_empty(edges, 0)
-        one = constant((1.0,), statistics.device)
-        kept = (*ys, windows, matrices, statistics, one)
-        jobs = [partial(_stage, settings, *edge) for edge in _edges(kept)]
-        maps, filtered = zip(*side_by_side(statistics.device, jobs), strict=True)
-        ctx.save_for_backward(*kept, *filtered)
+        kept = (*ys, windows, matrices, statistics)
+        if settings.backend == "triton":
+            maps, filtered = _stages(settings, ys, windows, matrices, statistics)
+        else:
+            jobs = [partial(_stage, settings, *edge) for edge in _edges(kept)]
+            maps, filtered = side_by_side(statistics.device, jobs), ys[0].new_empty(0)
+        ctx.save_for_backward(*kept, filtered)
         ctx.settings, ctx.owners = settings, gradient_owners(weights)
-        ctx.edges = edges
         ctx.like = [(weight.dtype, weight.shape) for weight in weights[::edges]]
-        return maps
+        return tuple(maps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        kept, filtered = ctx.saved_tensors[: -ctx.edges], ctx.saved_tensors[-ctx.edges :]
-        jobs = [
-            partial(_stage_gradients, ctx.settings, nhwc(g), own, *edge)
-            for g, own, edge in zip(gradients, filtered, _edges(kept), strict=True)
-        ]
+        *kept, filtered = ctx.saved_tensors
+        gs, device = [nhwc(g) for g in gradients], gradients[0].device
         # Without pointwise weights, the last of found has nobody to go to.
-        dys, *found = zip(*side_by_side(gradients[0].device, jobs), strict=True)
-        settle(gradients[0].device, ctx.owners)
+        found: Sequence[Sequence[Tensor]]
+        if ctx.settings.backend == "triton":
+            *ys, windows, matrices, statistics = kept
+            dxs, *of_weights = normalised_depthwise_backward(
+                gs, unstacked(ys), windows, matrices, statistics, ctx.settings.training, filtered
+            )
+            dys = [dx.expand_as(y) for dx, y in zip(dxs, ys, strict=True)]
+            found = [[gradient] for gradient in of_weights]
+        else:
+            jobs = [
+                partial(_stage_gradients, ctx.settings, g, *edge)
+                for g, edge in zip(gs, _edges(kept), strict=True)
+            ]
+            dys, *found = zip(*side_by_side(device, jobs), strict=True)
+        settle(device, ctx.owners)
         weights = [
             gradient
             for of_edges, like in zip(found, ctx.like, strict=False)
@@ -130,58 +142,57 @@ class _SecondStages(torch.autograd.Function):
         return None, None, None, *dys, *weights
 
 
-def _edges(kept: Sequence[Tensor]) -> Sequence[tuple[Tensor, ...]]:
-    """(y, window, matrix, statistics, one) of each edge; one: its weight in the mixed sum.
+def _stages(
+    settings: Settings,
+    ys: Sequence[Tensor],
+    windows: Tensor,
+    matrices: Tensor,
+    statistics: Tensor,
+) -> tuple[Sequence[Tensor], Tensor]:
+    """By Triton: what the nodes or the norms receive, and the depthwise maps or nothing, to keep.
 
-    A matrix is empty where products are left to the node.
+    Maps that nodes receive are kept there.
     """
-    *ys, windows, matrices, statistics, one = kept
+    filtered, nothing = normalised_depthwise(unstacked(ys), windows, statistics), ys[0].new_empty(0)
+    if not matrices.numel():
+        return filtered.split(1), nothing
+    maps = multiplied_maps(filtered[:, None], matrices)
+    return maps.unbind(), filtered if settings.keeps else nothing
+
+
+def _edges(kept: Sequence[Tensor]) -> Sequence[tuple[Tensor, ...]]:
+    """(y, window, matrix, statistics) of each edge."""
+    *ys, windows, matrices, statistics = kept
     every = zip(ys, windows.split(1), matrices.split(1), statistics.split(1, dim=1), strict=True)
-    return [(*edge, one) for edge in every]
+    return list(every)
 
 
 def _stage(
-    settings: Settings, y: Tensor, window: Tensor, matrix: Tensor, statistics: Tensor, one: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What the node or the norm receives, and what is kept of the depthwise map: that, or nothing.
-
-    A map that the node receives is kept there.
-    """
-    training, backend, keeps = settings
-    nothing = y.new_empty(0)
-    if backend == "triton":
-        filtered = normalised_depthwise(*unstacked([y]), window, statistics)
-        if not matrix.numel():
-            return filtered[0], nothing
-        return multiplied_maps(filtered, matrix)[0], filtered if keeps else nothing
-    x = mixed_sum([y], [], one, statistics, training, backend)
-    _, (out,) = separable_maps(x, window, matrix, [1], 1, backend)
-    return out, nothing
+    settings: Settings, y: Tensor, window: Tensor, matrix: Tensor, statistics: Tensor
+) -> Tensor:
+    """By another backend: what the node receives of an edge."""
+    _, (out,) = separable_maps(
+        _normalised(settings, y, statistics), window, matrix, [1], 1, settings.backend
+    )
+    return out
 
 
 def _stage_gradients(
-    settings: Settings,
-    g: Tensor,
-    filtered: Tensor,
-    y: Tensor,
-    window: Tensor,
-    matrix: Tensor,
-    statistics: Tensor,
-    one: Tensor,
+    settings: Settings, g: Tensor, y: Tensor, window: Tensor, matrix: Tensor, statistics: Tensor
 ) -> tuple[Tensor, ...]:
-    """Of y, window and matrix. filtered: what `_stage` has kept."""
+    """Of y, window and matrix."""
     training, backend, _ = settings
-    if backend == "triton":
-        (x,) = unstacked([y])
-        dx, *weights = normalised_depthwise_backward(
-            g, x, window, matrix, statistics, training, filtered
-        )
-        return dx.expand_as(y), *weights
-    x = mixed_sum([y], [], one, statistics, training, backend)
+    x = _normalised(settings, y, statistics)
     again = depthwise_maps(x, window, [1], 1, backend)
     dx, *weights = separable_branches_backward([g], again, x, window, matrix, [1], 1, backend)
+    one = constant((1.0,), y.device)
     (dy,) = mixed_sum_backward(dx, [y], [], one, statistics, training, False, backend)
     return dy, *weights
+
+
+def _normalised(settings: Settings, y: Tensor, statistics: Tensor) -> Tensor:
+    one = constant((1.0,), y.device)
+    return mixed_sum([y], [], one, statistics, settings.training, settings.backend)
 
 
 FORMS = {

@@ -30,9 +30,10 @@ def second_stages(
     maps of the second stages in the same form; what goes `to_sum` may be `Products` that are not
     multiplied out.
 
-    Differentiable in ys and the weights. The fused form takes norms as `mixed_norm_sum` does. Where
-    a CUDA graph is captured it serves the edges side by side, and it keeps ys, copies of the
-    weights and 3 C numbers an edge for the backward pass, in which it normalises again.
+    Differentiable in ys and the weights. The fused form takes norms as `mixed_norm_sum` does. It
+    serves all edges together, or with `cuda` side by side where a CUDA graph is captured, and it
+    keeps ys, copies of the weights and 3 C numbers an edge for the backward pass, in which it
+    normalises again.
 
     Raises `OperandError` naming the argument at fault, `ValueError` for training statistics of a
     single value a channel, `BackendError` where the chosen backend cannot serve.

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 ROUNDING = 512
 """Bytes: torch's CUDA allocator hands out multiples of them."""
-WITH_DEPTHWISE_MAP = "lgcnet_fast::normalised_depthwise_backward"
-"""An operation inside which a depthwise map exists."""
+WITH_DEPTHWISE_MAPS = "lgcnet_fast::normalised_depthwise_backward"
+"""An operation inside which depthwise maps exist, unless they are left to nodes."""
 WITH_CONCATENATIONS = {
     "lgcnet_fast::concat_upsample_pointwise": 1,
     "lgcnet_fast::concat_upsample_pointwise_backward": 2,
@@ -87,14 +87,15 @@ def rounded(size: int) -> int:
 def scratch(operation: Any, args: Any) -> int:
     """Bytes of maps that an operation of this package makes inside and frees before it ends."""
     name = operation.name()
-    if name != WITH_DEPTHWISE_MAP and name not in WITH_CONCATENATIONS:
+    if name != WITH_DEPTHWISE_MAPS and name not in WITH_CONCATENATIONS:
         return 0
     names = (argument.name for argument in operation._schema.arguments)
     given = dict(zip(names, args, strict=False))
     if name in WITH_CONCATENATIONS:
         return WITH_CONCATENATIONS[name] * _concatenation(given)
-    x: Tensor = given["x"]
-    return x.numel() * x.element_size()
+    if not given["products"].numel():
+        return 0
+    return sum(y.numel() * y.element_size() for y in given["ys"])
 
 
 def _concatenation(given: dict[str, Any]) -> int:

@@ -91,7 +91,7 @@ def test_every_launch_of_a_step_is_swept(stage: ModuleType) -> None:
     found = launches_of(tiny_step(stage))
     families = {launches.family_of(operation) for operation, _ in found}
     assert {"depthwise", "pointwise_backward", "mixed_sum", "concat_upsample"} < families
-    assert sum(found.values()) > 2 * len(found)
+    assert sum(found.values()) > 1.5 * len(found)
     for launch in found:
         sweep = sweep_of(launch)
         assert (sweep.operation, sweep.key) == launch

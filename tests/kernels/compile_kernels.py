@@ -49,6 +49,7 @@ from lgcnet_fast.kernels import (
     max_pool,
     mixed_sum,
     mixed_sum_backward,
+    normalised_depthwise,
     pointwise_backward,
     product_algebra,
     product_gradients,
@@ -60,7 +61,7 @@ from tests.kernels.registers_in_flight import overwritten
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 BRANCHES, PLAIN, READERS = 18, 3, 8
 MAPS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "g_ptr", "out_ptr", "matrices_out_ptr"}
-MAPS |= {"even_ptr", "odd_ptr", "mask_ptr", "matrix_ptr", "weighted_ptr"}
+MAPS |= {"e_ptr", "even_ptr", "odd_ptr", "mask_ptr", "matrix_ptr", "weighted_ptr"}
 MAPS |= {"from_gradient_ptr", "from_map_ptr", "taps_ptr"}
 MAPS |= {f"{name}{index}_ptr" for name in ("x", "y", "dx") for index in range(4)}
 LISTS = {
@@ -97,23 +98,25 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         shared = {"STRIDE": stride, "RELU": True, "ACC": tl.float32}
         tile = {"BLOCK_P": 8, "BLOCK_C": 64}
         for edges in (1, 2):
-            plain = {"EDGES": edges, "NORM": False}
-            yield depthwise._forward_kernel, shared | tile | plain, 4
+            yield depthwise._forward_kernel, shared | tile | {"EDGES": edges}, 4
         for apart in (1, BRANCHES):
             sums = shared | {"APART": apart, "BLOCK_P": 32, "BLOCK_C": 16}
             for parts in (1, 2):
                 yield depthwise_weight_grad._weight_grad_kernel, sums | {"PARTS": parts}, 4
-        plain = {"ROWS": 8, "NORM": False}
-        yield depthwise_backward._backward_kernel, shared | tile | plain, 4
+        yield depthwise_backward._backward_kernel, shared | tile | {"ROWS": 8}, 4
         for rows in (2, 4, 8) if stride == 1 else (2,):
             tile = {"BLOCK_P": 32, "BLOCK_C": 16, "ROWS": rows}
             for apart, others in ((1, 0), (BRANCHES, READERS - 1)):
                 options = shared | tile | {"APART": apart, "OTHERS": others}
                 yield depthwise_input_grad._input_grad_kernel, options, 2 if rows == 8 else 4
-    second = {"STRIDE": 1, "RELU": True, "NORM": True, "ACC": tl.float32}
-    second |= {"BLOCK_P": 8, "BLOCK_C": 64}
-    yield depthwise._forward_kernel, second | {"EDGES": 1}, 4
-    yield depthwise_backward._backward_kernel, second | {"ROWS": 8}, 4
+    second = {"EDGES": 2, "ACC": tl.float32}
+    for elements, warps in ((256, 2), (512, 4)):
+        tile = second | {"BLOCK_P": elements // 64, "BLOCK_C": 64}
+        yield normalised_depthwise._normalised_forward_kernel, tile, warps
+    tile = second | {"ROWS": 8, "BLOCK_P": 8, "BLOCK_C": 32}
+    yield normalised_depthwise._normalised_backward_kernel, tile, 2
+    tile = second | {"LOADS": 4, "GROUPS": 128, "VECTOR": 8}
+    yield normalised_depthwise._norm_gradients_kernel, tile, 4
     walk = {"RELU": True, "ACC": tl.float32, "ROWS": 4, "BLOCK_P": 8, "BLOCK_C": 32}
     yield depthwise_backward_stride2._both_gradients_kernel, walk, 2
     counts = {"K": BRANCHES, "J": PLAIN, "ACC": tl.float32}

@@ -42,6 +42,7 @@ from lgcnet_fast.kernels import (
     max_pool,
     mixed_sum,
     mixed_sum_backward,
+    normalised_depthwise,
     pointwise_backward,
     product_algebra,
     product_gradients,
@@ -91,9 +92,12 @@ def depthwise_filters(x: Tensor) -> None:
         for dilation in (1, 2):
             dy = depthwise.depthwise(x, weight, dilation, stride)
             depthwise_backward.depthwise_backward(dy, x, weight, dilation, stride)
-    norm = (x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]))
-    depthwise.depthwise_multi(x, weight[None, None], (1,), relu=True, norm=norm)
-    depthwise_backward.normalised_depthwise_backward(x, x, weight, norm)
+    for edges in (1, 2):
+        norm, xs = (x.new_zeros(edges, x.shape[1]), x.new_ones(edges, x.shape[1])), [x] * edges
+        arguments = (xs, x.new_zeros(edges, 3, 3, x.shape[1]), norm)
+        normalised_depthwise.normalised_depthwise(*arguments)
+        e, _, sums = normalised_depthwise.normalised_depthwise_backward(xs, *arguments)
+        normalised_depthwise.norm_gradients(e, xs, norm, sums)
 
 
 def stacked_weights(x: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lgcnet_fast.errors import BackendError, OperandError
+from lgcnet_fast.kernels import normalised_depthwise as kernel
 from lgcnet_fast.ops import explain, use_backend
 from lgcnet_fast.ops import normalised_depthwise as registered
 from lgcnet_fast.ops.second_stages import second_stages
@@ -104,18 +105,18 @@ def test_depthwise_maps_kept_or_made_again(
 ) -> None:
     edges = Edges(2, device, torch.bfloat16)
     made: list[Tensor] = []
-    make = registered.filtered_maps
+    make = kernel.normalised_depthwise
 
     def counted(*arguments: Any) -> Tensor:
         made.append(make(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(registered, "filtered_maps", counted)
+    monkeypatch.setattr(kernel, "normalised_depthwise", counted)
     kept = edges.outcome("triton", to_sum=True)
-    assert len(made) == 2
+    assert len(made) == 1
     monkeypatch.setattr("lgcnet_fast.ops.fused_second_stages.SMALLEST", 0)
     again = edges.outcome("triton", to_sum=True)
-    assert len(made) == 2 + 4
+    assert len(made) == 1 + 2
     assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
 
 
@@ -135,17 +136,18 @@ def test_gradients_by_finite_differences(backend: str, device: torch.device) -> 
 
 @pytest.mark.parametrize("multiplied, kept", [(True, True), (True, False), (False, False)])
 def test_registration(multiplied: bool, kept: bool, device: torch.device) -> None:
-    edges = Edges(1, device)
-    y = edges.ys[0][0][0].detach()
-    statistics = torch.rand(3, 1, 4, device=device) + 0.5
-    windows = torch.randn(1, 3, 3, 4, device=device)
-    torch.library.opcheck(registered.normalised_depthwise, (y, windows, statistics))
-    products = torch.randn(1, 3, 4, device=device) if multiplied else y.new_empty(1, 0)
+    ys = [y[0].detach() for (y,) in Edges(2, device).ys]
+    statistics = torch.rand(3, 2, 4, device=device) + 0.5
+    windows = torch.randn(2, 3, 3, 4, device=device)
+    torch.library.opcheck(registered.normalised_depthwise, (ys, windows, statistics))
+    products = torch.randn(2, 3, 4, device=device) if multiplied else windows.new_empty(2, 0)
     channels = 3 if multiplied else 4
-    g = torch.randn(1, 2, 5, 3, channels, device=device).movedim(-1, 2)
-    filtered = registered.normalised_depthwise(y, windows, statistics) if kept else y.new_empty(0)
+    gs = [torch.randn(1, 2, 5, 3, channels, device=device).movedim(-1, 2) for _ in ys]
+    filtered = windows.new_empty(0)
+    if kept:
+        filtered = registered.normalised_depthwise(ys, windows, statistics)
     for training in (True, False):
-        arguments = (g, y, windows, products, statistics, training, filtered)
+        arguments = (gs, ys, windows, products, statistics, training, filtered)
         torch.library.opcheck(registered.normalised_depthwise_backward, arguments)
 
 
@@ -161,7 +163,7 @@ def test_raw_maps_are_all_that_is_kept(device: torch.device) -> None:
     others = [t for t in kept if t.untyped_storage().data_ptr() not in known]
     weights = sum(w.numel() for w in (*edges.depthwise, *edges.pointwise))
     assert len(kept) - len(others) == 2
-    assert sum(t.numel() for t in others) == weights + 3 * 2 * 4 + 1
+    assert sum(t.numel() for t in others) == weights + 3 * 2 * 4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

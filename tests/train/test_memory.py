@@ -135,12 +135,14 @@ def test_the_fused_backend_saves_less(new_run):
     assert fused.activations < 0.6 * reference.activations
 
 
-def test_a_depthwise_map_inside_a_fused_operation_counts():
-    x, statistics = torch.empty(2, 8, 5, 7, dtype=torch.bfloat16), torch.empty(3, 1, 8)
-    weights = torch.empty(1, 3, 3, 8), torch.empty(1, 4, 8)
+@pytest.mark.parametrize("multiplied", [True, False])
+def test_depthwise_maps_inside_a_fused_operation_count(multiplied):
+    x, statistics = torch.empty(2, 8, 5, 7, dtype=torch.bfloat16), torch.empty(3, 2, 8)
+    products = torch.empty(2, 4, 8) if multiplied else torch.empty(2, 0)
+    weights = torch.empty(2, 3, 3, 8), products
     backward = torch.ops.lgcnet_fast.normalised_depthwise_backward.default
-    arguments = (x[None, :, :4], x, *weights, statistics, True, x.new_empty(0))
-    assert scratch(backward, arguments) == 2 * 8 * 5 * 7 * 2
+    arguments = ([x[None, :, :4]] * 2, [x, x], *weights, statistics, True, x.new_empty(0))
+    assert scratch(backward, arguments) == multiplied * 2 * 2 * 8 * 5 * 7 * 2
     assert scratch(torch.ops.aten.add.Tensor, (x, x)) == 0
 
 
