@@ -212,8 +212,8 @@ def average_pools_backward(
 ) -> Tensor:
     """dx: `shape` (N, C, H, W), channels_last, from the gradient of `average_pools_forward`.
 
-    rows: of a program. x: like dx, where the means are those of relu(x). Sums are rounded once.
-    Raises `ValueError` naming the argument at fault.
+    rows: of a program, at most. x: like dx, where the means are those of relu(x). Sums are rounded
+    once. Raises `ValueError` naming the argument at fault.
     """
     images, channels, height, width = shape
     numbers = images * channels * sum(count * count for count in bins)
@@ -226,7 +226,7 @@ def average_pools_backward(
         if tuple(x.shape) != tuple(shape):
             raise ValueError(f"x: shape {tuple(x.shape)}, need {tuple(shape)}")
     dx = empty_map(tuple(shape), dy)
-    rows = rows or (4 if height * width >= 4096 else 1)
+    rows = min(height, rows or (4 if height * width >= 4096 else 1))
     block_c = _block_c(channels)
     block_p = min(TILE // 2 // block_c, triton.next_power_of_2(width))
     programs = images * triton.cdiv(height, rows) * triton.cdiv(width, block_p)
@@ -249,7 +249,7 @@ def _block_c(channels: int) -> int:
 
 def _spans(length: int, bins: Sequence[int]) -> list[int]:
     """In how many windows a position of an axis lies at most."""
-    return [1 if length % count == 0 else -(-count // length) + 1 for count in bins]
+    return [1 if length % count == 0 else min(count, -(-count // length) + 1) for count in bins]
 
 
 def _packed(numbers: Sequence[int]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 STORAGE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MOST_SHARED = 227 * 1024
+"""Bytes of shared memory that a program may have on an H200."""
 
 
 def accumulator(storage: torch.dtype) -> tl.dtype:
@@ -156,6 +159,20 @@ def has_matrix_units(x: Tensor) -> bool:
     if INTERPRETED:
         return True
     return x.dtype.itemsize == 2 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def has_large_cores(x: Tensor) -> bool:
+    """Whether a program may have as much shared memory as on an H200."""
+    if INTERPRETED or not x.is_cuda:
+        return True
+    return _shared_memory(x.device.index) >= MOST_SHARED
+
+
+@cache
+def _shared_memory(device: int) -> int:
+    """Bytes that one program may have."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(device)
+    return int(properties["max_shared_mem"])
 
 
 _unsummed: ContextVar[list[Tensor] | None] = ContextVar("unsummed", default=None)

@@ -20,7 +20,7 @@ position.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -29,11 +29,13 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.common import (
     INTERPRETED,
+    MOST_SHARED,
     accumulator,
     check_like,
     check_map,
     check_product,
     empty_map,
+    has_large_cores,
     operand,
 )
 from lgcnet_fast.kernels.mixed_sum import check_maps
@@ -62,9 +64,15 @@ class Conv3Config:
 
     @classmethod
     def default(
-        cls, shape: Sequence[int], channels: int, out_channels: int, targets: int = 1
+        cls,
+        shape: Sequence[int],
+        channels: int,
+        out_channels: int,
+        dtype: torch.dtype,
+        targets: int = 1,
     ) -> Conv3Config:
         """Two targets in a program, or small steps, if programs suffice; more rows of 32 channels.
+        Steps of 32-bit values are as small as shared memory needs.
 
         shape: of all maps, (N, any, H, W); channels, out_channels: of each source and target.
         """
@@ -78,7 +86,15 @@ class Conv3Config:
         else:
             block_c = _block(channels, 64, masked=0.25)
         rows = 4 if block_o * together <= 32 else 2 if programs > FEWEST_PROGRAMS // 2 else 1
-        return cls(rows, 64, block_o, block_c, together, warps=4, stages=3)
+        tile = cls(rows, 64, block_o, block_c, together, warps=4, stages=3)
+        while tile.shared(dtype) > MOST_SHARED and tile.block_c > 16:
+            tile = replace(tile, block_c=tile.block_c // 2)
+        return tile
+
+    def shared(self, dtype: torch.dtype) -> int:
+        """Bytes of shared memory, at most: rows of a source and weights on their way."""
+        values = (self.rows + 2) * self.block_p + 3 * self.targets * self.block_o
+        return self.stages * values * self.block_c * dtype.itemsize
 
 
 def _block(channels: int, most: int, masked: float) -> int:
@@ -240,11 +256,14 @@ def fits(x: Tensor, out_channels: int) -> bool:
 def serves(x: Tensor, out_channels: int) -> bool:
     """Whether the kernels are the way to take for maps like x on their device.
 
-    From sm_90 on: the sums take so many registers that without its products they spill.
+    From sm_90 on: the sums take so many registers that without its products they spill. Not on the
+    smaller ones of later GPUs, which have less shared memory.
     """
     if not fits(x, out_channels):
         return False
-    return INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    if INTERPRETED:
+        return True
+    return torch.cuda.get_device_capability(x.device) >= (9, 0) and has_large_cores(x)
 
 
 def conv3_forward(
@@ -260,7 +279,7 @@ def conv3_forward(
     check_windows(weights, x)
     out_channels = len(weights[0])
     ys = [empty_map((x.shape[0], out_channels, *x.shape[2:]), x) for _ in weights]
-    config = config or Conv3Config.default(x.shape, x.shape[1], out_channels, len(weights))
+    config = config or Conv3Config.default(x.shape, x.shape[1], out_channels, x.dtype, len(weights))
     _launch([x], weights, x, ys, False, relu, config)
     return ys
 
@@ -284,7 +303,7 @@ def conv3_input_grad(
     if dys[0].dtype != x.dtype:
         raise ValueError(f"dys[0]: dtype {dys[0].dtype}, x has {x.dtype}")
     dx = empty_map(tuple(x.shape), x)
-    config = config or Conv3Config.default(x.shape, out_channels, x.shape[1])
+    config = config or Conv3Config.default(x.shape, out_channels, x.shape[1], x.dtype)
     _launch(dys, weights, x, [dx], True, relu, config)
     return dx
 

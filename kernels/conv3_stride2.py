@@ -29,7 +29,7 @@ Least traffic: x and all y once. Arithmetic: 9 C C_out multiply-adds a position 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -38,10 +38,12 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.common import (
     INTERPRETED,
+    MOST_SHARED,
     accumulator,
     check_map,
     check_product,
     empty_map,
+    has_large_cores,
     operand,
 )
 from lgcnet_fast.kernels.conv3 import check_windows, rectified
@@ -57,8 +59,7 @@ FEWEST_PROGRAMS = 200
 @dataclass(frozen=True)
 class Stride2Config:
     """Of one program: `rows` rows of y, `block_p` columns of it, `block_n` channels of the result
-    and `block_k` of the source at a time, of which `stages` are on their way. Those of two targets
-    by default fit the shared memory of an H200 with values of 16 bits only."""
+    and `block_k` of the source at a time, of which `stages` are on their way."""
 
     rows: int
     block_p: int
@@ -70,18 +71,24 @@ class Stride2Config:
     """Results of which it makes its block, one after the other for the same rows of the source."""
 
     @classmethod
-    def strided(cls, shape: Sequence[int], out_channels: int, targets: int = 1) -> Stride2Config:
+    def strided(
+        cls, shape: Sequence[int], out_channels: int, dtype: torch.dtype, targets: int = 1
+    ) -> Stride2Config:
         """shape: of each of the results y, (N, any, H, W).
 
         Two rows, and two targets in larger programs, if programs suffice. Of wide blocks there are
-        few, so that they take longer steps.
+        few, so that they take longer steps where shared memory allows.
         """
         block_n = 128 if out_channels % 128 == 0 else _block(out_channels)
         enough = _programs(shape, out_channels, block_n) >= FEWEST_PROGRAMS
         if enough and targets % 2 == 0 and block_n == 64:
-            return cls(2, 128, block_n, 32, warps=8, stages=3, targets=2)
-        rows, block_k = 2 if enough else 1, 64 if block_n > 64 else 32
-        return cls(rows, 64, block_n, block_k, warps=4, stages=3)
+            tile = cls(2, 128, block_n, 32, warps=8, stages=3, targets=2)
+        else:
+            rows, block_k = 2 if enough else 1, 64 if block_n > 64 else 32
+            tile = cls(rows, 64, block_n, block_k, warps=4, stages=3)
+        while tile.shared_of_strided(dtype) > MOST_SHARED and tile.block_k > 16:
+            tile = replace(tile, block_k=tile.block_k // 2)
+        return tile
 
     @classmethod
     def transposed(cls, shape: Sequence[int], channels: int) -> Stride2Config:
@@ -89,6 +96,11 @@ class Stride2Config:
         block_n = _block(2 * channels)
         rows = 2 if _programs(shape, 2 * channels, block_n) >= FEWEST_PROGRAMS else 1
         return cls(rows, 64, block_n, 32, warps=4, stages=4)
+
+    def shared_of_strided(self, dtype: torch.dtype) -> int:
+        """Bytes of shared memory, at most: rows of x and weights on their way."""
+        values = (2 * self.rows + 1) * self.block_p + 3 * self.targets * self.block_n
+        return self.stages * values * self.block_k * dtype.itemsize
 
 
 def _block(values: int) -> int:
@@ -255,10 +267,15 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels are the way to take for maps like x on their device, from sm_90 on."""
+    """Whether the kernels are the way to take for maps like x on their device.
+
+    From sm_90 on, and not on the smaller ones of later GPUs, which have less shared memory.
+    """
     if not fits(x, weight):
         return False
-    return INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    if INTERPRETED:
+        return True
+    return torch.cuda.get_device_capability(x.device) >= (9, 0) and has_large_cores(x)
 
 
 def strided_convolutions(
@@ -281,7 +298,7 @@ def strided_convolutions(
     ys = [empty_map((images, out_channels, *small_size(size)), x) for _ in weights]
     if mask is not None:
         check_maps("mask", [mask], ys[0])
-    config = config or Stride2Config.strided(ys[0].shape, out_channels, len(ys))
+    config = config or Stride2Config.strided(ys[0].shape, out_channels, x.dtype, len(ys))
     if len(ys) % config.targets:
         raise ValueError(f"config: targets {config.targets} of {len(ys)}")
     blocks = triton.cdiv(out_channels, config.block_n) * (len(ys) // config.targets)

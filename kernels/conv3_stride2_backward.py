@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -59,9 +60,10 @@ class StridedWeightGradConfig:
 
     @classmethod
     def default(
-        cls, branches: int, shape: Sequence[int], out_channels: int
+        cls, branches: int, shape: Sequence[int], out_channels: int, dtype: torch.dtype
     ) -> StridedWeightGradConfig:
-        """Equal shares for up to RESIDENT programs; few sums leave registers for many positions.
+        """Equal shares for up to RESIDENT programs; few sums leave registers for many positions,
+        and values of 16 bits shared memory.
 
         shape: of x, (N, C, H, W).
         """
@@ -69,7 +71,7 @@ class StridedWeightGradConfig:
         height, width = small_size(size)
         block_o = min(64, max(16, triton.next_power_of_2(out_channels)))
         block_k = min(64, max(16, triton.next_power_of_2(3 * channels)))
-        block_p = min(128, max(32, 2**17 // (block_o * block_k)))
+        block_p = min(256 // dtype.itemsize, max(32, 2**17 // (block_o * block_k)))
         blocks = triton.cdiv(out_channels, block_o) * triton.cdiv(3 * channels, block_k) * branches
         tiles = triton.cdiv(height, 2) * triton.cdiv(images * width, block_p)
         most = min(max(1, RESIDENT // blocks), triton.cdiv(tiles, FEWEST_TILES))
@@ -179,7 +181,7 @@ def strided_weight_grad(
     if not INTERPRETED and (channels % 8 or out_channels % 8):
         raise ValueError(f"xs[0]: {channels} channels, ys[0]: {out_channels}, need whole eights")
     branches, storage = len(xs), xs[0].dtype
-    config = config or StridedWeightGradConfig.default(branches, xs[0].shape, out_channels)
+    config = config or StridedWeightGradConfig.default(branches, xs[0].shape, out_channels, storage)
     shares = xs[0].new_empty(
         (config.programs, branches, out_channels, 3, 3, channels), dtype=accumulator_dtype(storage)
     )

@@ -9,13 +9,15 @@ read three times, and the weights once for all rows of a program.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import (
+    MOST_SHARED,
     accumulator,
     check_like,
     check_map,
@@ -28,6 +30,8 @@ from lgcnet_fast.kernels.conv3_backward import _anew
 
 FEWEST_POSITIONS = 2**17
 """Two programs of short walks to each multiprocessor of an H200."""
+MOST_CHANNELS = 144
+"""Of a source: the weights of more leave no room for its rows."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,38 @@ class WalkConfig:
     stages: int
 
     @classmethod
-    def default(cls, out_channels: int, masked: bool = False) -> WalkConfig:
-        """Two programs of all channels on a multiprocessor, or blocks of channels of longer walks.
+    def default(
+        cls, channels: int, out_channels: int, dtype: torch.dtype, masked: bool = False
+    ) -> WalkConfig:
+        """Two programs of all channels on a multiprocessor, or blocks of channels of longer walks,
+        smaller ones of more channels than 48, as shared memory needs. Small tiles for 32-bit
+        products, which hold their operands in registers.
 
-        masked: a mask comes along with each row.
+        channels, out_channels: of source and target; masked: a mask comes along with each row.
         """
-        if out_channels <= 64:
-            return cls(rows=8, block_p=64, block_o=64, warps=4, stages=2 if masked else 3)
-        return cls(rows=16, block_p=64, block_o=32, warps=4, stages=3)
+        if dtype.itemsize > 2:
+            tile = cls(rows=8, block_p=16, block_o=16, warps=4, stages=2)
+        elif out_channels <= 64:
+            tile = cls(rows=8, block_p=64, block_o=64, warps=4, stages=2 if masked else 3)
+        else:
+            tile = cls(rows=16, block_p=64, block_o=32, warps=4, stages=3)
+        while tile.shared(channels, dtype) > MOST_SHARED and tile.block_o > 16:
+            tile = replace(tile, block_o=tile.block_o // 2)
+        while tile.shared(channels, dtype) > MOST_SHARED and tile.block_p > 16:
+            tile = replace(tile, block_p=tile.block_p // 2)
+        return tile
+
+    def shared(self, channels: int, dtype: torch.dtype) -> int:
+        """Bytes of shared memory, at most: the weights; rows of the source and a mask."""
+        k = sum(_parts(channels))
+        values = 3 * k * self.block_o + self.stages * self.block_p * (k + self.block_o)
+        return values * dtype.itemsize
+
+
+def _parts(channels: int) -> tuple[int, int]:
+    """Powers of two, of at least 16, that hold all k together."""
+    most = max(16, triton.next_power_of_2(3 * channels + 1) // 2)
+    return most, max(16, triton.next_power_of_2(max(1, 3 * channels - most)))
 
 
 def walks(source: Tensor) -> bool:
@@ -152,8 +180,7 @@ def _launch(
     out_channels = y.shape[1]
     programs = triton.cdiv(images * width, config.block_p) * triton.cdiv(height, config.rows)
     programs *= triton.cdiv(out_channels, config.block_o)
-    most = max(16, triton.next_power_of_2(3 * channels + 1) // 2)
-    rest = max(16, triton.next_power_of_2(max(1, 3 * channels - most)))
+    most, rest = _parts(channels)
     _conv3_walk_kernel[(programs,)](
         x, weight, mask, y, images, height, width, out_channels, config.rows,
         C=channels, BACKWARD=backward, RELU=relu, ACC=accumulator(x.dtype),
@@ -165,24 +192,32 @@ def _launch(
 def conv3_walk(
     x: Tensor, weight: Tensor, relu: bool = False, config: WalkConfig | None = None
 ) -> Tensor:
-    """As `conv3_forward`, of one weight. On a GPU by default of 16 bits: others find no room."""
-    check_map("x", x)
+    """As `conv3_forward`, of one weight and up to MOST_CHANNELS of x."""
+    _check_source("x", x)
     check_windows([weight], x)
     y = empty_map((x.shape[0], len(weight), *x.shape[2:]), x)
-    _launch(x, weight, x, y, False, relu, config or WalkConfig.default(len(weight)))
+    config = config or WalkConfig.default(x.shape[1], len(weight), x.dtype)
+    _launch(x, weight, x, y, False, relu, config)
     return y
 
 
 def conv3_walk_input_grad(
     dy: Tensor, x: Tensor, weight: Tensor, relu: bool = False, config: WalkConfig | None = None
 ) -> Tensor:
-    """As `conv3_input_grad`, of one result; see `conv3_walk`."""
+    """As `conv3_input_grad`, of one result of up to MOST_CHANNELS."""
     check_map("x", x)
-    check_map("dy", dy)
+    _check_source("dy", dy)
     check_windows([weight], x)
     check_like("dy", dy, (x.shape[0], len(weight), *x.shape[2:]), x)
     if dy.dtype != x.dtype:
         raise ValueError(f"dy: dtype {dy.dtype}, x has {x.dtype}")
     dx = empty_map(tuple(x.shape), x)
-    _launch(dy, weight, x, dx, True, relu, config or WalkConfig.default(x.shape[1], relu))
+    config = config or WalkConfig.default(len(weight), x.shape[1], x.dtype, relu)
+    _launch(dy, weight, x, dx, True, relu, config)
     return dx
+
+
+def _check_source(name: str, source: Tensor) -> None:
+    check_map(name, source)
+    if source.shape[1] > MOST_CHANNELS:
+        raise ValueError(f"{name}: {source.shape[1]} channels, need up to {MOST_CHANNELS}")

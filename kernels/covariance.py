@@ -13,6 +13,10 @@ where the pivot p is zero or near the mean, it sums e and e e^T and gives its me
 and shares merge by Chan's rule (see tile_statistics.py, of which this is the matrix form), in a
 second launch, as what there is to merge, C + C^2 values a share, is much for a single program.
 
+Matrix units of sm_90 cut off what a float32 sum cannot hold but for two bits: adding 16 products
+takes two units of its last place from a sum of squares, n of them up to n 2^-27 of it. So shares
+are no longer than 2^15 positions, which bounds that at 2^-12.
+
 Matrix units take e in the storage dtype. Products of 16-bit values are exact there. p is zero for a
 channel whose mean is within four deviations of zero, which costs one digit, and then e = d;
 elsewhere d is within a factor of two of p and the difference has no more digits than d. So e is
@@ -34,10 +38,12 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, operand
 from lgcnet_fast.kernels.product_sum import block_of, check_products
-from lgcnet_fast.kernels.slabs import MOST_ELEMENTS, pointer_of
+from lgcnet_fast.kernels.slabs import pointer_of
 
 TILES = 4
 """The fewest of a share, where a map has so many: a share writes about as much as a tile reads."""
+LONGEST = 2**15
+"""Positions of a share, whole tiles."""
 ROWS = 4
 """Of a matrix, that a program merges."""
 SHARES_AT_ONCE = 64
@@ -74,11 +80,11 @@ class CovarianceConfig:
             return cls(64, 128, 8, 3, 132)
         return cls(64, 64, 4, 4, 132)
 
-    def share(self, maps: int, positions: int, channels: int) -> int:
+    def share(self, maps: int, positions: int) -> int:
         """Positions of a program, whole tiles."""
         tiles = triton.cdiv(positions, self.block_m)
         shares = max(1, min(self.programs // maps, tiles // TILES))
-        shares = max(shares, triton.cdiv(positions * channels, MOST_ELEMENTS))
+        shares = max(shares, triton.cdiv(positions, LONGEST))
         return triton.cdiv(tiles, shares) * self.block_m
 
 
@@ -280,7 +286,7 @@ def covariance(
     positions, maps, dtype = images * height * width, len(ds), ds[0].dtype
     config = config or CovarianceConfig.default(channels, dtype)
     blocks = triton.cdiv(channels, config.block_c)
-    share = config.share(maps, positions, channels)
+    share = config.share(maps, positions)
     shares = triton.cdiv(positions, share)
     partial = ds[0].new_empty(shares, maps, 1 + channels, channels, dtype=accumulator_dtype(dtype))
     _shares_kernel[(shares * maps * (blocks * (blocks + 1) // 2),)](

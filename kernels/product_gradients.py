@@ -33,6 +33,7 @@ from lgcnet_fast.kernels.common import (
     accumulator_dtype,
     check_dense,
     empty_map,
+    has_large_cores,
     operand,
     sum_rows,
 )
@@ -42,7 +43,6 @@ from lgcnet_fast.kernels.product_sum import (
     check_gradient,
     check_products,
     check_sums,
-    has_large_cores,
 )
 from lgcnet_fast.kernels.slabs import pointer_of
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -25,13 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import (
-    INTERPRETED,
     accumulator,
     accumulator_dtype,
     check_dense,
     check_like,
     check_product,
     empty_map,
+    has_large_cores,
     has_matrix_units,
     operand,
 )
@@ -40,10 +39,6 @@ from lgcnet_fast.kernels.slabs import pointer_of
 
 MAX_CHANNELS = 256
 """Of any map: programs hold all channels of their positions."""
-
-
-LARGE = 220 * 1024
-"""Bytes of shared memory for a program; an H200 has 227 KB."""
 
 
 @dataclass(frozen=True)
@@ -171,20 +166,6 @@ def product_sum(
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out
-
-
-def has_large_cores(x: Tensor) -> bool:
-    """Whether a program may have as much shared memory as on an H200."""
-    if INTERPRETED or not x.is_cuda:
-        return True
-    return _shared_memory(x.device.index) >= LARGE
-
-
-@cache
-def _shared_memory(device: int) -> int:
-    """Bytes that one program may have."""
-    properties = triton.runtime.driver.active.utils.get_device_properties(device)
-    return int(properties["max_shared_mem"])
 
 
 def block_of(channels: int) -> int:

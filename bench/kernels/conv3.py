@@ -63,8 +63,8 @@ class Case:
     def default(self, backward: bool) -> Conv3Config:
         channels, out_channels = self.shape[1], self.out_channels
         if backward:
-            return Conv3Config.default(self.shape, out_channels, channels)
-        return Conv3Config.default(self.shape, channels, out_channels, self.edges)
+            return Conv3Config.default(self.shape, out_channels, channels, self.dtype)
+        return Conv3Config.default(self.shape, channels, out_channels, self.dtype, self.edges)
 
 
 @dataclass(frozen=True)

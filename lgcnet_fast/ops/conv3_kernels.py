@@ -99,7 +99,7 @@ def conv3_results(x: Tensor, weights: Sequence[Tensor], relu: bool = False) -> l
     if len(weights) == 1 and conv3_walk.walks(x):
         return [conv3_walk.conv3_walk(x, weights[0], relu)]
     out_channels, channels = weights[0].shape[:2]
-    default = kernel.Conv3Config.default(x.shape, channels, out_channels, len(weights))
+    default = kernel.Conv3Config.default(x.shape, channels, out_channels, x.dtype, len(weights))
     config = tuned(default, "conv3_forward", _key(x, weights), x.device)
     return kernel.conv3_forward(x, weights, relu, config)
 
@@ -126,7 +126,7 @@ def conv3_input_gradient(
     if len(weights) == 1 and conv3_walk.walks(gs[0]):
         return conv3_walk.conv3_walk_input_grad(gs[0], x, weights[0], relu)
     out_channels, channels = weights[0].shape[:2]
-    default = kernel.Conv3Config.default(x.shape, out_channels, channels)
+    default = kernel.Conv3Config.default(x.shape, out_channels, channels, x.dtype)
     config = tuned(default, "conv3_input_grad", _key(x, weights), x.device)
     return kernel.conv3_input_grad(gs, x, weights, relu, config)
 

@@ -250,10 +250,11 @@ def product_sum(
 ) -> Tensor:
     """Products less shifts (K, C_out), normalised and plain maps, which have weights (R + J,)."""
     from lgcnet_fast.kernels import product_sum as kernel
+    from lgcnet_fast.kernels.common import has_large_cores
 
     maps, raw = unstacked(ds), unstacked(ys)
     products, out_channels, channels = matrices.shape
-    large = kernel.has_large_cores(maps[0])
+    large = has_large_cores(maps[0])
     default = kernel.ProductSumConfig.default(channels, out_channels, maps[0].dtype, large)
     counts = ((products, out_channels), (len(raw), len(xs)))
     config = _tuned(default, "product_sum", maps[0], *counts)
@@ -292,7 +293,7 @@ def product_gradients(
     """
     from lgcnet_fast.kernels import product_algebra
     from lgcnet_fast.kernels import product_gradients as kernel
-    from lgcnet_fast.kernels.product_sum import has_large_cores
+    from lgcnet_fast.kernels.common import has_large_cores
 
     maps, (products, out_channels, channels) = unstacked(ds), matrices.shape
     sizes = (products, positions_of(g), channels, out_channels, g.dtype, has_large_cores(g))

@@ -296,7 +296,8 @@ def gradients_of_products(
             yield from edges_of_a_map(storage, shape)
             yield from convolutions_of_stride_2(storage, shape)
     if storage != "fp32" and arch >= 90:
-        for shape, channels in (((16, 16, 64, 128), 8), ((16, 48, 32, 64), 48)):
+        small, large = (16, 48, 32, 64), (16, 128, 64, 128)
+        for shape, channels in (((16, 16, 64, 128), 8), (small, 48), (large, 64)):
             yield from convolutions_of_stride_2(storage, shape, channels)
         yield from walks(storage)
 
@@ -318,7 +319,7 @@ def convolutions_of_stride_2(
         )
     ]
     for targets in (1, 2):
-        tile = config.strided(shape, out_channels, targets)
+        tile = config.strided(shape, out_channels, DTYPES[storage], targets)
         counts = {"TARGETS": targets, "GROUP": tile.targets, "MASKED": targets == 1}
         choices.append((kernel, tile, counts))
     for kernel, tile, counts in choices:
@@ -326,7 +327,7 @@ def convolutions_of_stride_2(
         options |= {"BLOCK_K": tile.block_k, "STAGES": tile.stages}
         yield kernel, shared | options | counts, tile.warps, 3
     walk = conv3_stride2_backward.StridedWeightGradConfig.default(
-        2, (images, channels, 2 * height, 2 * width), out_channels
+        2, (images, channels, 2 * height, 2 * width), out_channels, DTYPES[storage]
     )
     options = {"ROWS": walk.rows, "BLOCK_P": walk.block_p, "BLOCK_O": walk.block_o}
     options |= {"BLOCK_K": walk.block_k, "STAGES": walk.stages, "BRANCHES": 2, "RELU": True}
@@ -341,7 +342,7 @@ def edges_of_a_map(
     for edges in (1, 2):
         for backward in (False, True):
             sources, targets = (edges, 1) if backward else (1, edges)
-            tile = conv3.Conv3Config.default(shape, channels, channels, targets)
+            tile = conv3.Conv3Config.default(shape, channels, channels, DTYPES[storage], targets)
             options = {"SOURCES": sources, "TARGETS": targets, "BACKWARD": backward, "RELU": True}
             options |= {"BLOCKS_C": channels // tile.block_c, "WHOLE": True, "ROWS": tile.rows}
             options |= {"BLOCK_P": tile.block_p, "BLOCK_O": tile.block_o, "BLOCK_C": tile.block_c}
@@ -356,7 +357,7 @@ def walks(storage: str) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
     shared |= {"MOST_K": 128, "REST_K": 16}
     for channels in (48, 144):
         for backward in (False, True):
-            tile = conv3_walk.WalkConfig.default(channels, backward)
+            tile = conv3_walk.WalkConfig.default(48, channels, DTYPES[storage], backward)
             options = shared | {"BACKWARD": backward, "STAGES": tile.stages}
             options |= {"BLOCK_P": tile.block_p, "BLOCK_O": tile.block_o}
             yield conv3_walk._conv3_walk_kernel, options, tile.warps, 3

@@ -48,6 +48,14 @@ def test_smallest_maps_compile(arch: int, dtype: str, kernels: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_tiles_of_wide_maps_fit(dtype: str) -> None:
+    rows = compiled("-m", "tests.kernels.compile_tiles", "90", dtype)
+    assert len({row["kernel"] for row in rows}) == 4
+    assert [row for row in rows if not row["shared"] <= row["most"] <= 227 * 1024] == []
+
+
+@pytest.mark.slow
 def test_nothing_of_float64_is_computed_in_float32() -> None:
     rows = compiled("-m", "tests.kernels.compile_launches", "90", "float64")
     assert len(rows) >= 15

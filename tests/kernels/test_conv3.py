@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lgcnet_fast.kernels.common import MOST_SHARED
 from lgcnet_fast.kernels.conv3 import Conv3Config, conv3_forward, conv3_input_grad, fits, serves
 from tests.kernels.products import CUDA, DTYPES, assert_close, random_map
 
@@ -172,9 +173,19 @@ def test_serves_blocks_of_16_bits(channels, out_channels, whole, dtype, device):
 @pytest.mark.parametrize("channels", [1, 16, 32, 48, 80, 96, 128, 144])
 @pytest.mark.parametrize("size", [(64, 128), (16, 32), (1, 1)], ids=str)
 def test_default_tiles_leave_the_device_no_larger_part_masked_than_a_quarter(channels, size):
-    config = Conv3Config.default((16, 1, *size), channels, channels)
+    config = Conv3Config.default((16, 1, *size), channels, channels, torch.bfloat16)
     for block in (config.block_o, config.block_c):
         assert channels < 16 or -(-channels // block) * block * 0.75 <= channels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(64, 128), (16, 32), (1, 1)], ids=str)
+@pytest.mark.parametrize("targets", [1, 2])
+def test_default_tiles_fit_an_h200(targets, size, dtype):
+    for channels in (1, 32, 48, 64, 128):
+        for out_channels in (1, 32, 48, 64, 128):
+            tile = Conv3Config.default((16, 1, *size), channels, out_channels, dtype, targets)
+            assert tile.shared(dtype) <= MOST_SHARED
 
 
 def test_bad_arguments_are_named(device):

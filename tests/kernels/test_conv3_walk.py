@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lgcnet_fast.kernels.conv3_walk import WalkConfig, conv3_walk, conv3_walk_input_grad, walks
+from lgcnet_fast.kernels.common import MOST_SHARED
+from lgcnet_fast.kernels.conv3_walk import (
+    MOST_CHANNELS,
+    WalkConfig,
+    conv3_walk,
+    conv3_walk_input_grad,
+    walks,
+)
 from tests.kernels.products import CUDA, DTYPES, random_map
 from tests.kernels.test_conv3 import assert_input_gradient, assert_results
 
@@ -49,8 +56,6 @@ CASES = SMALL + (LARGE if CUDA else [])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_and_input_gradients(case, dtype, device, guarded):
-    if CUDA and dtype == torch.float32 and case.shape[1] >= 48:
-        pytest.skip("default tiles are for 16 bits")
     dy, x, weight = case.inputs(dtype, device)
     y = conv3_walk(x, weight, case.relu, case.config)
     dx = conv3_walk_input_grad(dy, x, weight, case.relu, case.config)
@@ -92,12 +97,22 @@ def test_walks_down_large_maps_of_few_channels():
     assert not walks(torch.empty(16, 144, 64, 128, device="meta"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_default_tiles_fit_an_h200(masked, dtype):
+    for channels in (1, 48, 80, MOST_CHANNELS):
+        for out_channels in (48, 144):
+            tile = WalkConfig.default(channels, out_channels, dtype, masked)
+            assert tile.shared(channels, dtype) <= MOST_SHARED
+
+
 def test_bad_arguments_are_named(device):
     dy, x, weight = Case((2, 4, 3, 5), 6).inputs(torch.float32, device)
     for bad, message in (
         ((x, weight[:, :3]), r"weights\[0\]: shape \(6, 3, 3, 3\), need \(6, 4, 3, 3\)"),
         ((x, weight.half()), r"weights\[0\]: dtype torch.float16"),
         ((x.contiguous(), weight), "x: strides"),
+        ((random_map((1, 145, 1, 1), x.dtype, device), weight), "x: 145 channels, need up to 144"),
     ):
         with pytest.raises(ValueError, match=message):
             conv3_walk(*bad)

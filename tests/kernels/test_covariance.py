@@ -8,14 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from lgcnet_fast.kernels.covariance import TILES, CovarianceConfig, covariance
+from lgcnet_fast.kernels.covariance import LONGEST, TILES, CovarianceConfig, covariance
 from lgcnet_fast.kernels.product_sum import MAX_CHANNELS
 from tests.kernels.products import CUDA, DTYPES, random_map
 
 TILE = CovarianceConfig(block_m=16, block_c=16, warps=1, stages=2, programs=12)
 
-ACCUMULATED = 2**-15 if CUDA else 2**-18
-"""Relative error of sums of many squares: matrix units cut off what float32 cannot hold."""
+ROUNDED = 2**-16 if CUDA else 2**-18
+"""Relative error of sums of many squares, each step rounded to nearest."""
+CUT_OFF = 2**-27 if CUDA else 0
+"""Of a sum of n squares, times n, what matrix units cut off. A step aligns 16 products and the sum
+so far to the largest and cuts each off two bits below the unit of float32: an eighth of a unit on
+average, 17 times, two units in all. A growing sum has on average 3/8 of the last unit, at most
+2^-23 of it, and n / 16 steps: n / 16 * 2 * 3/8 * 2^-23 < n 2^-27. On an H200 it was 3.64e-5 of 6554
+squares of float16, and 7.0e-4 of 2^18 of bfloat16 in variances 1.8 times as large."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +57,28 @@ def reference(d: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (rows - mean).T @ (rows - mean) / len(rows)
 
 
-def assert_right(ds: list[Tensor], mean: Tensor, matrices: Tensor, rounding: float = 0) -> None:
+def sums_error(ds: list[Tensor], config: CovarianceConfig | None) -> float:
+    """Relative, of the sums of squares of a share."""
+    config = config or CovarianceConfig.default(ds[0].shape[1], ds[0].dtype)
+    return ROUNDED + CUT_OFF * config.share(len(ds), ds[0].numel() // ds[0].shape[1])
+
+
+def assert_right(
+    ds: list[Tensor],
+    mean: Tensor,
+    matrices: Tensor,
+    config: CovarianceConfig | None,
+    rounding: float = 0,
+) -> None:
     """Within float32 rounding and, where differences are rounded, of one in the storage dtype."""
+    accumulated = sums_error(ds, config)
     for k, d in enumerate(ds):
         true_mean, truth = reference(d)
         deviation = truth.diagonal().sqrt()
         assert not mean[k].isnan().any() and not matrices[k].isnan().any()
         bound = 2**-21 * (true_mean.abs() + deviation) + rounding * deviation + 1e-9
         assert ((mean[k] - true_mean).abs() <= bound).all()
-        bound = (ACCUMULATED + rounding) * (deviation[:, None] * deviation) + 1e-9
+        bound = (accumulated + rounding) * (deviation[:, None] * deviation) + 1e-9
         assert ((matrices[k] - truth).abs() <= bound).all()
 
 
@@ -72,7 +91,7 @@ def test_mean_and_covariance(case, dtype, device, guarded):
     assert mean.shape == (case.maps, channels) and mean.dtype == torch.float32
     assert matrices.shape == (case.maps, channels, channels) and matrices.dtype == torch.float32
     assert mean.is_contiguous() and matrices.is_contiguous()
-    assert_right(ds, mean, matrices)
+    assert_right(ds, mean, matrices, case.config)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,13 +104,13 @@ def test_a_large_mean_costs_no_digits(ratio, dtype, device):
     ds = [d.to(device, dtype).movedim(-1, 1)]
     # Where means are near, some differences have more digits than the storage dtype.
     rounding = torch.finfo(dtype).eps * (abs(ratio) if dtype == torch.float32 else 1 / 16)
-    assert_right(ds, *covariance(ds, TILE), rounding)
+    assert_right(ds, *covariance(ds, TILE), TILE, rounding)
 
 
 def test_an_outlier_among_the_first_values(device):
     d = Case((2, 5, 9, 16)).inputs(torch.float32, device)[0]
     d[0, :, 0, 0] = 1e4
-    assert_right([d], *covariance([d], TILE))
+    assert_right([d], *covariance([d], TILE), TILE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -143,12 +162,11 @@ def test_float64_through_the_interpreter(device):
 @pytest.mark.parametrize("maps", [1, 8, 25])
 def test_shares_are_whole_tiles_of_about_as_many_programs(maps, channels, positions, dtype):
     config = CovarianceConfig.default(channels, dtype)
-    share = config.share(maps, positions, channels)
+    share = config.share(maps, positions)
     shares = -(-positions // share)
     assert share % config.block_m == 0 and (shares == 1 or share >= TILES * config.block_m)
     assert shares == 1 or shares * maps <= config.programs
-    longest = config.share(1000, 2**31, channels)
-    assert (longest - config.block_m) * channels <= 2**30
+    assert config.share(1000, 2**31) <= LONGEST
 
 
 def test_bad_arguments_are_named(device):
@@ -172,4 +190,5 @@ def test_more_than_2_31_elements(device):
     mean, matrices = covariance([d])
     torch.testing.assert_close(mean[0], d.double().mean((0, 2, 3)).float(), rtol=0, atol=1e-5)
     variance = d.double().var((0, 2, 3), correction=0).float()
-    torch.testing.assert_close(matrices[0].diagonal(), variance, rtol=1e-4, atol=0)
+    rtol = sums_error([d], None)
+    torch.testing.assert_close(matrices[0].diagonal(), variance, rtol=rtol, atol=0)

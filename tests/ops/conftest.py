@@ -19,3 +19,9 @@ def device() -> torch.device:
 def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 PyTorch's own convolutions round no operands to 19 bits on a GPU."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def repeatable_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of PyTorch's own are the same on every run: cuDNN's in float64 need not be."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)

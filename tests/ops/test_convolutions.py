@@ -182,6 +182,7 @@ def test_few_channels_have_kernels_of_their_own(
     assert torchs.count == count
 
 
+@pytest.mark.usefixtures("repeatable_convolutions")
 def test_gradients_by_finite_differences(device: torch.device) -> None:
     leaves, count = operands(device, torch.float64), len(GEOMETRIES)
 

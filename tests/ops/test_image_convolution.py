@@ -114,6 +114,7 @@ def test_weight_gradient_comes_later(device: torch.device, monkeypatch: pytest.M
     assert jobs == [(0, 1)]
 
 
+@pytest.mark.usefixtures("repeatable_convolutions")
 def test_gradients_by_finite_differences(device: torch.device) -> None:
     tensors = operands(device, torch.float64)
 
