@@ -50,10 +50,6 @@ _LOADS, _LOADS_BESIDE_COPIES = 4, 8
 """Vectors of the gradient on their way to a thread, of the most output rows that fit: where all
 maps are resized, and where programs that copy others run beside them."""
 
-MOST_REGISTERS = {4: 96}
-"""Of a thread, by the outputs that read a pixel: for maps of half the size, so that five programs
-share a core, where the compiler left alone takes 128. With three outputs it would spill."""
-
 _LARGEST_DIRECT_SCALE = 4
 """Beyond it the gradient is summed along one axis after the other."""
 _AXIS_LOADS = 16
@@ -356,7 +352,7 @@ def _launch_backward(
         *four([c // vector for c in channels]), pitch // vector,
         MAPS=len(outs), GROUPS=groups, VECTOR=vector, ROWS=rows,
         TAPS=taps, STEP=max(1, loads // taps) if resized else 1, ACC=accumulator(slices[0].dtype),
-        num_warps=config.warps, maxnreg=MOST_REGISTERS.get(taps),
+        num_warps=config.warps,
     )  # fmt: skip
 
 

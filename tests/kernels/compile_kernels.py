@@ -388,8 +388,6 @@ def compile_for(
     options = {"num_warps": warps, "num_stages": stages}
     if constants.get("PARTS") == 2:
         options["maxnreg"] = depthwise_weight_grad.MOST_REGISTERS
-    if kernel is concat_upsample_backward._backward_kernel:
-        options["maxnreg"] = concat_upsample_backward.MOST_REGISTERS.get(constants["TAPS"])
     return triton.compile(source, target=target, options=options)
 
 
