@@ -15,11 +15,18 @@ extern "C" size_t lgcnet_argument_bytes(int kernel) {
 }
 
 extern "C" int lgcnet_launch(int kernel, const unsigned grid[3], const unsigned block[3],
-                             const void* arguments, unsigned long long stream) {
+                             const void* arguments, unsigned long long stream, int shared) {
+  const void* function = lgcnet::registry().at(kernel).function;
   void* values[] = {const_cast<void*>(arguments)};
-  const cudaError_t error = cudaLaunchKernel(
-      lgcnet::registry().at(kernel).function, dim3(grid[0], grid[1], grid[2]),
-      dim3(block[0], block[1], block[2]), values, 0, reinterpret_cast<cudaStream_t>(stream));
+  cudaError_t error = cudaSuccess;
+  if (shared > 0) {  // more than 48 KB must be asked for
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  }
+  if (error == cudaSuccess) {
+    error = cudaLaunchKernel(function, dim3(grid[0], grid[1], grid[2]),
+                             dim3(block[0], block[1], block[2]), values, shared,
+                             reinterpret_cast<cudaStream_t>(stream));
+  }
   cudaGetLastError();  // reported here, so not once more by whoever asks next
   return error;
 }

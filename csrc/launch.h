@@ -15,10 +15,11 @@ const char* lgcnet_kernel_name(int kernel);
 // Size of the struct that is the kernel's only argument.
 size_t lgcnet_argument_bytes(int kernel);
 
-// Launches on `stream` (a cudaStream_t as an integer) of the current device. Returns 0 or a CUDA
-// error code; launches are asynchronous, so a fault inside the kernel shows up later.
+// Launches on `stream` (a cudaStream_t as an integer) of the current device, with `shared` bytes of
+// shared memory a block beside those that the kernel declares. Returns 0 or a CUDA error code;
+// launches are asynchronous, so a fault inside the kernel shows up later.
 int lgcnet_launch(int kernel, const unsigned grid[3], const unsigned block[3],
-                  const void* arguments, unsigned long long stream);
+                  const void* arguments, unsigned long long stream, int shared);
 
 const char* lgcnet_error_text(int error);
 

@@ -23,7 +23,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from native_build import SOURCES, BuildError, find_toolkit, kernel_instances, write_shards
+from native_build import (
+    SOURCES,
+    BuildError,
+    find_toolkit,
+    kernel_instances,
+    machine_code,
+    write_shards,
+)
 
 TITAN_XP = 61
 MAX_SHARED_BYTES = 48 * 1024
@@ -105,12 +112,20 @@ def compile_with_nvrtc(architecture: int) -> list[Resources]:
 
 def compile_with_nvcc(architecture: int) -> list[Resources]:
     """Raises `BuildError`."""
-    toolkit = find_toolkit()
-    print(f"sm_{architecture}, nvcc {toolkit.version}")
+    toolkit, name = find_toolkit(), machine_code(architecture)
+    print(f"sm_{name}, nvcc {toolkit.version}")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         commands = [
-            [str(toolkit.nvcc), "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin"]
-            + ["-Xptxas", "-v", f"-I{SOURCES}", str(shard), "-o", str(shard.with_suffix(".cubin"))]
+            [str(toolkit.nvcc), "-std=c++17", "-O3", f"-gencode=arch=compute_{name},code=sm_{name}"]
+            + [
+                "-cubin",
+                "-Xptxas",
+                "-v",
+                f"-I{SOURCES}",
+                str(shard),
+                "-o",
+                str(shard.with_suffix(".cubin")),
+            ]
             for shard in write_shards(Path(folder))
         ]
         return read_log("\n".join(pool.map(_run, commands)))

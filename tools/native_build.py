@@ -201,7 +201,10 @@ def compile_extension(plan: Plan, folder: Path, extension: Path) -> None:
 
 def _ninja_file(plan: Plan, sources: list[Path], extension: Path) -> str:
     assert plan.toolkit is not None
-    codes = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in plan.architectures]
+    codes = [
+        f"-gencode=arch=compute_{name},code=sm_{name}"
+        for name in map(machine_code, plan.architectures)
+    ]
     newest = plan.architectures[-1]
     codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     includes = [SOURCES, Path(_pybind11_include()), Path(sysconfig.get_path("include"))]
@@ -226,6 +229,11 @@ def _ninja_file(plan: Plan, sources: list[Path], extension: Path) -> str:
         lines.append(f"build {objects[-1]}: {rule} {_as_target(source)} | build_info.h {headers}")
     lines.append(f"build {_as_target(extension)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
+
+
+def machine_code(architecture: int) -> str:
+    """Its name for nvcc. All GPUs of sm_90 have what sm_90a names, Hopper's own instructions."""
+    return "90a" if architecture == 90 else str(architecture)
 
 
 def _in_command(path: Path) -> str:

@@ -25,6 +25,9 @@ class Launcher(ABC):
     device_type = "cuda"
     """Where tensors must be, in torch's words."""
 
+    hopper = False
+    """Whether it has kernels with sm_90's own instructions (csrc/hopper.cuh)."""
+
     @abstractmethod
     def launch(
         self,
@@ -33,8 +36,12 @@ class Launcher(ABC):
         block: Extent,
         arguments: np.ndarray,
         device: torch.device,
+        shared: int = 0,
     ) -> None:
-        """Starts a kernel, whose argument struct is `arguments`, and returns at once."""
+        """Starts a kernel, whose argument struct is `arguments`, and returns at once.
+
+        shared: bytes of shared memory a block, beside what the kernel declares itself.
+        """
 
     def processors(self, device: torch.device) -> int:
         """Multiprocessors of the device."""

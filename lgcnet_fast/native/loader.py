@@ -16,14 +16,14 @@ ROUTES: tuple[type[Launcher], ...] = (Prebuilt, RunTime)
 
 def available() -> dict[str, str | None]:
     """Each route's name and why it cannot serve here; None if it can."""
-    return {route.route: _attempt(route)[1] for route in ROUTES}
+    return {route.route: attempt(route)[1] for route in ROUTES}
 
 
 def load() -> Launcher:
     """The first route that works. Raises `DeviceError` with the reasons of all if none does."""
     reasons = []
     for route in ROUTES:
-        launcher, reason = _attempt(route)
+        launcher, reason = attempt(route)
         if launcher is not None:
             return launcher
         reasons.append(f"{route.route}: {reason}")
@@ -31,7 +31,7 @@ def load() -> Launcher:
 
 
 @cache
-def _attempt(route: type[Launcher]) -> tuple[Launcher | None, str | None]:
+def attempt(route: type[Launcher]) -> tuple[Launcher | None, str | None]:
     """A launcher, or the reason why there is none."""
     if not torch.cuda.is_available():
         return None, f"torch {torch.__version__} finds no CUDA GPU"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from contextlib import nullcontext
 from types import ModuleType
 
@@ -28,6 +29,7 @@ class Prebuilt(Launcher):
                 "install the package again"
             )
         _check_architecture(self._module.architectures, torch.cuda.current_device())
+        self.hopper = "90" in re.findall(r"\d+", self._module.architectures)
         self._numbers = {name: number for number, name in enumerate(self._module.names())}
 
     def launch(
@@ -37,12 +39,13 @@ class Prebuilt(Launcher):
         block: Extent,
         arguments: np.ndarray,
         device: torch.device,
+        shared: int = 0,
     ) -> None:
         number = self._numbers[instance.expression]
         same = device.index is None or device.index == torch.cuda.current_device()
         with nullcontext() if same else torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
-            self._module.launch(number, grid, block, arguments.tobytes(), stream)
+            self._module.launch(number, grid, block, arguments.tobytes(), stream, shared)
 
 
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:

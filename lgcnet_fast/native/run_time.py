@@ -35,12 +35,13 @@ class RunTime(Launcher):
         block: Extent,
         arguments: np.ndarray,
         device: torch.device,
+        shared: int = 0,
     ) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         stream = torch.cuda.current_stream(index).cuda_stream
         kernel = _compile(self._cupy, instance)
         with self._cupy.cuda.Device(index), self._cupy.cuda.ExternalStream(stream, index):
-            kernel(grid, block, (arguments,))
+            kernel(grid, block, (arguments,), shared_mem=shared)
 
     def _try_compiling(self, index: int) -> None:
         try:

@@ -18,7 +18,7 @@ from lgcnet_fast.native.run_time import RunTime
 
 @pytest.fixture(autouse=True)
 def fresh_attempts() -> None:
-    loader._attempt.cache_clear()
+    loader.attempt.cache_clear()
 
 
 def test_without_a_gpu_every_route_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
