@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bench.results_file import write_json
 from lgcnet_fast.native import depthwise, max_pool, separable
+from lgcnet_fast.native.depthwise_branches import depthwise_branches_backward
 from lgcnet_fast.native.instances import Instance, all_instances
 from lgcnet_fast.native.launcher import Extent, Launcher
 from lgcnet_fast.native.loader import load
@@ -46,6 +47,7 @@ class Recording(Launcher):
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
         self.route, self.device_type = launcher.route, launcher.device_type
+        self.hopper = launcher.hopper
         self.launched: set[Instance] = set()
 
     def launch(
@@ -55,8 +57,9 @@ class Recording(Launcher):
         block: Extent,
         arguments: np.ndarray,
         device: torch.device,
+        shared: int = 0,
     ) -> None:
-        self._launcher.launch(instance, grid, block, arguments, device)
+        self._launcher.launch(instance, grid, block, arguments, device, shared)
         self.launched.add(instance)
 
     def processors(self, device: torch.device) -> int:
@@ -190,6 +193,16 @@ def separable_kernels(inputs: Inputs) -> Results:
             )
 
 
+def depthwise_branches_kernels(inputs: Inputs) -> Results:
+    if not inputs.launcher.hopper or inputs.dtype == torch.float32:
+        return
+    dilations = (1, 2, 8)
+    for height, width in ((9, 13), (16, 30), (20, 40)):  # each of another instantiation
+        x, *dys = [inputs.map(32, height, width) for _ in range(7)]
+        weights = inputs.floats(2, 3, 3, 3, 32)
+        yield from depthwise_branches_backward(dys, x, weights, dilations, launcher=inputs.launcher)
+
+
 FAMILIES: tuple[Callable[[Inputs], Results], ...] = (
     depthwise_kernels,
     max_pool_kernels,
@@ -197,6 +210,7 @@ FAMILIES: tuple[Callable[[Inputs], Results], ...] = (
     mixed_node_kernels,
     loss_kernels,
     separable_kernels,
+    depthwise_branches_kernels,
 )
 
 
@@ -205,7 +219,8 @@ def launch_all(launcher: Recording) -> None:
     for dtype in STORAGE:
         for family in FAMILIES:
             _read(family(Inputs(dtype, launcher)))
-    missing = [one.expression for one in all_instances() if one not in launcher.launched]
+    here = [one for one in all_instances() if launcher.hopper or not one.hopper]
+    missing = [one.expression for one in here if one not in launcher.launched]
     if missing:
         raise SystemExit(f"not launched: {', '.join(missing)}")
 

@@ -29,6 +29,11 @@ class Instance:
         """As C++ writes it, e.g. `lgcnet::sum_partials<16>`."""
         return f"{NAMESPACE}::{self.kernel}<{','.join(self.parameters)}>"
 
+    @property
+    def hopper(self) -> bool:
+        """Whether it does its work on GPUs of sm_90 only (csrc/hopper.cuh)."""
+        return self.kernel == "depthwise_branches_backward"
+
 
 def depthwise_forward(storage: str, vector: int, stride: int, columns: int, rows: int) -> Instance:
     """`vector` channels a thread; it walks over `rows` x `columns` outputs."""
@@ -41,6 +46,11 @@ def depthwise_backward(storage: str, vector: int, columns: int, rows: int) -> In
 
 def depthwise_backward_stride2(storage: str, vector: int) -> Instance:
     return _instance("depthwise.cuh", "depthwise_backward_stride2", storage, vector)
+
+
+def depthwise_branches_backward(storage: str, tiles: int) -> Instance:
+    """`tiles` of 8 x 8 positions for each warpgroup."""
+    return _instance("depthwise_branches.cuh", "depthwise_branches_backward", storage, tiles)
 
 
 def sum_partials() -> Instance:
@@ -121,6 +131,9 @@ def separable(storage: str, vector: int, stride: int, taps: int, width: int) -> 
     return _instance("separable.cuh", "separable", storage, vector, stride, taps, width)
 
 
+BRANCH_TILES = (1, 2, 4)
+"""What `depthwise_branches_backward` has for strips of up to 16 rows."""
+
 SUM_LANES = 16
 """Threads that share one sum of `sum_partials`."""
 
@@ -174,6 +187,8 @@ def all_instances() -> dict[Instance, None]:
             found.append(separable(storage, 4, stride, taps, width))
             if width == 32:
                 found.append(separable(storage, single, stride, taps, width))
+        if storage != "float":
+            found += [depthwise_branches_backward(storage, tiles) for tiles in BRANCH_TILES]
         found += [upsample_argmax(storage), upsample_losses(storage)]
         found += [upsample_loss_sums(storage), logits_gradient(storage)]
     return dict.fromkeys(found)

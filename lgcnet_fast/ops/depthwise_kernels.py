@@ -1,7 +1,9 @@
 """The depthwise launchers of both backends under one signature, Triton's with tuned tiles.
 
 Triton's kernels serve all dilations of an input in one launch; the CUDA ones serve one branch a
-launch.
+launch. On GPUs of sm_90 `triton` takes both gradients of several branches from one launch of
+csrc/depthwise_branches.cuh where the extension was compiled: Triton cannot multiply maps where they
+lie in shared memory, shifted, by the matrix units.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from torch import Tensor
 from lgcnet_fast.ops.lanes import side_by_side
 from lgcnet_fast.ops.maps import empty_nhwc
 from lgcnet_fast.ops.tuning import shape_key, tuned
+
+WIDEST = 128
+"""Channels of a map both of whose gradients may come from one launch."""
 
 
 def filtered_maps(
@@ -68,6 +73,12 @@ def depthwise_gradients(
         return dx, dw.flatten(0, 1).movedim(-1, 1).contiguous(), d_products
     from lgcnet_fast.kernels.common import unsummed
 
+    if gradients_take_one_launch(dy, x, dilations, stride):
+        from lgcnet_fast.native.depthwise_branches import depthwise_branches_backward
+
+        maps = _listed(dy)
+        dx, shares = depthwise_branches_backward(maps, x, windows.float().contiguous(), dilations)
+        return dx, *_summed_later(shares, shares, of_products)
     if windows.shape[:2] == (1, 1):
         one = dy.flatten(0, 1)[0] if isinstance(dy, Tensor) else dy[0]
         (dx, dw), shares = unsummed(lambda: _gradients_of_one(one, *launch))
@@ -78,6 +89,24 @@ def depthwise_gradients(
         [partial(_weight_gradients, dy, *launch, of_products)],
     )
     return dx, dw, d_products
+
+
+def gradients_take_one_launch(
+    dy: Tensor | Sequence[Tensor], x: Tensor, dilations: Sequence[int], stride: int
+) -> bool:
+    """Whether `depthwise_gradients` of `triton` has both by one.
+
+    It adds no other gradients of x, which costs the memory of a map: too much where that is wide.
+    """
+    from lgcnet_fast.native.depthwise_branches import refusal
+
+    maps = _listed(dy)
+    return len(maps) > 1 and x.shape[1] <= WIDEST and refusal(maps, x, dilations, stride) is None
+
+
+def _listed(maps: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """Edge after edge."""
+    return maps.flatten(0, 1).unbind() if isinstance(maps, Tensor) else maps
 
 
 def depthwise_weight_gradients(

@@ -21,7 +21,11 @@ from torch.library import custom_op
 from lgcnet_fast.ops import fused_separable_branches
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.cast_together import gradient_owners
-from lgcnet_fast.ops.depthwise_kernels import depthwise_gradients, depthwise_weight_gradients
+from lgcnet_fast.ops.depthwise_kernels import (
+    depthwise_gradients,
+    depthwise_weight_gradients,
+    gradients_take_one_launch,
+)
 from lgcnet_fast.ops.fused_separable_branches import (
     by_edge,
     deferred_input_gradient,
@@ -105,7 +109,7 @@ class _DepthwiseBranches(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """weights: depthwise of all branches, pointwise of those multiplied here.
 
-        defers: whether the gradient of x is a `DeferredGradient`.
+        defers: whether the gradient of x may be a `DeferredGradient`.
         """
         depthwise, pointwise = weights[:branches], weights[branches:]
         dilations, stride, here = settings
@@ -137,9 +141,10 @@ class _DepthwiseBranches(torch.autograd.Function):
             own = maps_to_overwrite(ctx.filtered, x, own_windows, again, stride, "triton")
         stacks = list(map(nhwc, gradients))
         arguments = stacks, own, x, windows, products, *ctx.settings
-        if ctx.defers and not torch.is_grad_enabled():
+        maps = _with_own(stacks, own, dilations, here)
+        at_once = gradients_take_one_launch(maps, x, dilations, stride)
+        if ctx.defers and not at_once and not torch.is_grad_enabled():
             found = depthwise_branches_weight_gradients(*arguments)
-            maps = _with_own(stacks, own, dilations, here)
             dx = deferred_input_gradient(maps, x, windows, dilations, stride)
         else:
             dx, *found = depthwise_branches_backward(*arguments)

@@ -28,6 +28,7 @@ from lgcnet_fast.ops.depthwise_kernels import (
     depthwise_input_gradient,
     depthwise_weight_gradients,
     filtered_maps,
+    gradients_take_one_launch,
 )
 from lgcnet_fast.ops.lanes import keep_until_joined, settle, side_by_side
 from lgcnet_fast.ops.maps import accumulator, computed_dtype, dtype_refusal, empty_nhwc, nhwc
@@ -92,7 +93,7 @@ class _SeparableBranches(torch.autograd.Function):
         x: Tensor,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        """defers: whether the gradient of x is a `DeferredGradient`."""
+        """defers: whether the gradient of x may be a `DeferredGradient`."""
         half = len(weights) // 2
         windows, matrices = stacked_windows(weights[:half]), stacked_matrices(weights[half:], x)
         filtered, edges = separable_maps(x, windows, matrices, *settings)
@@ -108,7 +109,10 @@ class _SeparableBranches(torch.autograd.Function):
         x, windows, matrices = ctx.saved_tensors
         filtered = maps_to_overwrite(ctx.filtered, x, windows, *ctx.settings)
         arguments = list(map(nhwc, gradients)), filtered, x, windows, matrices, *ctx.settings
-        if ctx.defers and not torch.is_grad_enabled():
+        at_once = ctx.settings.backend == "triton" and gradients_take_one_launch(
+            filtered, x, *ctx.settings[:2]
+        )
+        if ctx.defers and not at_once and not torch.is_grad_enabled():
             found = separable_branches_weight_gradients(*arguments)
             maps = [filtered.flatten(0, 1)]
             dx = deferred_input_gradient(maps, x, windows, *ctx.settings[:2])

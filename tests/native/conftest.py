@@ -44,6 +44,7 @@ class Emulated(Launcher):
         block: Extent,
         arguments: np.ndarray,
         device: torch.device,
+        shared: int = 0,
     ) -> None:
         number = self._numbers[instance.expression]
         packed = arguments.tobytes()
@@ -53,6 +54,9 @@ class Emulated(Launcher):
 
     def processors(self, device: torch.device) -> int:
         return 2
+
+    def argument_bytes(self, instance: Instance) -> int:
+        return int(self._library.argument_bytes(self._numbers[instance.expression]))
 
 
 def build_emulation(folder: Path) -> Path:

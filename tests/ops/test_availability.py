@@ -100,7 +100,18 @@ def test_findings_name_what_auto_takes(gpu: pytest.MonkeyPatch) -> None:
     gpu.setattr(tuning, "_table", lambda name: table)
     gpu.setattr(torch.cuda, "is_available", lambda: True)
     gpu.setattr(torch.cuda, "device_count", lambda: 1)
-    assert verdicts.backend_findings()[-1].detail == "upsample: triton"
+    found = {finding.name: finding for finding in verdicts.backend_findings()}
+    assert found["backend auto on cuda:0"].detail == "upsample: triton"
+
+
+def test_findings_say_what_an_h200_lacks_without_the_extension(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(torch.cuda, "is_available", lambda: True)
+    gpu.setattr(torch.cuda, "device_count", lambda: 1)
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu.setattr(verdicts, "route_refusal", lambda: "no extension was compiled")
+    found = verdicts.backend_findings()[-1]
+    assert (found.name, found.status) == ("sm_90 kernels on cuda:0", "warn")
+    assert found.detail == "no extension was compiled" and "docs/native.md" in found.remedy
 
 
 def test_findings_without_a_gpu_are_no_complaints(gpu: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@
 
 #include "batch_statistics.cuh"
 #include "depthwise.cuh"
+#include "depthwise_branches.cuh"
 #include "max_pool.cuh"
 #include "mixed_sum.cuh"
 #include "order_statistic.cuh"
