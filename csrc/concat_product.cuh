@@ -60,38 +60,38 @@ struct ConcatProductArguments {
 // Rows x Columns numbers of a matrix, which a block of Threads threads brings into shared memory.
 template <int Rows, int Columns, int V, int Threads>
 struct Brought {
-  static constexpr int kVectors = Columns / V;
+  static constexpr unsigned kVectors = Columns / V;
   static constexpr int kItems = (Rows * kVectors + Threads - 1) / Threads;
   float value[kItems][V];
 
-  // From the matrix's row 0 and column 0 on, each number raised to `bound` at least; past `rows` and
-  // `columns` lie zeros.
-  __device__ __forceinline__ void read(const float* matrix, long long pitch, long long rows,
-                                       int columns, float bound, int thread) {
+  // From the matrix's row 0 and column 0 on, each number raised to `bound` at least; zeros from row
+  // number `rows` and column number `columns` on.
+  __device__ __forceinline__ void read(const float* matrix, int pitch, int rows, int columns,
+                                       float bound, unsigned thread) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const int row = (thread + i * Threads) / kVectors;
       const int column = (thread + i * Threads) % kVectors * V;
       const bool inside = row < Rows && row < rows && column < columns;
-      load_at_least<float, V>(matrix + row * pitch + column, inside, bound, value[i]);
+      load_at_least<float, V>(matrix + (row * pitch + column), inside, bound, value[i]);
     }
   }
 
   template <int Pitch>
-  __device__ __forceinline__ void write(float (*to)[Pitch], int thread) const {
+  __device__ __forceinline__ void write(float (*to)[Pitch], unsigned thread) const {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const int row = (thread + i * Threads) / kVectors;
+      const unsigned row = (thread + i * Threads) / kVectors;
       if (row < Rows) store<float, V>(&to[row][(thread + i * Threads) % kVectors * V], value[i]);
     }
   }
 
   template <int Pitch>
-  __device__ __forceinline__ void write_transposed(float (*to)[Pitch], int thread) const {
+  __device__ __forceinline__ void write_transposed(float (*to)[Pitch], unsigned thread) const {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const int row = (thread + i * Threads) / kVectors;
-      const int column = (thread + i * Threads) % kVectors * V;
+      const unsigned row = (thread + i * Threads) / kVectors;
+      const unsigned column = (thread + i * Threads) % kVectors * V;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         if (row < Rows) to[column + v][row] = value[i][v];
@@ -151,6 +151,11 @@ __device__ __forceinline__ void store_pieces(float* row, int columns,
   }
 }
 
+// How many of `most` positions there are.
+__device__ __forceinline__ int counted(long long positions, int most) {
+  return positions < most ? static_cast<int>(positions) : most;
+}
+
 // One of the tiles of Width channels into which the maps are cut, none of two maps.
 struct MapTile {
   int map;
@@ -178,7 +183,7 @@ struct ForwardChunk {
   int channel = 0;
 
   __device__ __forceinline__ void read(const ConcatProductArguments& a, long long position,
-                                       int output, int thread) {
+                                       int output, unsigned thread) {
     const int channels = a.channels[map];
     x.read(a.x[map] + position * channels + channel, channels, a.positions - position,
            channels - channel, relu_bound(a.relu), thread);
@@ -204,9 +209,9 @@ struct GradientChunk {
   int output = 0;
 
   __device__ __forceinline__ void read(const ConcatProductArguments& a, long long position,
-                                       const MapTile& tile, int thread) {
-    dy.read(a.dy + position * a.outputs + output, a.outputs, a.positions - position,
-            a.outputs - output, minus_infinity(), thread);
+                                       const MapTile& tile, unsigned thread) {
+    dy.read(a.dy + position * a.outputs + output, a.outputs,
+            counted(a.positions - position, kProductPositions), a.outputs - output, minus_infinity(), thread);
     w.read(a.weight + static_cast<long long>(output) * a.all_channels + tile.before + tile.channel,
            a.all_channels, a.outputs - output, a.channels[tile.map] - tile.channel,
            minus_infinity(), thread);
@@ -258,7 +263,7 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks<Width>)
     concat_product(const ConcatProductArguments a) {
   constexpr int N = Width / kProductColumns;
   __shared__ ProductHalves<Width> shared;
-  const int thread = threadIdx.y * kProductColumns + threadIdx.x;
+  const unsigned thread = threadIdx.y * kProductColumns + threadIdx.x;
   const int output = blockIdx.x % a.tiles * Width;
   const long long position = static_cast<long long>(blockIdx.x / a.tiles) * kProductPositions;
   float sum[8][N] = {};
@@ -284,7 +289,7 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks<Width>)
     concat_product_gradients(const ConcatProductArguments a) {
   constexpr int N = Width / kProductColumns;
   __shared__ ProductHalves<Width> shared;
-  const int thread = threadIdx.y * kProductColumns + threadIdx.x;
+  const unsigned thread = threadIdx.y * kProductColumns + threadIdx.x;
   const MapTile tile(a, blockIdx.x % a.tiles, Width);
   const long long position = static_cast<long long>(blockIdx.x / a.tiles) * kProductPositions;
   float sum[8][N] = {};
@@ -322,7 +327,7 @@ __global__ void __launch_bounds__(kShareThreads, kShareBlocks<Width>)
   static_assert(Width <= 2 * kSharePositions, "dy serves for the groups' sums");
   __shared__ __align__(16) float dy[2 * kSharePositions][Width];
   __shared__ __align__(16) float x[2 * kSharePositions][Width];
-  const int thread =
+  const unsigned thread =
       (threadIdx.z * kProductColumns + threadIdx.y) * kProductColumns + threadIdx.x;
   const int output = blockIdx.x / a.tiles * Width;
   const MapTile tile(a, blockIdx.x % a.tiles, Width);
@@ -334,11 +339,12 @@ __global__ void __launch_bounds__(kShareThreads, kShareBlocks<Width>)
   float sum[N][N] = {};
   int half = 0;
   for (long long position = first; position < end; position += kSharePositions) {
+    const int rows = counted(end - position, kSharePositions);
     Brought<kSharePositions, Width, V, kShareThreads> values;
-    values.read(a.dy + position * a.outputs + output, a.outputs, end - position, a.outputs - output,
+    values.read(a.dy + position * a.outputs + output, a.outputs, rows, a.outputs - output,
                 minus_infinity(), thread);
     values.write(dy + half, thread);
-    values.read(a.x[tile.map] + position * channels + tile.channel, channels, end - position,
+    values.read(a.x[tile.map] + position * channels + tile.channel, channels, rows,
                 channels - tile.channel, bound, thread);
     values.write(x + half, thread);
     __syncthreads();

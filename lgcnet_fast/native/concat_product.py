@@ -86,8 +86,9 @@ def concat_product_backward(
     Raises as `concat_product_forward`.
     """
     launcher = launcher or load()
+    shape = _checked(maps, weight, launcher)
     check_map("dy", dy, launcher)
-    check_same("dy", dy, _checked(maps, weight, launcher), torch.float32, maps[0].device)
+    check_same("dy", dy, shape, torch.float32, maps[0].device)
     _check_dense_map("dy", dy)
     dxs = [empty_map(tuple(x.shape), x) for x in maps]
     channels, positions = [x.shape[1] for x in maps], _positions(dy)
