@@ -33,7 +33,7 @@ constexpr int kShareThreads = kShareGroups * kGroupThreads;
 
 // Blocks that a multiprocessor holds, which is what bounds their registers.
 template <int Width>
-constexpr int kProductBlocks = Width == 48 ? 5 : 4;
+constexpr int kProductBlocks = Width == 48 ? 5 : Width == 64 ? 4 : 3;
 template <int Width>
 constexpr int kShareBlocks = Width == 48 ? 3 : 2;
 
@@ -48,8 +48,8 @@ struct ConcatProductArguments {
   const float* weight;  // (outputs, all channels): W
   const float* dy;      // (positions, outputs)
   float* result;        // y, or dW of every share: (shares, outputs, all channels)
-  long long positions;
-  long long share;  // positions of a share
+  int positions;
+  int share;  // positions of a share
   int maps;
   int all_channels;
   int outputs;
@@ -57,48 +57,34 @@ struct ConcatProductArguments {
   int tiles;  // of columns, beside each other in the grid
 };
 
-// Rows x Columns numbers of a matrix, which a block of Threads threads brings into shared memory.
-template <int Rows, int Columns, int V, int Threads>
-struct Brought {
-  static constexpr unsigned kVectors = Columns / V;
-  static constexpr int kItems = (Rows * kVectors + Threads - 1) / Threads;
+// Brings Rows x Columns numbers of a matrix into shared memory by a block of Threads threads, each
+// number raised to `bound` at least; zeros from row number `rows` and column number `columns` on.
+template <int Rows, int Columns, int V, int Threads, bool Transposed, int Pitch>
+__device__ __forceinline__ void bring(const float* matrix, int pitch, int rows, int columns,
+                                      float bound, unsigned thread, float (*to)[Pitch]) {
+  constexpr unsigned kVectors = Columns / V;
+  constexpr int kItems = (Rows * kVectors + Threads - 1) / Threads;
   float value[kItems][V];
-
-  // From the matrix's row 0 and column 0 on, each number raised to `bound` at least; zeros from row
-  // number `rows` and column number `columns` on.
-  __device__ __forceinline__ void read(const float* matrix, int pitch, int rows, int columns,
-                                       float bound, unsigned thread) {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int row = (thread + i * Threads) / kVectors;
-      const int column = (thread + i * Threads) % kVectors * V;
-      const bool inside = row < Rows && row < rows && column < columns;
-      load_at_least<float, V>(matrix + (row * pitch + column), inside, bound, value[i]);
+  for (int i = 0; i < kItems; ++i) {
+    const int row = (thread + i * Threads) / kVectors;
+    const int column = (thread + i * Threads) % kVectors * V;
+    const bool inside = row < Rows && row < rows && column < columns;
+    load_at_least<float, V>(matrix + (row * pitch + column), inside, bound, value[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int row = (thread + i * Threads) / kVectors;
+    const int column = (thread + i * Threads) % kVectors * V;
+    if (row >= Rows) continue;
+    if constexpr (Transposed) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) to[column + v][row] = value[i][v];
+    } else {
+      store<float, V>(&to[row][column], value[i]);
     }
   }
-
-  template <int Pitch>
-  __device__ __forceinline__ void write(float (*to)[Pitch], unsigned thread) const {
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const unsigned row = (thread + i * Threads) / kVectors;
-      if (row < Rows) store<float, V>(&to[row][(thread + i * Threads) % kVectors * V], value[i]);
-    }
-  }
-
-  template <int Pitch>
-  __device__ __forceinline__ void write_transposed(float (*to)[Pitch], unsigned thread) const {
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const unsigned row = (thread + i * Threads) / kVectors;
-      const unsigned column = (thread + i * Threads) % kVectors * V;
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        if (row < Rows) to[column + v][row] = value[i][v];
-      }
-    }
-  }
-};
+}
 
 // Column of a thread's number n of a tile's Width / 8; `across`: of the threads beside each other.
 template <int Width>
@@ -151,9 +137,9 @@ __device__ __forceinline__ void store_pieces(float* row, int columns,
   }
 }
 
-// How many of `most` positions there are.
-__device__ __forceinline__ int counted(long long positions, int most) {
-  return positions < most ? static_cast<int>(positions) : most;
+// Where number `column` of a row of a matrix is.
+__device__ __forceinline__ long long place(int row, int pitch, int column) {
+  return static_cast<long long>(row) * pitch + column;
 }
 
 // One of the tiles of Width channels into which the maps are cut, none of two maps.
@@ -170,56 +156,6 @@ struct MapTile {
       channel -= padded;
       before += a.channels[map];
     }
-  }
-};
-
-// The factors of a chunk of y: x as it lies, W transposed.
-template <int V, int Width>
-struct ForwardChunk {
-  Brought<kProductPositions, kProductChunk, V, kProductThreads> x;
-  Brought<Width, kProductChunk, V, kProductThreads> w;
-  int map = 0;
-  int before = 0;  // channels of the maps before
-  int channel = 0;
-
-  __device__ __forceinline__ void read(const ConcatProductArguments& a, long long position,
-                                       int output, unsigned thread) {
-    const int channels = a.channels[map];
-    x.read(a.x[map] + position * channels + channel, channels, a.positions - position,
-           channels - channel, relu_bound(a.relu), thread);
-    w.read(a.weight + static_cast<long long>(output) * a.all_channels + before + channel,
-           a.all_channels, a.outputs - output, channels - channel, minus_infinity(), thread);
-  }
-
-  // False after the last.
-  __device__ __forceinline__ bool advance(const ConcatProductArguments& a) {
-    channel += kProductChunk;
-    if (channel < a.channels[map]) return true;
-    channel = 0;
-    before += a.channels[map];
-    return ++map < a.maps;
-  }
-};
-
-// Those of a chunk of dx: dy and W as they lie.
-template <int V, int Width>
-struct GradientChunk {
-  Brought<kProductPositions, kProductChunk, V, kProductThreads> dy;
-  Brought<kProductChunk, Width, V, kProductThreads> w;
-  int output = 0;
-
-  __device__ __forceinline__ void read(const ConcatProductArguments& a, long long position,
-                                       const MapTile& tile, unsigned thread) {
-    dy.read(a.dy + position * a.outputs + output, a.outputs,
-            counted(a.positions - position, kProductPositions), a.outputs - output, minus_infinity(), thread);
-    w.read(a.weight + static_cast<long long>(output) * a.all_channels + tile.before + tile.channel,
-           a.all_channels, a.outputs - output, a.channels[tile.map] - tile.channel,
-           minus_infinity(), thread);
-  }
-
-  __device__ __forceinline__ bool advance(const ConcatProductArguments& a) {
-    output += kProductChunk;
-    return output < a.outputs;
   }
 };
 
@@ -265,22 +201,32 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks<Width>)
   __shared__ ProductHalves<Width> shared;
   const unsigned thread = threadIdx.y * kProductColumns + threadIdx.x;
   const int output = blockIdx.x % a.tiles * Width;
-  const long long position = static_cast<long long>(blockIdx.x / a.tiles) * kProductPositions;
+  const int position = blockIdx.x / a.tiles * kProductPositions;
+  const float bound = relu_bound(a.relu);
   float sum[8][N] = {};
-  ForwardChunk<V, Width> chunk;
-  for (int half = 0;; half ^= 1) {
-    chunk.read(a, position, output, thread);
-    chunk.x.write_transposed(shared.positions[half], thread);
-    chunk.w.write_transposed(shared.weight[half], thread);
-    __syncthreads();
-    multiply_chunk<Width>(shared, half, sum);
-    if (!chunk.advance(a)) break;
+  int half = 0;
+  int before = 0;  // channels of the maps before
+  for (int map = 0; map < a.maps; ++map) {
+    const int channels = a.channels[map];
+    for (int channel = 0; channel < channels; channel += kProductChunk) {
+      bring<Width, kProductChunk, V, kProductThreads, true>(
+          a.weight + place(output, a.all_channels, before + channel), a.all_channels,
+          a.outputs - output, channels - channel, minus_infinity(), thread, shared.weight[half]);
+      bring<kProductPositions, kProductChunk, V, kProductThreads, true>(
+          a.x[map] + place(position, channels, channel), channels, a.positions - position,
+          channels - channel, bound, thread, shared.positions[half]);
+      __syncthreads();
+      multiply_chunk<Width>(shared, half, sum);
+      half ^= 1;
+    }
+    before += channels;
   }
 #pragma unroll
   for (int m = 0; m < 8; ++m) {
-    const long long at = position + product_position(m);
-    if (at >= a.positions) continue;
-    store_pieces<V, Width>(a.result + at * a.outputs + output, a.outputs - output, sum[m]);
+    const int at = product_position(m);
+    if (at >= a.positions - position) continue;
+    store_pieces<V, Width>(a.result + place(position + at, a.outputs, output), a.outputs - output,
+                           sum[m]);
   }
 }
 
@@ -291,30 +237,34 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks<Width>)
   __shared__ ProductHalves<Width> shared;
   const unsigned thread = threadIdx.y * kProductColumns + threadIdx.x;
   const MapTile tile(a, blockIdx.x % a.tiles, Width);
-  const long long position = static_cast<long long>(blockIdx.x / a.tiles) * kProductPositions;
+  const int position = blockIdx.x / a.tiles * kProductPositions;
+  const int channels = a.channels[tile.map];
   float sum[8][N] = {};
-  GradientChunk<V, Width> chunk;
-  for (int half = 0;; half ^= 1) {
-    chunk.read(a, position, tile, thread);
-    chunk.dy.write_transposed(shared.positions[half], thread);
-    chunk.w.write(shared.weight[half], thread);
+  int half = 0;
+  for (int output = 0; output < a.outputs; output += kProductChunk) {
+    bring<kProductChunk, Width, V, kProductThreads, false>(
+        a.weight + place(output, a.all_channels, tile.before + tile.channel), a.all_channels,
+        a.outputs - output, channels - tile.channel, minus_infinity(), thread,
+        shared.weight[half]);
+    bring<kProductPositions, kProductChunk, V, kProductThreads, true>(
+        a.dy + place(position, a.outputs, output), a.outputs, a.positions - position,
+        a.outputs - output, minus_infinity(), thread, shared.positions[half]);
     __syncthreads();
     multiply_chunk<Width>(shared, half, sum);
-    if (!chunk.advance(a)) break;
+    half ^= 1;
   }
-  const int channels = a.channels[tile.map];
 #pragma unroll
   for (int m = 0; m < 8; ++m) {
-    const long long at = position + product_position(m);
-    if (at >= a.positions) continue;
-    const long long place = at * channels + tile.channel;
+    const int at = product_position(m);
+    if (at >= a.positions - position) continue;
+    const long long first = place(position + at, channels, tile.channel);
     if (a.relu) {
       float x[N];
-      load_pieces<V, Width>(a.x[tile.map] + place, channels - tile.channel, x);
+      load_pieces<V, Width>(a.x[tile.map] + first, channels - tile.channel, x);
 #pragma unroll
       for (int n = 0; n < N; ++n) sum[m][n] = x[n] <= 0.0f ? 0.0f : sum[m][n];
     }
-    store_pieces<V, Width>(a.dx[tile.map] + place, channels - tile.channel, sum[m]);
+    store_pieces<V, Width>(a.dx[tile.map] + first, channels - tile.channel, sum[m]);
   }
 }
 
@@ -333,22 +283,20 @@ __global__ void __launch_bounds__(kShareThreads, kShareBlocks<Width>)
   const MapTile tile(a, blockIdx.x % a.tiles, Width);
   const int channels = a.channels[tile.map];
   const float bound = relu_bound(a.relu);
-  const long long first = blockIdx.y * a.share;
-  const long long end = first + a.share < a.positions ? first + a.share : a.positions;
+  const int first = blockIdx.y * a.share;
+  const float* next_dy = a.dy + place(first, a.outputs, output);
+  const float* next_x = a.x[tile.map] + place(first, channels, tile.channel);
 
   float sum[N][N] = {};
   int half = 0;
-  for (long long position = first; position < end; position += kSharePositions) {
-    const int rows = counted(end - position, kSharePositions);
-    Brought<kSharePositions, Width, V, kShareThreads> values;
-    values.read(a.dy + position * a.outputs + output, a.outputs, rows, a.outputs - output,
-                minus_infinity(), thread);
-    values.write(dy + half, thread);
-    values.read(a.x[tile.map] + position * channels + tile.channel, channels, rows,
-                channels - tile.channel, bound, thread);
-    values.write(x + half, thread);
+  int left = a.positions - first < a.share ? a.positions - first : a.share;
+  for (; left > 0; left -= kSharePositions) {
+    bring<kSharePositions, Width, V, kShareThreads, false>(
+        next_dy, a.outputs, left, a.outputs - output, minus_infinity(), thread, dy + half);
+    bring<kSharePositions, Width, V, kShareThreads, false>(
+        next_x, channels, left, channels - tile.channel, bound, thread, x + half);
     __syncthreads();
-#pragma unroll 2
+#pragma unroll 1
     for (int i = 0; i < kSharePositions / kShareGroups; ++i) {
       const int row = half + threadIdx.z * (kSharePositions / kShareGroups) + i;
       float g[N], r[N];
@@ -361,6 +309,8 @@ __global__ void __launch_bounds__(kShareThreads, kShareBlocks<Width>)
       }
     }
     half ^= kSharePositions;
+    next_dy += kSharePositions * a.outputs;
+    next_x += kSharePositions * channels;
   }
 
   // The groups add up, the last one first.
@@ -379,13 +329,12 @@ __global__ void __launch_bounds__(kShareThreads, kShareBlocks<Width>)
     }
   }
   if (threadIdx.z > 0) return;
-  float* result =
-      a.result + static_cast<long long>(blockIdx.y) * a.outputs * a.all_channels + tile.before;
+  float* result = a.result + static_cast<long long>(blockIdx.y) * a.outputs * a.all_channels;
 #pragma unroll
   for (int m = 0; m < N; ++m) {
     const int row = output + piece_column<Width>(threadIdx.y, m);
     if (row >= a.outputs) continue;
-    store_pieces<V, Width>(result + static_cast<long long>(row) * a.all_channels + tile.channel,
+    store_pieces<V, Width>(result + place(row, a.all_channels, tile.before + tile.channel),
                            channels - tile.channel, sum[m]);
   }
 }

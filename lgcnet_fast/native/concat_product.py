@@ -33,8 +33,8 @@ ARGUMENTS = np.dtype(
         ("dx", *MAPS),
         ("channels", "i4", (MAX_MAPS,)),
         *[(name, "u8") for name in ("weight", "dy", "result")],
-        *[(name, "i8") for name in ("positions", "share")],
-        *[(name, "i4") for name in ("maps", "all_channels", "outputs", "relu", "tiles")],
+        *[(name, "i4") for name in ("positions", "share", "maps", "all_channels")],
+        *[(name, "i4") for name in ("outputs", "relu", "tiles")],
     ],
     align=True,
 )
@@ -129,7 +129,11 @@ def _checked(
         raise ValueError(f"weight: shape {tuple(weight.shape)}, need (C_out, sum of C_i)")
     outputs, channels = weight.shape[0], sum(x.shape[1] for x in maps)
     check_dense("weight", weight, (outputs, channels), torch.float32, maps[0].device)
+    if max(weight.shape) >= 2**24:
+        raise ValueError(f"weight: shape {tuple(weight.shape)}, at most {2**24 - 1} channels fit")
     images, _, height, width = maps[0].shape
+    if images * height * width >= 2**31:
+        raise ValueError(f"maps[0]: {images * height * width} positions, at most {2**31 - 1} fit")
     return images, outputs, height, width
 
 
