@@ -1,11 +1,12 @@
 """Convolutions of concatenations by kernels: `lgcnet_fast::concat_upsample_pointwise`.
 
-Where Triton's kernels do not serve, and under the backend `cuda`, the concatenation is written by
-the kernels of `concat_upsample` and multiplied by a library, in the backward pass once more, so
-that it is not kept.
+Kernels of the backend `cuda` multiply float32 maps from where they lie, after resizing those of
+another size. Where neither these nor Triton's serve, the concatenation is written by the kernels of
+`concat_upsample` and multiplied by a library, in the backward pass once more, so that it is not
+kept.
 
-Least traffic of Triton's kernels, in elements a position of the output, C channels in all: forward
-C + C_out, backward 2 C + C_out where all maps have the output's size.
+Least traffic, in elements a position of the output, C channels in all, where all maps have the
+output's size: forward C + C_out, backward of Triton's kernels 2 C + C_out.
 """
 
 from __future__ import annotations
