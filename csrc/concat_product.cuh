@@ -8,11 +8,11 @@
 //
 // All three are products of matrices in tiles: chunk by chunk the threads bring both factors into
 // shared memory, from where every thread multiplies 8 or Width / 8 rows by Width / 8 columns, in
-// pieces of kPiece neighbours that a warp reads side by side. While slow threads multiply one half of
-// the shared memory, fast ones write the other.
+// pieces of kPiece neighbours that a warp reads side by side. While slow threads multiply one half
+// of the shared memory, fast ones write the other.
 //
-// The sum of dW runs over far more positions than dW has entries: the blocks take shares of them, and
-// sum_partials adds up what they find.
+// The sum of dW runs over far more positions than dW has entries: the blocks take shares of them,
+// and sum_partials adds up what they find.
 #pragma once
 
 #include "numeric.cuh"
@@ -27,7 +27,7 @@ constexpr int kProductThreads = kProductRows * kProductColumns;
 constexpr int kProductChunk = 16;  // channels
 
 constexpr int kSharePositions = 32;  // of a chunk of the third
-constexpr int kShareGroups = 4;      // of threads, among which the chunk's positions are divided
+constexpr int kShareGroups = 2;      // of threads, among which the chunk's positions are divided
 constexpr int kGroupThreads = kProductColumns * kProductColumns;
 constexpr int kShareThreads = kShareGroups * kGroupThreads;
 
@@ -35,7 +35,7 @@ constexpr int kShareThreads = kShareGroups * kGroupThreads;
 template <int Width>
 constexpr int kProductBlocks = Width == 48 ? 5 : Width == 64 ? 4 : 3;
 template <int Width>
-constexpr int kShareBlocks = Width == 48 ? 3 : 2;
+constexpr int kShareBlocks = Width == 48 ? 5 : 4;
 
 // Columns of a thread that are neighbours; the pieces of a thread are 8 pieces apart.
 template <int Width>
