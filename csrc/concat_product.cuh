@@ -27,7 +27,7 @@ constexpr int kProductThreads = kProductRows * kProductColumns;
 constexpr int kProductChunk = 16;  // channels
 
 constexpr int kSharePositions = 32;  // of a chunk of the third
-constexpr int kShareGroups = 2;      // of threads, among which the chunk's positions are divided
+constexpr int kShareGroups = 4;      // of threads, among which the chunk's positions are divided
 constexpr int kGroupThreads = kProductColumns * kProductColumns;
 constexpr int kShareThreads = kShareGroups * kGroupThreads;
 
@@ -35,7 +35,7 @@ constexpr int kShareThreads = kShareGroups * kGroupThreads;
 template <int Width>
 constexpr int kProductBlocks = Width == 48 ? 5 : Width == 64 ? 4 : 3;
 template <int Width>
-constexpr int kShareBlocks = Width == 48 ? 5 : 4;
+constexpr int kShareBlocks = Width == 48 ? 3 : 2;
 
 // Columns of a thread that are neighbours; the pieces of a thread are 8 pieces apart.
 template <int Width>

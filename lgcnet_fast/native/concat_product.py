@@ -44,8 +44,8 @@ POSITIONS = 128
 BLOCK = (8, POSITIONS // 8, 1)
 SHARE_POSITIONS = 32
 """kSharePositions of the kernels."""
-SHARE_BLOCK = (8, 8, 2)
-SHARES = 5
+SHARE_BLOCK = (8, 8, 4)
+SHARES = 3
 """Of the positions, a multiprocessor: blocks that it holds."""
 
 
