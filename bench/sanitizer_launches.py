@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bench.results_file import write_json
 from lgcnet_fast.native import depthwise, max_pool, separable
+from lgcnet_fast.native.concat_product import concat_product_backward, concat_product_forward
 from lgcnet_fast.native.depthwise_branches import depthwise_branches_backward
 from lgcnet_fast.native.instances import Instance, all_instances
 from lgcnet_fast.native.launcher import Extent, Launcher
@@ -203,6 +204,21 @@ def depthwise_branches_kernels(inputs: Inputs) -> Results:
         yield from depthwise_branches_backward(dys, x, weights, dilations, launcher=inputs.launcher)
 
 
+def concat_product_kernels(inputs: Inputs) -> Results:
+    if inputs.dtype != torch.float32:
+        return
+    launcher = inputs.launcher
+    for channels in (48, 64, 17):  # each of another tile
+        maps, weight = (
+            [inputs.map(channels), inputs.map(channels)],
+            inputs.floats(channels, 2 * channels),
+        )
+        yield concat_product_forward(maps, weight, relu=True, launcher=launcher)
+        dy = inputs.map(channels)
+        dxs, dw = concat_product_backward(dy, maps, weight, relu=True, launcher=launcher)
+        yield from (*dxs, dw)
+
+
 FAMILIES: tuple[Callable[[Inputs], Results], ...] = (
     depthwise_kernels,
     max_pool_kernels,
@@ -211,6 +227,7 @@ FAMILIES: tuple[Callable[[Inputs], Results], ...] = (
     loss_kernels,
     separable_kernels,
     depthwise_branches_kernels,
+    concat_product_kernels,
 )
 
 

@@ -131,6 +131,19 @@ def separable(storage: str, vector: int, stride: int, taps: int, width: int) -> 
     return _instance("separable.cuh", "separable", storage, vector, stride, taps, width)
 
 
+def concat_product(vector: int, width: int) -> Instance:
+    """`vector` numbers that a thread reads at once; `width` columns a block, as the next two."""
+    return _instance("concat_product.cuh", "concat_product", vector, width)
+
+
+def concat_product_gradients(vector: int, width: int) -> Instance:
+    return _instance("concat_product.cuh", "concat_product_gradients", vector, width)
+
+
+def concat_product_weight_gradients(vector: int, width: int) -> Instance:
+    return _instance("concat_product.cuh", "concat_product_weight_gradients", vector, width)
+
+
 BRANCH_TILES = (1, 2, 4)
 """What `depthwise_branches_backward` has for strips of up to 16 rows."""
 
@@ -144,6 +157,10 @@ MEAN_THREADS = 256
 COUNT_THREADS = 64
 DIGITS = 256
 """Threads of the one block of `upsample_loss_mean`, of `count_digits` and of `select_digit`."""
+
+
+CONCAT_TILES = ((4, 48), (4, 64), (1, 32))
+"""Numbers that a thread reads at once and columns a block of the products of concatenations."""
 
 
 BACKWARD_WALKS = ((4, 1, 4), (2, 1, 4), (2, 2, 4), (2, 2, 8), (2, 4, 4))
@@ -160,6 +177,9 @@ def all_instances() -> dict[Instance, None]:
     """Everything that a launcher can ask for, as an ordered set."""
     found = [sum_partials(), merge_statistics()]
     found += [upsample_loss_mean(), count_digits(), select_digit()]
+    for vector, width in CONCAT_TILES:
+        found += [concat_product(vector, width), concat_product_gradients(vector, width)]
+        found.append(concat_product_weight_gradients(vector, width))
     for storage in BYTES:
         wide, narrow, single = vectors(storage)
         for vector, columns in product((wide, narrow), (1, 2)):

@@ -26,9 +26,9 @@ def concat_upsample_pointwise(
 
     Differentiable in maps and weight. The fused form keeps these only: what the backward pass needs
     of the concatenation it computes anew. Triton's kernels never write it, for maps in half
-    precision on GPUs of sm_80 and later, and up to 128 output channels; elsewhere, and with the
-    backend `cuda`, it is a product of what the kernels of `concat_upsample` write. The reference
-    keeps the concatenation, rectified.
+    precision on GPUs of sm_80 and later, and up to 128 output channels; those of the backend `cuda`
+    never do for float32 maps, up to 64 of them. Elsewhere it is a product of what the kernels of
+    `concat_upsample` write. The reference keeps the concatenation, rectified.
 
     Raises `OperandError` naming the argument at fault, `BackendError` where the chosen backend
     cannot serve.

@@ -1,11 +1,12 @@
 """Convolutions of concatenations by kernels: `lgcnet_fast::concat_upsample_pointwise`.
 
-Where Triton's kernels do not serve, and under the backend `cuda`, the concatenation is written by
-the kernels of `concat_upsample` and multiplied by a library, in the backward pass once more, so
-that it is not kept.
+Kernels of the backend `cuda` multiply float32 maps from where they lie, after resizing those of
+another size. Where neither these nor Triton's serve, the concatenation is written by the kernels of
+`concat_upsample` and multiplied by a library, in the backward pass once more, so that it is not
+kept.
 
-Least traffic of Triton's kernels, in elements a position of the output, C channels in all: forward
-C + C_out, backward 2 C + C_out where all maps have the output's size.
+Least traffic, in elements a position of the output, C channels in all, where all maps have the
+output's size: forward C + C_out, backward of Triton's kernels 2 C + C_out.
 """
 
 from __future__ import annotations
@@ -46,6 +47,12 @@ def _forward(
 ) -> Tensor:
     """maps: of one dtype; weight: of any, rounded to theirs."""
     maps = [nhwc(x) for x in maps]
+    if _by_cuda_kernel(backend, maps):
+        from lgcnet_fast.native import concat_product as native
+
+        return native.concat_product_forward(
+            _resized(maps, size), _matrix(weight.to(torch.float32)), relu
+        )
     if not _by_kernel(backend, maps[0], weight):
         x = _concatenation(maps, size, relu, backend)
         return product_by_library(x, _matrix(weight.to(x.dtype)))
@@ -78,6 +85,8 @@ def _backward(
 ) -> list[Tensor]:
     """Of the maps, then of the weight, in the accumulator's dtype."""
     grad, maps = nhwc(grad), [nhwc(x) for x in maps]
+    if _by_cuda_kernel(backend, maps):
+        return _gradients_by_cuda_kernel(grad, maps, size, weight, relu)
     if not _by_kernel(backend, grad, weight):
         return _gradients_by_library(grad, maps, size, weight, relu, backend)
     from lgcnet_fast.kernels import concat_pointwise_backward as kernel
@@ -97,6 +106,28 @@ def _(
 ) -> list[Tensor]:
     dw = weight.new_empty(weight.shape, dtype=accumulator(grad.dtype))
     return [*(empty_nhwc(x, x.shape) for x in maps), dw]
+
+
+def _gradients_by_cuda_kernel(
+    grad: Tensor, maps: Sequence[Tensor], size: Shape, weight: Tensor, relu: bool
+) -> list[Tensor]:
+    from lgcnet_fast.native import concat_product, upsample
+
+    matrix = _matrix(weight.to(torch.float32))
+    gradients, dw = concat_product.concat_product_backward(grad, _resized(maps, size), matrix, relu)
+    dxs = [
+        dx if x.shape == dx.shape else upsample.upsample_backward(dx, _pair(x.shape[2:]))
+        for x, dx in zip(maps, gradients, strict=True)
+    ]
+    return [*dxs, dw.view(weight.shape)]
+
+
+def _resized(maps: Sequence[Tensor], size: Shape) -> list[Tensor]:
+    """By the backend `cuda`, where they have another size."""
+    from lgcnet_fast.native import upsample
+
+    size = _pair(size)
+    return [x if _pair(x.shape[2:]) == size else upsample.upsample_forward(x, size) for x in maps]
 
 
 def _gradients_by_library(
@@ -155,6 +186,15 @@ def _by_kernel(backend: str, x: Tensor, weight: Tensor) -> bool:
     from lgcnet_fast.kernels.concat_pointwise import serves
 
     return serves(x, len(weight))
+
+
+def _by_cuda_kernel(backend: str, maps: Sequence[Tensor]) -> bool:
+    """In half precision a library's products have tensor cores, on GPUs that have some."""
+    if backend != "cuda":
+        return False
+    from lgcnet_fast.native.mixed_sum import MAX_MAPS
+
+    return maps[0].dtype == torch.float32 and len(maps) <= MAX_MAPS
 
 
 def _matrix(weight: Tensor) -> Tensor:

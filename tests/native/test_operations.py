@@ -90,6 +90,24 @@ class TestOperations:
 
         assert_same(convolve, *maps, weight)
 
+    @pytest.mark.parametrize(("count", "dtype"), [(2, torch.float16), (65, torch.float32)])
+    def test_convolution_of_a_concatenation_by_the_library(
+        self, count: int, dtype: torch.dtype
+    ) -> None:
+        """Half precision, and more maps than a launch takes."""
+        maps = [random_map(1, 2, 2, 3 + i % 2).to(dtype) for i in range(count)]
+        weight = (random_map(3, 2 * count, 1, 1) / count**0.5).to(dtype)
+
+        def convolve(*given: Tensor) -> Tensor:
+            return ops.concat_upsample_pointwise(given[:-1], (2, 4), given[-1])
+
+        found = both_ways(convolve, (*maps, weight), "cuda")
+        truths = both_ways(convolve, [x.double() for x in (*maps, weight)], "reference")
+        for result, truth in zip(found, truths, strict=True):
+            assert result.dtype == dtype
+            error = (result.double() - truth).norm() / truth.norm()
+            assert error <= 10 * torch.finfo(dtype).eps
+
     @pytest.mark.parametrize("loss", [ops.upsample_cross_entropy, ops.upsample_ohem])
     def test_losses(self, loss: Callable[..., Tensor]) -> None:
         target = torch.randint(5, (2, 9, 13), generator=torch.Generator().manual_seed(0))

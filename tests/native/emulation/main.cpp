@@ -3,6 +3,7 @@
 #include "device.h"
 
 #include "batch_statistics.cuh"
+#include "concat_product.cuh"
 #include "depthwise.cuh"
 #include "depthwise_branches.cuh"
 #include "max_pool.cuh"
