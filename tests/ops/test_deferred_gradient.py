@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from lgcnet_fast.kernels import depthwise_input_grad, gradient_sum
+from lgcnet_fast.native import depthwise_branches
 from lgcnet_fast.ops import Products, fused_depthwise_branches, readers, use_backend
 from lgcnet_fast.ops import fused_separable_branches as fused
 from lgcnet_fast.ops.deferred_gradient import DeferredGradient
@@ -80,6 +82,41 @@ def test_one_launch_adds_all_gradients(
     again = torch.autograd.grad(out, inputs)
     assert all(torch.equal(a, b) for a, b in zip(found[1], again, strict=True))
     assert launches == ["depthwise_multi_input_grad"] * 2
+
+
+def both_gradients(
+    dys: Sequence[Tensor], x: Tensor, windows: Tensor, dilations: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """What the kernel of sm_90 gives, two shares of the weights'."""
+    dx, dws = torch.zeros_like(x), []
+    for k, dy in enumerate(dys):
+        d = dilations[k % len(dilations)]
+        window = windows.flatten(0, 1)[k].to(x.dtype).permute(2, 0, 1)[:, None]
+        options = {"padding": d, "dilation": d, "groups": x.shape[1]}
+        dx += conv2d_input(x.shape, window, dy, **options) * (x > 0)
+        dws.append(conv2d_weight(x.relu(), window.shape, dy, **options)[:, 0].permute(1, 2, 0))
+    dw = torch.stack(dws).view_as(windows).float()
+    return dx, torch.stack((0.25 * dw, 0.75 * dw))
+
+
+@pytest.mark.parametrize("pay", [False, True])
+@pytest.mark.parametrize("others", [0, 1, 5])
+def test_a_launch_of_both_gradients_waits_for_no_others(
+    others: int,
+    pay: bool,
+    device: torch.device,
+    launches: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fused_depthwise_branches, "pay", lambda *arguments: pay)
+    monkeypatch.setattr(depthwise_branches, "refusal", lambda *arguments: None)
+    monkeypatch.setattr(depthwise_branches, "depthwise_branches_backward", both_gradients)
+    inputs, found = leaves(device), []
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            found.append(torch.autograd.grad(total(inputs, others), inputs))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)  # The kernel takes float32 weights.
+    assert launches == (["gradient_sum"] if others else [])
 
 
 def test_two_operations_on_a_map(device: torch.device, launches: list[str]) -> None:
