@@ -20,6 +20,7 @@ from lgcnet_fast.ops.backend import use_backend
 
 FAMILIES = (
     "depthwise",
+    "depthwise_branches",
     "concat_pointwise",
     "concat_upsample",
     "max_pool",
