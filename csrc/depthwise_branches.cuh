@@ -229,7 +229,7 @@ __device__ __forceinline__ unsigned where_positive(unsigned dx, unsigned x) {
 
 template <typename T, int kTiles>
 __device__ __forceinline__ void branches_backward(const BranchArguments& a) {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];  // swizzles go by addresses
   const BranchBlock block(a, memory);
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
   const int group = __shfl_sync(~0u, warp >> 2, 0), columns = block.segments * 16;
