@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from native_build import (
     SOURCES,
@@ -100,14 +101,14 @@ def compile_with_nvrtc(architecture: int) -> list[Resources]:
     """Raises `BuildError`."""
     nvrtc = Nvrtc()
     print(f"sm_{architecture}, NVRTC {nvrtc.version}")
-    instances = kernel_instances()
+    instances = [one for one in kernel_instances() if not one.hopper]
     logs = [
         nvrtc.compile(
             source, [one.expression for one in instances if one.source == source], architecture
         )
         for source in sorted({one.source for one in instances})
     ]
-    return read_log("\n".join(logs))
+    return read_log("\n".join(logs), instances)
 
 
 def compile_with_nvcc(architecture: int) -> list[Resources]:
@@ -128,7 +129,7 @@ def compile_with_nvcc(architecture: int) -> list[Resources]:
             ]
             for shard in write_shards(Path(folder))
         ]
-        return read_log("\n".join(pool.map(_run, commands)))
+        return read_log("\n".join(pool.map(_run, commands)), kernel_instances())
 
 
 def _run(command: Sequence[str]) -> str:
@@ -138,8 +139,8 @@ def _run(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def read_log(log: str) -> list[Resources]:
-    """The entries of `ptxas -v`. Raises `BuildError` unless every kernel has one."""
+def read_log(log: str, instances: Sequence[Any]) -> list[Resources]:
+    """The entries of `ptxas -v`. Raises `BuildError` unless every one of the kernels has one."""
     parts = re.split(r"Compiling entry function '(\w+)' for '\w+'", log)
     names = demangle(parts[1::2])
     found = {
@@ -152,7 +153,7 @@ def read_log(log: str) -> list[Resources]:
         )
         for name, report in zip(names, parts[2::2], strict=True)
     }
-    expected = [instance.expression for instance in kernel_instances()]
+    expected = [instance.expression for instance in instances]
     missing = [name for name in expected if name not in found]
     if missing:
         raise BuildError(f"the compiler reported nothing for {', '.join(missing)}")
