@@ -18,6 +18,11 @@ import torch
 
 from tests.interpreter import patch
 
+# Two workers of two threads each wait for one another on two cores, ten times as long as one
+# thread works on maps as small as these. The variable is for commands that tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 GAPS = ("'InterpreterBuilder' object has no attribute", "Unsupported lhs dtype fp64")
 """Of the interpreter of Triton 3.3, that of torch 2.7: it misses operations of one bit, and
 products in float64. Compiled kernels have both."""
