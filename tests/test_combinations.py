@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.combinations import some_combinations
+from tests.combinations import some_cases, some_combinations
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -17,3 +17,10 @@ def test_each_value_occurs_by_default_and_every_pair_at_all(gpu, monkeypatch):
     assert [p.values for p in parameters][1] == (1, "y")
     default = [p.id for p in parameters if not p.marks]
     assert default == ([p.id for p in parameters] if gpu else ["1-x", "1-z", "2-y"])
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_cases_at_other_places_are_slow(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    _, parameters = some_cases("case", ("x", "y", "z"), 0, 2).args
+    assert [bool(p.marks) for p in parameters] == [False, not gpu, False]
