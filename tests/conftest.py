@@ -16,7 +16,12 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 import torch
 
-from tests.interpreter import patch_once_a_launch
+from tests.interpreter import patch
+
+# Two workers of two threads each wait for one another on two cores, ten times as long as one
+# thread works on maps as small as these. The variable is for commands that tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 GAPS = ("'InterpreterBuilder' object has no attribute", "Unsupported lhs dtype fp64")
 """Of the interpreter of Triton 3.3, that of torch 2.7: it misses operations of one bit, and
@@ -64,7 +69,7 @@ def pytest_collection_finish() -> None:
 def quick_interpreter() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         with suppress(ImportError, AttributeError):
-            patch_once_a_launch(importlib.import_module("triton.runtime.interpreter"))
+            patch(importlib.import_module("triton.runtime.interpreter"))
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lgcnet_fast.kernels.common import MOST_SHARED
 from lgcnet_fast.kernels.conv3 import Conv3Config, conv3_forward, conv3_input_grad, fits, serves
+from tests.combinations import some_combinations
 from tests.kernels.products import CUDA, DTYPES, assert_close, random_map
 
 TILE = Conv3Config(rows=2, block_p=16, block_o=16, block_c=16, targets=1, warps=4, stages=2)
@@ -96,8 +97,7 @@ def assert_input_gradient(
     assert_close(dx, total(gs, weights), total([g.abs() for g in gs], [w.abs() for w in weights]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@some_combinations("case, dtype", CASES, DTYPES)
 def test_results(case, dtype, device, guarded):
     x, weights = case.inputs(dtype, device)
     ys = conv3_forward(x, weights, case.relu, case.config)
@@ -105,8 +105,7 @@ def test_results(case, dtype, device, guarded):
     assert_results(ys, x, weights, case.relu)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@some_combinations("case, dtype", CASES, DTYPES)
 def test_input_gradients(case, dtype, device, guarded):
     x, weights = case.inputs(dtype, device)
     gs = case.gradients(x)

@@ -15,6 +15,7 @@ from lgcnet_fast.kernels.conv3_backward import (
     conv3_weight_grad,
     summed,
 )
+from tests.combinations import some_combinations
 from tests.kernels.products import CUDA, DTYPES, assert_close, random_map
 
 TILE = WeightGradConfig(block_p=16, block_o=16, block_c=16, rows=2, warps=4, programs=3, stages=2)
@@ -83,8 +84,7 @@ def assert_right(dys: list[Tensor], xs: list[Tensor], dw: Tensor) -> None:
         assert_close(result, reference(g, x), reference(g.abs(), x.abs()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@some_combinations("case, dtype", CASES, DTYPES)
 def test_gradients(case, dtype, device, guarded):
     dys, xs = case.inputs(dtype, device)
     shares = conv3_weight_grad(dys, xs, case.relu, case.config)

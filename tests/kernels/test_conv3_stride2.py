@@ -25,6 +25,7 @@ from lgcnet_fast.kernels.conv3_stride2_backward import (
     StridedWeightGradConfig,
     strided_weight_grad,
 )
+from tests.combinations import some_combinations
 from tests.kernels.products import CUDA, DTYPES, assert_close, random_map
 
 TILE = Stride2Config(rows=2, block_p=16, block_n=16, block_k=16, warps=4, stages=2)
@@ -126,8 +127,7 @@ def assert_all(x: Tensor, ys: Sequence[Tensor], weights: Sequence[Tensor], case:
         assert_close(dw, weight_gradient(y, x), weight_gradient(y.abs(), x.abs()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@some_combinations("case, dtype", CASES, DTYPES)
 def test_results(case, dtype, device, guarded):
     assert_all(*case.inputs(dtype, device), case)
 

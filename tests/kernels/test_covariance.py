@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.covariance import LONGEST, TILES, CovarianceConfig, covariance
 from lgcnet_fast.kernels.product_sum import MAX_CHANNELS
+from tests.combinations import some_combinations
 from tests.kernels.products import CUDA, DTYPES, random_map
 
 TILE = CovarianceConfig(block_m=16, block_c=16, warps=1, stages=2, programs=12)
@@ -82,8 +83,7 @@ def assert_right(
         assert ((matrices[k] - truth).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@some_combinations("case, dtype", CASES, DTYPES)
 def test_mean_and_covariance(case, dtype, device, guarded):
     ds = case.inputs(dtype, device)
     mean, matrices = covariance(ds, case.config)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.interleaved import interleaved, interleaved_gradients, summed
 from lgcnet_fast.kernels.pointwise_backward import ProductGradientsConfig
+from tests.combinations import some_combinations
 from tests.kernels.products import CUDA, DTYPES, assert_close, random_map, random_weight
 
 TILE = ProductGradientsConfig(block_m=16, block_c=16, warps=1, stages=2, programs=3)
@@ -56,8 +57,7 @@ def halves(x: Tensor, like: Tensor) -> list[Tensor]:
     return [padded[:, :, half::2, half::2] for half in (0, 1)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@some_combinations("case, dtype", CASES, DTYPES)
 def test_forward(case, dtype, device, guarded):
     dy, x, *weights = case.inputs(dtype, device)
     y = interleaved(x, *weights)
@@ -70,8 +70,7 @@ def test_forward(case, dtype, device, guarded):
     assert_close(y, truth, magnitude)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@some_combinations("case, dtype", CASES, DTYPES)
 def test_gradients(case, dtype, device, guarded):
     dy, x, *weights = case.inputs(dtype, device)
     dx, shares = interleaved_gradients(dy, x, *weights, case.config)

@@ -24,6 +24,7 @@ from lgcnet_fast.kernels.mixed_sum_backward import (
     mixed_sum_gradient_sums,
 )
 from lgcnet_fast.kernels.slabs import MOST_SLABS, SlabConfig
+from tests.combinations import some_combinations
 
 EPS = 1e-5
 TILE = TileConfig(loads=2, ahead=2, warps=1)
@@ -147,8 +148,7 @@ def moved_by_mean(values: Inputs, statistics: Statistics) -> Tensor:
     return (values.g.double().sum((0, 2, 3)).abs() * r * of_mean).sum(1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@some_combinations("case, dtype", CASES, DTYPES)
 def test_forward(case: Case, dtype: torch.dtype, device: torch.device, guarded: None) -> None:
     values = inputs(case, dtype, device)
     statistics = batch_statistics(values.ys, EPS, case.slabs)
@@ -169,8 +169,7 @@ def test_forward(case: Case, dtype: torch.dtype, device: torch.device, guarded: 
     assert_close(out, truth, rounding_of(case) * max(1, case.branches / 4))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [case for case in CASES if case.shape[2] > 1], ids=str)
+@some_combinations("case, dtype", [case for case in CASES if case.shape[2] > 1], DTYPES)
 def test_gradients(case: Case, dtype: torch.dtype, device: torch.device, guarded: None) -> None:
     values = inputs(case, dtype, device)
     statistics = batch_statistics(values.ys, EPS, case.slabs)
@@ -198,8 +197,7 @@ def test_gradients(case: Case, dtype: torch.dtype, device: torch.device, guarded
         assert_close(plain_dz, truth_plain_dz, rounding)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [case for case in CASES if case.shape[2] > 1], ids=str)
+@some_combinations("case, dtype", [case for case in CASES if case.shape[2] > 1], DTYPES)
 def test_affine_sum(case: Case, dtype: torch.dtype, device: torch.device, guarded: None) -> None:
     """Forward and gradients of the maps, where a gamma is zero."""
     values = inputs(case, dtype, device)

@@ -15,6 +15,7 @@ from lgcnet_fast.kernels.pointwise_backward import (
     pointwise_backward,
     summed,
 )
+from tests.combinations import some_combinations
 from tests.kernels.products import CUDA, DTYPES, assert_close, random_map, random_weight
 
 TILE = ProductGradientsConfig(block_m=16, block_c=16, warps=1, stages=2, programs=3)
@@ -83,9 +84,7 @@ def assert_right(dys: list[Tensor], x: Tensor, weights: Tensor, dx: Tensor, dw: 
         assert_close(result, truth, torch.einsum(equation, dy.abs(), other.abs()))
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@some_combinations("case, dtype, in_place", CASES, DTYPES, [False, True])
 def test_gradients(case, dtype, in_place, device, guarded):
     dys, x, weights = case.inputs(dtype, device)
     before = x.clone()

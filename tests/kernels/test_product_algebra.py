@@ -16,6 +16,7 @@ from lgcnet_fast.kernels.product_gradients import (
     product_sums,
 )
 from lgcnet_fast.kernels.product_sum import ProductSumConfig, product_sum
+from tests.combinations import some_combinations
 from tests.kernels.products import CUDA, DTYPES, random_map
 
 EPS = 1e-5
@@ -83,8 +84,7 @@ def test_weights(size, dtype, device, guarded):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dtype", STORAGE, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@some_combinations("size, dtype", SIZES, STORAGE)
 def test_coefficients(size, dtype, training, device, guarded):
     inputs = random_inputs(size, dtype, device)
     given = (inputs[name] for name in ("mean", "covariance", "matrices", "z"))

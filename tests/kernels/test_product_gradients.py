@@ -15,6 +15,7 @@ from lgcnet_fast.kernels.product_gradients import (
     product_input_gradients,
     product_sums,
 )
+from tests.combinations import some_combinations
 from tests.kernels.products import CUDA, DTYPES, assert_close, random_map, random_weight
 
 SUMS = ProductSumsConfig(block_m=16, block_c=16, maps=2, warps=1, stages=2, programs=3)
@@ -68,8 +69,7 @@ LARGE += [
 CASES = SMALL + (LARGE if CUDA else [])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@some_combinations("case, dtype", CASES, DTYPES)
 def test_sums(case, dtype, device, guarded):
     g, ds = case.inputs(dtype, device)
     sums, s0 = product_sums(g, ds, case.sums)
@@ -82,9 +82,7 @@ def test_sums(case, dtype, device, guarded):
     assert_close(s0, g.sum((0, 2, 3)), g.abs().sum((0, 2, 3)))
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@some_combinations("case, dtype, in_place", CASES, DTYPES, [False, True])
 def test_input_gradients(case, dtype, in_place, device, guarded):
     (g, ds), coefficients = case.inputs(dtype, device), case.coefficients(dtype, device)
     before = [d.clone() for d in ds]

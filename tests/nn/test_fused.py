@@ -36,6 +36,7 @@ from lgcnet_fast.ops import (
     mixed_norm_sum,
     use_backend,
 )
+from tests.combinations import some_cases, some_combinations
 
 pytestmark = pytest.mark.usefixtures("without_tf32")
 CELL_MAP = (3, 6)
@@ -83,9 +84,14 @@ def pay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool
     return bool(request.param)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("reduction", [False, True])
-def test_search_cell(reduction: bool, training: bool, pay: bool, device: torch.device) -> None:
+@some_combinations(
+    "kind, pay",
+    [(False, True), (False, False), (True, False), (True, True)],
+    (True, False),
+    indirect=["pay"],
+)
+def test_search_cell(kind: tuple[bool, bool], pay: bool, device: torch.device) -> None:
+    reduction, training = kind
     torch.manual_seed(0)
     cell = SearchCell(3, 4, 4, reduction, reduce_first=False)
     cell = cell.to(device, memory_format=torch.channels_last).train(training)
@@ -141,16 +147,14 @@ def test_dense_convolutions_of_a_map(device: torch.device, monkeypatch: pytest.M
             assert (ours - theirs).abs().max() <= 0.05 * scale
 
 
-@pytest.mark.parametrize("name", ["mscell"])
-def test_fusion_cell(
-    name: str, pay: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@some_cases("pay", (True, False), 0, indirect=["pay"])
+def test_fusion_cell(pay: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if pay and device.type == "cuda":
         pytest.skip("products take float64 in the interpreter only")
     torch.manual_seed(0)
     # One block of channels instead of three: the kernels' own tests have several.
     monkeypatch.setattr(fusion, "FUSION_WIDTH", 5)
-    graph = FUSION_GRAPHS[name]
+    graph = FUSION_GRAPHS["mscell"]
     cell = search_fusion_cell(graph, (4, 6)).to(device, memory_format=torch.channels_last)
     # In double precision: two images leave gp1's batch norm two values, which amplifies rounding.
     cell.double()

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lgcnet_fast import ops
 from lgcnet_fast.errors import BackendError, OperandError
+from tests.combinations import some_combinations
 
 Shape = tuple[int, int, int, int]
 Size = tuple[int, int]
@@ -56,9 +57,9 @@ def both_ways(backend: str, leaves: Sequence[Tensor], size: Size, relu: bool) ->
     return [y, *torch.autograd.grad(y, leaves, grad)]
 
 
-@pytest.mark.parametrize("dtype", STEP, ids=str)
-@pytest.mark.parametrize(("shapes", "size", "out_channels", "relu"), CASES)
-def test_agrees_with_float64(shapes, size, out_channels, relu, dtype, form, device) -> None:
+@some_combinations("case, dtype", CASES, tuple(STEP))
+def test_agrees_with_float64(case, dtype, form, device) -> None:
+    shapes, size, out_channels, relu = case
     leaves = operands(shapes, out_channels, dtype, device)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     found = both_ways("triton", leaves, size, relu)
@@ -81,7 +82,7 @@ def test_the_reference_is_convolution_of_the_concatenation() -> None:
             assert torch.equal(ops.concat_upsample_pointwise(maps, (3, 5), weight, relu), wanted)
 
 
-@pytest.mark.parametrize("relu", [False, True])
+@some_combinations("relu, form", (False, True), ("triton", "library"), indirect=["form"])
 def test_gradients_are_derivatives(relu, form, device) -> None:
     leaves = operands([(1, 2, 3, 4), (1, 1, 2, 2), (1, 2, 5, 3)], 3, torch.float64, device)
 
@@ -140,7 +141,12 @@ def test_only_what_needs_a_gradient_gets_one(device) -> None:
     assert x.grad is not None and y.grad is None and weight.grad is None
 
 
-@pytest.mark.parametrize("shapes", [CASES[0][0], [(2, 3, 3, 5), (2, 2, 3, 5)]])
+@some_combinations(
+    "shapes, form",
+    (CASES[0][0], [(2, 3, 3, 5), (2, 2, 3, 5)]),
+    ("triton", "library"),
+    indirect=["form"],
+)
 def test_registration(shapes, form, device) -> None:
     *maps, weight = operands(shapes, 4, torch.float32, device)
     registered = torch.ops.lgcnet_fast

@@ -18,6 +18,7 @@ from lgcnet_fast.ops import fused_separable_branches as fused
 from lgcnet_fast.ops.deferred_gradient import DeferredGradient
 from lgcnet_fast.ops.fused_separable_branches import stacked_matrices, stacked_windows
 from lgcnet_fast.ops.separable_branches import separable_branches
+from tests.combinations import some_combinations
 
 DILATIONS = (1, 2)
 
@@ -62,17 +63,16 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("pay", [False, True])
-@pytest.mark.parametrize(("others", "stride"), [(0, 1), (1, 1), (5, 1), (2, 2)])
+@some_combinations("case, pay", [(0, 1), (1, 1), (5, 1), (2, 2)], (False, True))
 def test_one_launch_adds_all_gradients(
-    others: int,
-    stride: int,
+    case: tuple[int, int],
     pay: bool,
     device: torch.device,
     launches: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fused_depthwise_branches, "pay", lambda *arguments: pay)
+    others, stride = case
     inputs, found = leaves(device), []
     for backend in ("reference", "triton"):
         with use_backend(backend):

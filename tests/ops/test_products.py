@@ -25,6 +25,7 @@ from lgcnet_fast.ops import fused_product_sum as fused
 from lgcnet_fast.ops.backend import suppose
 from lgcnet_fast.ops.fused_separable_branches import stacked_matrices, stacked_windows
 from lgcnet_fast.ops.second_stages import second_stages
+from tests.combinations import some_combinations
 
 RAW, PLAIN = 0, -1
 CPU = not torch.cuda.is_available()
@@ -338,11 +339,11 @@ def test_branches_that_end_in_a_node(
 
 
 @pytest.mark.usefixtures("left_to_nodes")
-@pytest.mark.parametrize("stride", [1, 2])
-def test_branches_by_finite_differences(stride: int, device: torch.device) -> None:
+@some_combinations("stride, edges", (1, 2), (1, 2))
+def test_branches_by_finite_differences(stride: int, edges: int, device: torch.device) -> None:
     if not CPU:
         pytest.skip("float64 is for the interpreter")
-    case = Leaving((1, 2, 4, 3), 2, (1, 2), (False, True), (1, 1, 1, 1), stride, edges=2)
+    case = Leaving((1, 2, 4, 3), 2, (1, 2), (False, True), (1, 1) * edges, stride, edges)
     with use_backend("triton"):
         leaves = case.leaves(device, torch.float64)
         assert torch.autograd.gradcheck(case, leaves, fast_mode=True)

@@ -17,6 +17,7 @@ from lgcnet_fast.ops.conv3_kernels import (
     conv3_results,
 )
 from lgcnet_fast.ops.rectified_convolutions import fuses
+from tests.combinations import some_combinations
 
 SHAPES = [(1, 32, 1, 1), (2, 64, 3, 5), (1, 32, 7, 9), (1, 48, 3, 5)]
 
@@ -44,8 +45,7 @@ def outcome(
     return [*maps, *torch.autograd.grad(maps, leaves, gs)]
 
 
-@pytest.mark.parametrize("edges", [1, 2, 3])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@some_combinations("shape, edges", SHAPES, (1, 2, 3))
 def test_results_and_gradients(shape: tuple[int, ...], edges: int, device: torch.device) -> None:
     """Against float64, of the same values."""
     leaves = operands(shape, edges, device)

@@ -15,6 +15,7 @@ from lgcnet_fast.kernels import normalised_depthwise as kernel
 from lgcnet_fast.ops import explain, use_backend
 from lgcnet_fast.ops import normalised_depthwise as registered
 from lgcnet_fast.ops.second_stages import second_stages
+from tests.combinations import some_combinations
 
 BACKENDS = ["reference", "triton"]
 
@@ -134,21 +135,21 @@ def test_gradients_by_finite_differences(backend: str, device: torch.device) -> 
         assert torch.autograd.gradcheck(joined, edges.leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("multiplied, kept", [(True, True), (True, False), (False, False)])
-def test_registration(multiplied: bool, kept: bool, device: torch.device) -> None:
-    ys = [y[0].detach() for (y,) in Edges(2, device).ys]
+@some_combinations("form, training", [(True, True), (True, False), (False, False)], (True, False))
+def test_registration(form: tuple[bool, bool], training: bool, device: torch.device) -> None:
+    multiplied, kept = form
+    ys = [y[0].detach() for (y,) in Edges(2, device, size=(3, 5)).ys]
     statistics = torch.rand(3, 2, 4, device=device) + 0.5
     windows = torch.randn(2, 3, 3, 4, device=device)
     torch.library.opcheck(registered.normalised_depthwise, (ys, windows, statistics))
     products = torch.randn(2, 3, 4, device=device) if multiplied else windows.new_empty(2, 0)
     channels = 3 if multiplied else 4
-    gs = [torch.randn(1, 2, 5, 3, channels, device=device).movedim(-1, 2) for _ in ys]
+    gs = [torch.randn(1, 2, 3, 5, channels, device=device).movedim(-1, 2) for _ in ys]
     filtered = windows.new_empty(0)
     if kept:
         filtered = registered.normalised_depthwise(ys, windows, statistics)
-    for training in (True, False):
-        arguments = (gs, ys, windows, products, statistics, training, filtered)
-        torch.library.opcheck(registered.normalised_depthwise_backward, arguments)
+    arguments = (gs, ys, windows, products, statistics, training, filtered)
+    torch.library.opcheck(registered.normalised_depthwise_backward, arguments)
 
 
 def test_raw_maps_are_all_that_is_kept(device: torch.device) -> None:
