@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/lgcnet run --preset smoke --out $(RUN)
 
 test: install lint compile-check
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 bench: install
 	$(BIN)/python -m pytest bench/guard -q -rs --benchmark-quiet $(if $(RECORD),--record $(RECORD))

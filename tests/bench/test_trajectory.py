@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bench import trajectory
 from bench.trajectory import DRY, Course, judge
+from bench.trajectory_server import TrajectoryServer
 
 COURSE = Course({}, 2, (33, 33), images=4, early=2, late=(2, 4), at_once=1)
 REFERENCES = {0: [3.0, 2.9, 2.0, 2.0], 1: [3.0, 2.9, 1.0, 1.0], 2: [3.0, 2.9, 1.4, 1.6]}
@@ -23,7 +27,23 @@ def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     return json.loads(out.read_text())["rows"]
 
 
+class Here:
+    """A worker in this process, where torch is imported; only one at a time has its generator."""
+
+    def __init__(self, target: str, environment: Mapping[str, str]) -> None:
+        assert target == trajectory.TARGET
+        self._server = TrajectoryServer()
+
+    def ask(self, call: str, within: float, **arguments: Any) -> Any:
+        return getattr(self._server, call)(**arguments)
+
+    def end(self) -> None:
+        pass
+
+
 def test_the_reference_goes_as_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trajectory, "Worker", Here)
+    monkeypatch.setattr(trajectory, "ThreadPoolExecutor", lambda workers: ThreadPoolExecutor(1))
     monkeypatch.setattr(trajectory, "OURS", ("reference",))
     rows = dry_run(tmp_path, monkeypatch)
     losses = {(row["subject"], row["seed"]): row["losses"] for row in rows if "losses" in row}

@@ -18,6 +18,9 @@ synthetic_images = 8
 synthetic_size = [48, 96]
 cache_dir = "cache"
 [space]
+cells = 3
+reductions = [1, 2]
+taps = [0, 1, 2]
 widths = [4, 8, 16]
 [latency]
 size = [49, 97]

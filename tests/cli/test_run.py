@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from tests.cli.conftest import call, call_well, refusal
+from tests.combinations import some_combinations
 
 STAGES = ("search", "derive", "pretrain", "finetune")
 
@@ -130,7 +131,7 @@ def test_a_stage_names_the_one_before(
 def test_an_interrupted_run_continues(config: Path) -> None:
     """Ctrl-C in the middle of the search; then the same command to the end."""
     run = config.parent / "new"
-    arguments = [*new(config), "--set", "search.epochs=10", "--set", "pretrain.enabled=false"]
+    arguments = [*new(config), "--set", "search.epochs=5", "--set", "pretrain.enabled=false"]
     # Where the tests run in the background, their processes ignore interrupts by default.
     listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     program = f"{listen}; from lgcnet_fast.cli import main; main()"
@@ -151,7 +152,7 @@ def test_an_interrupted_run_continues(config: Path) -> None:
     done = torch.load(run / "search" / "checkpoint.pt", weights_only=True)["epochs_done"]
     call_well("search", *arguments)
     epochs = [line["epoch"] for line in lines(run, "search") if "entropy" in line]
-    assert 1 <= done < 10 and epochs == list(range(10))
+    assert 1 <= done < 5 and epochs == list(range(5))
 
 
 # -- mistakes -------------------------------------------------------------------------------------
@@ -225,10 +226,10 @@ DAMAGES = {
     "search/done.json": "search",
     "latency_table.json": "derive",
 }
+CONTENTS = (b"", b"{}", b"\x80\x02garbage", b'{"version": 99}')
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"\x80\x02garbage", b'{"version": 99}'])
-@pytest.mark.parametrize("name", DAMAGES)
+@some_combinations("name, content", tuple(DAMAGES), CONTENTS)
 def test_damaged_files_are_named(copied_run: Path, name: str, content: bytes) -> None:
     stage = DAMAGES[name]
     for result in (f"{stage}/done.json", "evaluation.json"):

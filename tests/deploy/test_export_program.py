@@ -12,6 +12,7 @@ from lgcnet_fast.deploy.export_program import ExportProgram, _binned_mean
 from lgcnet_fast.deploy.export_torch import trace
 from lgcnet_fast.deploy.fold import fold
 from lgcnet_fast.ops import upsample_argmax
+from tests.combinations import some_cases
 from tests.deploy.networks import genotype_of, small_space, sparse_genotype, trained
 
 SIZES = [(33, 65), (48, 50), (71, 34), (64, 97)]
@@ -77,9 +78,9 @@ def test_binned_means_are_adaptive_pooling(bins: int, size: tuple[int, int]) -> 
     torch.testing.assert_close(_binned_mean(x, bins), F.adaptive_avg_pool2d(x, bins))
 
 
-@pytest.mark.parametrize(("options", "chosen"), NETWORKS[:3], ids=str)
-def test_one_trace_serves_every_size(options: dict, chosen: dict) -> None:
-    network = network_of(options, chosen)
+@some_cases("case", NETWORKS[:3], 0, 2)
+def test_one_trace_serves_every_size(case: tuple[dict, dict]) -> None:
+    network = network_of(*case)
     program = ExportProgram(fold(network), labels=True, dynamic=True).eval()
     traced = trace(program, image_of((97, 161)), dynamic=True).module()
     for size in (*SIZES, (128, 255)):

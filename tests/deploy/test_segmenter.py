@@ -219,8 +219,11 @@ def imported() -> tuple[float, str]:
 
 
 def test_the_import_is_light() -> None:
-    # The least of several: other processes may be busy.
-    seconds, modules = min(imported() for _ in range(3))
+    # Again, where it takes long: other processes may be busy.
+    for _ in range(3):
+        seconds, modules = imported()
+        if seconds < 1:
+            break
     ours = {name for name in modules.split() if name.startswith("lgcnet_fast.")}
     data = {name for name in ours if name.startswith("lgcnet_fast.data.")}
     assert not {

@@ -22,6 +22,7 @@ from lgcnet_fast.kernels.concat_upsample_backward import (
     sum_upsample_backward,
 )
 from lgcnet_fast.kernels.rows import StripConfig
+from tests.combinations import some_combinations
 
 SMALL = StripConfig(block=128, rows=2, warps=4)
 CUDA = torch.cuda.is_available()
@@ -141,19 +142,18 @@ def test_backward_is_float64_gradient(layout, dtype, add, device):
         assert (canary == 7).all()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4])
-@pytest.mark.parametrize(
-    ("layout", "channels"),
+@some_combinations(
+    "case, rows",
     [
         (([(9, 5), (17, 9)], (17, 9)), [48, 24]),  # 2n - 1 of n
         (([(8, 4), (5, 11)], (16, 8)), [8, 96]),  # 2n of n, and narrower than the map
         (([(4, 3)], (14, 12)), [144]),
     ],
-    ids=str,
+    (1, 2, 4),
 )
-def test_strips_of_any_length_are_float64_gradients(layout, channels, rows, device, monkeypatch):
+def test_strips_of_any_length_are_float64_gradients(case, rows, device, monkeypatch):
     monkeypatch.setattr(backward_module, "_PROGRAMS", 0)
-    sizes, size = layout
+    (sizes, size), channels = case
     leaves = [x.double() for x in random_maps(sizes, channels, torch.float16, device)]
     leaves = [x.requires_grad_() for x in leaves]
     grad = random_map(truth(leaves, size, add=False).shape, torch.float16, device)

@@ -16,6 +16,7 @@ from lgcnet_fast.kernels.infer_tile import (
     TileTerm,
     run_tile,
 )
+from tests.combinations import some_combinations
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Of the largest value; operands and results are rounded to the storage dtype, sums are float32."""
@@ -334,10 +335,9 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 # -- stem and pooling -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pixels", [torch.uint8, torch.float32], ids=str)
-@pytest.mark.parametrize("size", [(1, 1), (7, 10)])
+@some_combinations("size, pixels", [(1, 1), (7, 10)], (torch.uint8, torch.float32))
 @pytest.mark.parametrize("stride", [1, 2])
-def test_stem(case: Case, pixels: torch.dtype, size: tuple[int, int], stride: int) -> None:
+def test_stem(case: Case, size: tuple[int, int], pixels: torch.dtype, stride: int) -> None:
     image = torch.randint(0, 256, (2, *size, 3), generator=case.generator).to(pixels)
     mean = (10.0, 120.5, 99.25)
     weight = torch.randn(12, 3, 3, 3, generator=case.generator) / 100
@@ -352,8 +352,7 @@ def test_stem(case: Case, pixels: torch.dtype, size: tuple[int, int], stride: in
     case.check(out, expected.to(case.device))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 9), (7, 12)])
-@pytest.mark.parametrize("bins", [1, 2, 5])
+@some_combinations("size, bins", [(1, 1), (5, 9), (7, 12)], (5, 1, 2))
 def test_pooling(case: Case, size: tuple[int, int], bins: int) -> None:
     (first, x), (second, y) = case.map(2, size, 17), case.map(2, size, 24)
     weight = torch.randn(41, 20, generator=case.generator).to(case.device)

@@ -15,6 +15,7 @@ from lgcnet_fast.kernels.max_pool import (
     max_pool_forward,
     max_pool_winners,
 )
+from tests.combinations import some_combinations
 
 CUDA = torch.cuda.is_available()
 TILE = PoolConfig(rows=2, block_p=16, block_c=16, warps=1)
@@ -70,9 +71,9 @@ def gradient(x: Tensor, dy: Tensor, stride: int, tile: PoolConfig | None = None)
 
 @pytest.mark.parametrize("kind", ["continuous", "ties", "special"])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "tile"), CASES, ids=str)
-def test_equals_pytorch(shape, tile, dtype, stride, kind, device, guarded):
+@some_combinations("case, dtype", CASES, DTYPES)
+def test_equals_pytorch(case, dtype, stride, kind, device, guarded):
+    shape, tile = case
     torch.manual_seed(0)
     x = map_of(kind, shape, dtype, device)
     y = max_pool_forward(x, stride, tile)

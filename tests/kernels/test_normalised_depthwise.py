@@ -20,14 +20,14 @@ from lgcnet_fast.kernels.normalised_depthwise import (
     normalised_depthwise,
     normalised_depthwise_backward,
 )
+from tests.combinations import some_combinations
 from tests.kernels.test_depthwise import assert_close, random_map
 
 SHAPES = [(1, 3, 1, 1), (2, 1, 3, 5), (1, 17, 9, 6), (2, 8, 12, 4)]
 LARGE = [(2, 48, 49, 97), (2, 255, 49, 97), (16, 128, 16, 32)]
 SHAPES += LARGE if torch.cuda.is_available() else []
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+SHAPES_AND_DTYPES = some_combinations("shape, dtype", SHAPES, DTYPES)
 
 
 class Inputs(NamedTuple):
@@ -87,8 +87,7 @@ def convolved(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x, window, padding=1, groups=len(window))
 
 
-@EVERY_DTYPE
-@EVERY_SHAPE
+@SHAPES_AND_DTYPES
 def test_forward(
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
@@ -103,8 +102,7 @@ def test_forward(
         assert_close(y, convolved(yhat.relu(), weight), convolved(yhat.relu(), weight.abs()))
 
 
-@EVERY_DTYPE
-@EVERY_SHAPE
+@SHAPES_AND_DTYPES
 def test_gradients(
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
@@ -130,8 +128,7 @@ def test_gradients(
             assert_close(one, truth, magnitude)
 
 
-@EVERY_DTYPE
-@EVERY_SHAPE
+@SHAPES_AND_DTYPES
 def test_gradients_of_norms(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -140,23 +140,23 @@ def test_a_table_fitted_to_every_genotype_cannot_be_checked(space):
 
 
 def test_only_networks_that_are_ready_in_time_are_measured():
-    effort = FitEffort(networks=500, preparation_seconds=0.0, fewest_ready=12)
+    effort = FitEffort(networks=40, preparation_seconds=0.0, fewest_ready=12)
     reports = []
     timer = FakeTimer()
     table = build_engine_table(
         SPACE, SIZE, 19, timer, effort, lambda *report: reports.append(report)
     )
     assert table.fit.networks == timer.prepared == len(timer.asked) == 12
-    assert reports == [(12, 500), *((done, 12) for done in range(1, 13))]
+    assert reports == [(12, 40), *((done, 12) for done in range(1, 13))]
 
 
 def test_the_time_limit_ends_the_measurement():
-    effort = FitEffort(networks=500, most_seconds=0.0, fewest=12)
+    effort = FitEffort(networks=40, most_seconds=0.0, fewest=12)
     reports = []
     table = build_engine_table(
         SPACE, SIZE, 19, FakeTimer(), effort, lambda *report: reports.append(report)
     )
-    assert table.fit.networks == 12 and reports[-1] == (12, 500)
+    assert table.fit.networks == 12 and reports[-1] == (12, 40)
 
 
 # -- the file -------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_search_cell(kind: tuple[bool, bool], pay: bool, device: torch.device) -
     torch.manual_seed(0)
     cell = SearchCell(3, 4, 4, reduction, reduce_first=False)
     cell = cell.to(device, memory_format=torch.channels_last).train(training)
-    s0, s1 = (random_map(2, channels, *CELL_MAP, device=device) for channels in (3, 4))
+    s0, s1 = (random_map(1, channels, *CELL_MAP, device=device) for channels in (3, 4))
     z = torch.rand(5, 8, device=device).softmax(1).requires_grad_()
     assert_same(cell, lambda cell: cell(s0, s1, z), [s0, s1, z])
 
@@ -108,7 +108,7 @@ def test_search_cell_whose_dense_convolutions_read_the_map_itself(
     torch.manual_seed(0)
     cell = SearchCell(3, 4, 4, reduction=False, reduce_first=False)
     cell = cell.to(device, memory_format=torch.channels_last)
-    s0, s1 = (random_map(2, channels, *CELL_MAP, device=device) for channels in (3, 4))
+    s0, s1 = (random_map(1, channels, *CELL_MAP, device=device) for channels in (3, 4))
     z = torch.rand(5, 8, device=device).softmax(1).requires_grad_()
     assert_same(cell, lambda cell: cell(s0, s1, z), [s0, s1, z])
 
@@ -270,7 +270,7 @@ def test_autocast_cell_computes_in_half_precision(device: torch.device) -> None:
     torch.manual_seed(0)
     cell = SearchCell(3, 4, 4, reduction=False, reduce_first=False)
     cell = cell.to(device, memory_format=torch.channels_last)
-    s0, s1 = (random_map(2, channels, *CELL_MAP, device=device) for channels in (3, 4))
+    s0, s1 = (random_map(1, channels, *CELL_MAP, device=device) for channels in (3, 4))
     z = torch.rand(5, 8, device=device).softmax(1)
     outputs = []
     for backend in ("reference", "triton"):

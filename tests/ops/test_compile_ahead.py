@@ -55,6 +55,8 @@ compile_ahead(rehearsal)
 """
 
 ALL = """
+from lgcnet_fast.ops import compile_ahead as module
+module.cores = lambda: CORES
 ready = compile_all(start, ITEMS, lambda *counts: print(*counts, end="; "), ENOUGH)
 print(ready)
 """
@@ -135,13 +137,16 @@ def test_a_process_among_others_that_compile_leaves_it_to_its_launches(rehearse,
     assert done.stdout == "" and not list(tmp_path.rglob("*.cubin"))
 
 
-def compile_items(rehearse, cache, items, kernels="copy", enough="lambda ready: False"):
+def compile_items(
+    rehearse, cache, items, kernels="copy", enough="lambda ready: False", processes=1
+):
     last = ALL.strip().replace("ITEMS", items).replace("ENOUGH", enough)
+    last = last.replace("CORES", str(processes))
     return rehearse(cache, kernels, last)
 
 
 def test_equal_kernels_of_many_items_are_compiled_once(rehearse, tmp_path):
-    done = compile_items(rehearse, tmp_path, "(16, 32, 16, 64)")
+    done = compile_items(rehearse, tmp_path, "(16, 32, 16, 64)", processes=2)
     assert done.stdout == "1 4; 2 4; 3 4; 4 4; 4\n"
     assert [path.name for path in tmp_path.rglob("*.cubin")] == 3 * ["copy.cubin"]
 

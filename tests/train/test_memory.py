@@ -14,6 +14,7 @@ from lgcnet_fast.train import finetune as finetune_module
 from lgcnet_fast.train import pretrain as pretrain_module
 from lgcnet_fast.train.live_bytes import LiveBytes, rounded, scratch
 from lgcnet_fast.train.memory import CUBLAS_WORKSPACE, step_memory
+from tests.combinations import some_cases
 from tests.train.test_pipeline import GENOTYPE, derived
 from tests.train.test_search import SMALL_LGCNET, make_searcher
 
@@ -62,7 +63,7 @@ def test_prediction_is_what_a_real_step_allocates(new_run, stage, changes):
     assert predicted.activations + predicted.gradients == pytest.approx(live.peak, rel=0.03)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@some_cases("precision", ("fp32", "bf16"), 1)
 def test_activations_are_those_that_autograd_saves(new_run, precision):
     crop = {"search__augmentation": {"crop": [129, 129]}}
     run = new_run(precision=precision, **LGCNET, **crop)
