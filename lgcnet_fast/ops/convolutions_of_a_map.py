@@ -39,10 +39,10 @@ def check_convolutions(x: Tensor, weights: Sequence[Tensor]) -> None:
 def convolutions_of_a_map(launches: Launches, x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """The results, in the dtype of autocast. Differentiable; keeps x and the weights."""
     x = nhwc(x.to(computed_dtype(x)))
-    return list(_Convolutions.apply(launches, x, *(weight.to(x.dtype) for weight in weights)))
+    return list(_ConvolutionsOfAMap.apply(launches, x, *(weight.to(x.dtype) for weight in weights)))
 
 
-class _Convolutions(torch.autograd.Function):
+class _ConvolutionsOfAMap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, launches: Launches, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *weights)

@@ -24,7 +24,11 @@ def case(request: pytest.FixtureRequest, device: torch.device) -> tuple[Raw, lis
     layers = [ReLUConvBN(8, 16, 3, 2).layer for _ in range(2)]
     for layer in layers:
         layer.to(device, memory_format=torch.channels_last)
-    return lambda source: source.convolved(layers), [one.weight for one in layers], "_Strided"
+    return (
+        lambda source: source.convolved(layers),
+        [one.weight for one in layers],
+        "_ConvolutionsOfAMap",
+    )
 
 
 def test_as_the_reference(case: tuple[Raw, list[Tensor], str], device: torch.device) -> None:

@@ -26,6 +26,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.4.0")
     monkeypatch.setattr(loader, "available", lambda: {"prebuilt": "not built", "run time": None})
+    monkeypatch.setattr(verdicts, "route_refusal", lambda: None)
     remembered = (
         tuning._device_name,
         availability._too_old,
