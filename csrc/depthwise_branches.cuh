@@ -49,7 +49,7 @@ struct BranchArguments {
   BranchStrip strips[kMostBranches];
   void* dx;
   const float* weights;  // (branches, 3, 3, channels)
-  float* shares;         // (blocks of an image x images, branches, 3, 3, channels)
+  float* shares;         // (strips of an image x images, branches, 3, 3, channels)
   int branches;
   int channels;
   int height;

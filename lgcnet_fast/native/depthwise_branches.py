@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lgcnet_fast.errors import DeviceError
 from lgcnet_fast.native import instances
-from lgcnet_fast.native.launcher import Launcher
+from lgcnet_fast.native.launcher import Launcher, check_grid
 from lgcnet_fast.native.loader import attempt, load
 from lgcnet_fast.native.operands import (
     STORAGE,
@@ -200,10 +201,16 @@ def depthwise_branches_backward(
     dys: of each map, edge after edge, like x: (N, C, H, W), dense NHWC, C a multiple of 16;
     windows: (edges, B, 3, 3, C), float32, contiguous; dilations: B of them. Returns that of x and
     shares of those of the windows, (S, edges, B, 3, 3, C), whose sum they are. Same bits on every
-    run. Raises `ValueError` naming the argument at fault, `DeviceError` where no route has the
+    run. Raises `ValueError` naming the argument at fault, `DeviceError` where the route has no such
     kernel.
     """
     launcher = launcher or load()
+    if not launcher.hopper:
+        raise DeviceError(f"{launcher.route}: holds no code for sm_90, see docs/native.md")
+    if not dilations or min(dilations) < 1:
+        raise ValueError(f"dilations: {tuple(dilations)}, need at least one, from 1 on")
+    if not dys or len(dys) % len(dilations):
+        raise ValueError(f"dys: {len(dys)} maps of branches of {len(dilations)} dilations")
     check_dense_maps("x", [x], x, launcher)
     check_dense_maps("dys", dys, x, launcher)
     edges, branches = len(dys) // len(dilations), len(dilations)
@@ -228,8 +235,9 @@ def depthwise_branches_backward(
     one["branches"], one["rows"] = len(dys), found.rows
     one["channels"], one["height"], one["width"] = channels, height, width
     instance = instances.depthwise_branches_backward(STORAGE[x.dtype], found.tiles)
-    blocks = len(shares) * (channels // GROUP)
-    launcher.launch(instance, (blocks, 1, 1), (THREADS, 1, 1), arguments, x.device, found.shared)
+    grid = (len(shares) * (channels // GROUP), 1, 1)
+    check_grid("x", grid)
+    launcher.launch(instance, grid, (THREADS, 1, 1), arguments, x.device, found.shared)
     return dx, shares
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lgcnet_fast.errors import DeviceError
 from lgcnet_fast.native import instances
 from lgcnet_fast.native.depthwise_branches import (
     ARGUMENTS,
@@ -63,6 +64,35 @@ def test_a_strip_waits_until_it_fits() -> None:
 def test_what_fits_no_block_has_no_plan() -> None:
     assert plan(193, 193, (1,)) is None
     assert plan(16, 32, (100,)) is None
+
+
+def test_a_route_without_the_kernel_launches_nothing(emulated: Emulated) -> None:
+    x = nhwc(torch.zeros(1, 16, 4, 4, dtype=torch.bfloat16))
+    with pytest.raises(DeviceError, match="emulation: holds no code for sm_90"):
+        depthwise_branches_backward([x], x, torch.ones(1, 1, 3, 3, 16), (1,), launcher=emulated)
+
+
+@pytest.mark.parametrize(
+    ("maps", "dilations", "message"),
+    [
+        (3, (1, 2), "dys: 3 maps of branches of 2 dilations"),
+        (0, (1, 2), "dys: 0 maps"),
+        (1, (), "dilations: "),
+        (1, (0,), r"dilations: \(0,\)"),
+    ],
+)
+def test_branches_that_do_not_fit_their_dilations(
+    maps: int,
+    dilations: tuple[int, ...],
+    message: str,
+    emulated: Emulated,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Emulated, "hopper", True)
+    x = nhwc(torch.zeros(1, 16, 4, 4, dtype=torch.bfloat16))
+    windows = torch.ones(1, 1, 3, 3, 16)
+    with pytest.raises(ValueError, match=message):
+        depthwise_branches_backward([x] * maps, x, windows, dilations, launcher=emulated)
 
 
 def test_a_cpu_is_refused() -> None:
