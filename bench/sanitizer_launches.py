@@ -21,6 +21,7 @@ from torch import Tensor
 from bench.results_file import write_json
 from lgcnet_fast.native import depthwise, max_pool, separable
 from lgcnet_fast.native.concat_product import concat_product_backward, concat_product_forward
+from lgcnet_fast.native.conv3_weight_gradient import conv3_weight_gradient
 from lgcnet_fast.native.depthwise_branches import depthwise_branches_backward
 from lgcnet_fast.native.instances import Instance, all_instances
 from lgcnet_fast.native.launcher import Extent, Launcher
@@ -204,6 +205,15 @@ def depthwise_branches_kernels(inputs: Inputs) -> Results:
         yield from depthwise_branches_backward(dys, x, weights, dilations, launcher=inputs.launcher)
 
 
+def conv3_kernels(inputs: Inputs) -> Results:
+    if not inputs.launcher.hopper or inputs.dtype == torch.float32:
+        return
+    for channels, out_channels in ((80, 64), (16, 48), (48, 32)):  # each of another instantiation
+        xs = [inputs.map(channels, 9, 20) for _ in range(2)]
+        dys = [inputs.map(out_channels, 9, 20) for _ in range(2)]
+        yield conv3_weight_gradient(dys, xs, relu=True, launcher=inputs.launcher)
+
+
 def concat_product_kernels(inputs: Inputs) -> Results:
     if inputs.dtype != torch.float32:
         return
@@ -227,6 +237,7 @@ FAMILIES: tuple[Callable[[Inputs], Results], ...] = (
     loss_kernels,
     separable_kernels,
     depthwise_branches_kernels,
+    conv3_kernels,
     concat_product_kernels,
 )
 

@@ -140,19 +140,35 @@ struct BranchRow {
   unsigned third[2];
 };
 
+// Where a pair of warps begins, and how far on it goes: 16 columns of a phase, which are the rows of
+// one number modulo the dilation.
+struct BranchWalk {
+  int segment;
+  int phase;
+  int segments_on;
+  int phases_on;
+
+  __device__ __forceinline__ explicit BranchWalk(int segments)
+      : segment((threadIdx.x >> 6) % segments),
+        phase((threadIdx.x >> 6) / segments),
+        segments_on(kPairs % segments),
+        phases_on(kPairs / segments) {}
+};
+
 // dw of the strip at `strip`, as sums of this warp's positions.
 template <typename T>
 __device__ __forceinline__ void add_weight_gradients(const BranchArguments& a,
                                                      const BranchStrip& s, const BranchBlock& block,
-                                                     unsigned strip, float (&sum)[5][4]) {
-  const int warp = threadIdx.x >> 5, half = warp & 1, pair = warp >> 1;
+                                                     const BranchWalk& walk, unsigned strip,
+                                                     float (&sum)[5][4]) {
+  const int half = (threadIdx.x >> 5) & 1;
   const int row8 = threadIdx.x & 7, low = (threadIdx.x >> 3) & 1, high = (threadIdx.x >> 4) & 1;
   const int d = s.dilation, phases = min(d, a.rows), columns = block.segments * 16;
   const unsigned x = block.shared + kStripOfX + swizzled(low * 8 + row8, half);
   const unsigned first_two = strip + swizzled(high * 8 + row8 + low * d, half);
   const unsigned third = strip + swizzled(low * 8 + row8 + 2 * d, half);
   const unsigned down = d * s.width * 32;
-  int segment = pair % block.segments, phase = pair / block.segments, chain = 0;
+  int segment = walk.segment, phase = walk.phase, chain = 0;
   for (; phase >= phases; phase -= phases) ++chain;
   while (chain < s.chains) {
     const int first = phase + chain * s.chain * d;
@@ -182,8 +198,8 @@ __device__ __forceinline__ void add_weight_gradients(const BranchArguments& a,
       const unsigned last[4] = {below.third[0], below.third[0], below.third[1], below.third[1]};
       multiply<T>(sum[4], last, of_x);
     }
-    segment += kPairs % block.segments;
-    phase += kPairs / block.segments;
+    segment += walk.segments_on;
+    phase += walk.phases_on;
     if (segment >= block.segments) {
       segment -= block.segments;
       ++phase;
@@ -265,6 +281,7 @@ __device__ __forceinline__ void branches_backward(const BranchArguments& a) {
   }
   wait_for(block.barrier(a.branches));
   rectify<T>(memory + kStripOfX, block.x_bytes);
+  const BranchWalk walk(block.segments);
 
   for (int k = 0; k < a.branches; ++k) {
     const BranchStrip& s = a.strips[k];
@@ -294,7 +311,7 @@ __device__ __forceinline__ void branches_backward(const BranchArguments& a) {
     }
     commit_matrix_products();
     float sum[5][4] = {};
-    add_weight_gradients<T>(a, s, block, strip, sum);
+    add_weight_gradients<T>(a, s, block, walk, strip, sum);
     write_diagonals(sum, partial);
     wait_for_matrix_products();
   }

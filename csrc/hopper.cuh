@@ -1,8 +1,9 @@
 // Instructions of sm_90a that no other GPU has, by the names that the kernels call them by.
 //
-// Shared memory holds maps as the tensor memory accelerator writes 32-byte boxes with its swizzle of
-// 32 bytes: position p, half h of its 16 channels at 32 p + 16 (h ^ bit 2 of p), in which eight
-// neighbouring positions of one half lie in different banks, wherever they begin.
+// Shared memory holds maps as the tensor memory accelerator writes boxes with a swizzle as wide as
+// their 16 or 64 channels, 32 or 128 bytes, which goes by addresses: position p, half h of its 16
+// channels at 32 p + 16 (h ^ bit 2 of p), or eighth e of its 64 at 128 p + 16 (e ^ p mod 8). Eight
+// neighbouring positions of one half, or eighth, lie in different banks, wherever they begin.
 #pragma once
 
 #include "numeric.cuh"
@@ -31,15 +32,24 @@ __device__ __forceinline__ unsigned shared_address(const void* memory) {
   return static_cast<unsigned>(__cvta_generic_to_shared(memory));
 }
 
-// Offset in bytes of half a position's channels.
+// Offset in bytes of half a position's 16 channels.
 __device__ __forceinline__ unsigned swizzled(int position, int half) {
   return (position << 5) ^ (half << 4) ^ ((position << 2) & 16);
 }
 
-// -- tensor memory accelerator and the barriers that it arrives at; each is used once -------------
+// Of an eighth of a position's 64 channels.
+__device__ __forceinline__ unsigned swizzled_wide(int position, int eighth) {
+  return (position << 7) | ((eighth ^ (position & 7)) << 4);
+}
 
-__device__ __forceinline__ void begin_barrier(unsigned barrier) {
-  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier));
+// -- tensor memory accelerator and the barriers that it arrives at --------------------------------
+
+__device__ __forceinline__ void begin_barrier(unsigned barrier, int arrivals = 1) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+__device__ __forceinline__ void arrive(unsigned barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void fence_barriers() {
@@ -51,11 +61,13 @@ __device__ __forceinline__ void expect_bytes(unsigned barrier, int bytes) {
                : "memory");
 }
 
-__device__ __forceinline__ void wait_for(unsigned barrier) {
+// parity: 0 for what arrives first, 1 for what arrives next, and so on.
+__device__ __forceinline__ void wait_for(unsigned barrier, int parity = 0) {
   asm volatile(
       "{\n.reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared.b64 done, [%0], 0;\n"
-      "@!done bra again;\n}" ::"r"(barrier)
+      "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(barrier),
+      "r"(parity)
       : "memory");
 }
 
@@ -67,6 +79,18 @@ __device__ __forceinline__ void load_box(unsigned to, const TensorMap& map, unsi
       "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
       "l"(&map), "r"(barrier), "r"(channel), "r"(column), "r"(row), "r"(image)
       : "memory");
+}
+
+// -- registers of a warpgroup, all of whose threads call this ---------------------------------------
+
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // -- matrix products of a warpgroup, from shared memory -------------------------------------------
@@ -84,8 +108,10 @@ __device__ __forceinline__ void commit_matrix_products() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
+// All but those of the last `kPending` commits.
+template <int kPending = 0>
 __device__ __forceinline__ void wait_for_matrix_products() {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
 // 16 columns of swizzled rows of 32 bytes; each next eight rows `pitch` bytes on.
@@ -100,6 +126,12 @@ __device__ __forceinline__ unsigned long long plain_tile(unsigned address, unsig
                                                          unsigned down) {
   return (static_cast<unsigned long long>(down >> 4) << 32) | ((across >> 4) << 16) |
          (address >> 4);
+}
+
+// 64 columns of 16 swizzled rows of 128 bytes, which come first as their product's inner positions.
+__device__ __forceinline__ unsigned long long swizzled_rows(unsigned address) {
+  const unsigned high = (1u << 30) | (1024 >> 4);
+  return (static_cast<unsigned long long>(high) << 32) | (1u << 16) | (address >> 4);
 }
 
 template <typename T>
@@ -119,6 +151,67 @@ __device__ __forceinline__ void multiply_tile(float (&d)[8], unsigned long long 
 LGCNET_MULTIPLY_TILE(Half, "f16")
 LGCNET_MULTIPLY_TILE(BFloat16, "bf16")
 #undef LGCNET_MULTIPLY_TILE
+
+// d += a b of a warpgroup: a of 64 rows and 16 positions in its registers, as mma.m16n8k16 has them
+// of a warp's 16 rows; b of `swizzled_rows`, of which twice as many columns count as d has sums.
+template <typename T, int kSums>
+__device__ __forceinline__ void multiply_rows(float (&d)[kSums], const unsigned (&a)[4],
+                                              unsigned long long b);
+
+#define LGCNET_MULTIPLY_ROWS_32(T, TYPE)                                                           \
+  template <>                                                                                      \
+  __device__ __forceinline__ void multiply_rows<T, 16>(float(&d)[16], const unsigned(&a)[4],       \
+                                                    unsigned long long b) {                        \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE                       \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "       \
+                 "{%16, %17, %18, %19}, %20, 1, 1, 1, 1;"                                          \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),         \
+                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]),                    \
+                   "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                            \
+  }
+LGCNET_MULTIPLY_ROWS_32(Half, "f16")
+LGCNET_MULTIPLY_ROWS_32(BFloat16, "bf16")
+#undef LGCNET_MULTIPLY_ROWS_32
+#define LGCNET_MULTIPLY_ROWS_48(T, TYPE)                                                           \
+  template <>                                                                                      \
+  __device__ __forceinline__ void multiply_rows<T, 24>(float(&d)[24], const unsigned(&a)[4],       \
+                                                    unsigned long long b) {                        \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n48k16.f32." TYPE "." TYPE                       \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "        \
+                 "%16, %17, %18, %19, %20, %21, %22, %23}, "                                       \
+                 "{%24, %25, %26, %27}, %28, 1, 1, 1, 1;"                                          \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),         \
+                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]),                    \
+                   "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),                \
+                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),                \
+                   "+f"(d[21]), "+f"(d[22]), "+f"(d[23])                                           \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                            \
+  }
+LGCNET_MULTIPLY_ROWS_48(Half, "f16")
+LGCNET_MULTIPLY_ROWS_48(BFloat16, "bf16")
+#undef LGCNET_MULTIPLY_ROWS_48
+#define LGCNET_MULTIPLY_ROWS_64(T, TYPE)                                                           \
+  template <>                                                                                      \
+  __device__ __forceinline__ void multiply_rows<T, 32>(float(&d)[32], const unsigned(&a)[4],       \
+                                                    unsigned long long b) {                        \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                       \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "        \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "          \
+                 "%30, %31}, "                                                                     \
+                 "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                          \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),         \
+                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]),                    \
+                   "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),                \
+                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),                \
+                   "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]),                \
+                   "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]),                \
+                   "+f"(d[31])                                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                            \
+  }
+LGCNET_MULTIPLY_ROWS_64(Half, "f16")
+LGCNET_MULTIPLY_ROWS_64(BFloat16, "bf16")
+#undef LGCNET_MULTIPLY_ROWS_64
 
 // -- matrix products of a warp, from registers ----------------------------------------------------
 

@@ -6,7 +6,6 @@ instructions out.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.errors import DeviceError
-from lgcnet_fast.native import instances
+from lgcnet_fast.native import hopper, instances
+from lgcnet_fast.native.hopper import MOST_SHARED, TENSOR_MAP, tensor_map
 from lgcnet_fast.native.launcher import Launcher, check_grid
-from lgcnet_fast.native.loader import attempt, load
+from lgcnet_fast.native.loader import load
 from lgcnet_fast.native.operands import (
     STORAGE,
     check_dense,
@@ -27,7 +27,6 @@ from lgcnet_fast.native.operands import (
     empty_floats,
     empty_map,
 )
-from lgcnet_fast.native.prebuilt import Prebuilt
 
 THREADS = 512
 MOST_BRANCHES = 16
@@ -42,10 +41,6 @@ LONGEST_CHAIN = 4
 """Rows of dw that a warp takes at a time, at most: as the kernel's loop is unrolled."""
 ORDERS = 120
 """Of dilations that a plan looks at: all of up to five."""
-MOST_SHARED = 227 * 1024
-"""Bytes of shared memory that a block may have on sm_90."""
-
-TENSOR_MAP = ("u8", 16)
 STRIP = np.dtype(
     {
         "names": ["map", "room", "branch", "dilation", "width", "chain", "chains", "loaded"],
@@ -162,10 +157,9 @@ def _end(sizes: Sequence[int], space: int, work: int) -> int:
 
 def refusal(dys: Sequence[Tensor], x: Tensor, dilations: Sequence[int], stride: int) -> str | None:
     """Why the kernel cannot serve these; see `depthwise_branches_backward`."""
-    if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) != (9, 0):
-        return "it is for GPUs of sm_90"
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"x is {x.dtype}, not 16-bit"
+    reason = hopper.refusal((x, *dys))
+    if reason is not None:
+        return reason
     if stride != 1:
         return f"stride {stride}"
     if len(dys) > MOST_BRANCHES:
@@ -174,18 +168,7 @@ def refusal(dys: Sequence[Tensor], x: Tensor, dilations: Sequence[int], stride: 
         return f"{x.shape[1]} channels, not a multiple of {GROUP}"
     if _plan(dys, x, dilations) is None:
         return f"a strip of {x.shape[3]} columns does not fit shared memory"
-    for one in (x, *dys):
-        if one.data_ptr() % 16 or not one.is_contiguous(memory_format=torch.channels_last):
-            return "a map is not dense NHWC"
-    return route_refusal()
-
-
-def route_refusal() -> str | None:
-    """Why the extension, which alone has the kernel, does not serve here."""
-    launcher, reason = attempt(Prebuilt)
-    if launcher is None:
-        return reason
-    return None if launcher.hopper else "the extension holds no code for sm_90"
+    return None
 
 
 def depthwise_branches_backward(
@@ -226,11 +209,12 @@ def depthwise_branches_backward(
     shares = empty_floats(x, images * -(-height // found.rows), *shape)
     arguments = np.zeros(1, ARGUMENTS)
     one = arguments[0]
-    one["x"] = tensor_map(x, _rounded(width, GROUP), found.rows)
+    one["x"] = tensor_map(x, GROUP, _rounded(width, GROUP), found.rows)
     for place, strip in zip(one["strips"], found.strips, strict=False):
         for name in STRIP.names[1:]:
             place[name] = getattr(strip, name)
-        place["map"] = tensor_map(dys[strip.branch], strip.width, found.rows + 2 * strip.dilation)
+        rows = found.rows + 2 * strip.dilation
+        place["map"] = tensor_map(dys[strip.branch], GROUP, strip.width, rows)
     one["dx"], one["weights"], one["shares"] = (t.data_ptr() for t in (dx, windows, shares))
     one["branches"], one["rows"] = len(dys), found.rows
     one["channels"], one["height"], one["width"] = channels, height, width
@@ -239,46 +223,6 @@ def depthwise_branches_backward(
     check_grid("x", grid)
     launcher.launch(instance, grid, (THREADS, 1, 1), arguments, x.device, found.shared)
     return dx, shares
-
-
-def tensor_map(feature_map: Tensor, columns: int, rows: int) -> np.ndarray:
-    """The driver's description of boxes of a dense NHWC map: `rows` x `columns`, 16 channels.
-
-    Raises `RuntimeError` with the driver's error code.
-    """
-    images, channels, height, width = feature_map.shape
-    size = feature_map.element_size()
-    pixel = channels * size
-    aligned = np.zeros(24, "u8")  # the driver wants 64 bytes of alignment
-    first = -(aligned.ctypes.data // 8) % 8
-    found = aligned[first : first + 16]
-    error = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(found.ctypes.data),
-        BFLOAT16 if feature_map.dtype == torch.bfloat16 else FLOAT16,
-        4,
-        ctypes.c_void_p(feature_map.data_ptr()),
-        (ctypes.c_uint64 * 4)(channels, width, height, images),
-        (ctypes.c_uint64 * 3)(pixel, width * pixel, height * width * pixel),
-        (ctypes.c_uint32 * 4)(GROUP, columns, rows, 1),
-        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
-        NO_INTERLEAVE,
-        SWIZZLE_32_BYTES,
-        PROMOTE_TO_128_BYTES,
-        ZEROS_OUTSIDE,
-    )
-    if error:
-        raise RuntimeError(f"cuTensorMapEncodeTiled: CUDA error {error}")
-    return found
-
-
-# Of cuda.h.
-FLOAT16, BFLOAT16 = 6, 9
-NO_INTERLEAVE, SWIZZLE_32_BYTES, PROMOTE_TO_128_BYTES, ZEROS_OUTSIDE = 0, 1, 2, 0
-
-
-@cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
 
 
 def _plan(dys: Sequence[Tensor], x: Tensor, dilations: Sequence[int]) -> Plan | None:

@@ -32,7 +32,7 @@ class Instance:
     @property
     def hopper(self) -> bool:
         """Whether it does its work on GPUs of sm_90 only (csrc/hopper.cuh)."""
-        return self.kernel == "depthwise_branches_backward"
+        return self.kernel in ("depthwise_branches_backward", "conv3_weight_gradient")
 
 
 def depthwise_forward(storage: str, vector: int, stride: int, columns: int, rows: int) -> Instance:
@@ -51,6 +51,11 @@ def depthwise_backward_stride2(storage: str, vector: int) -> Instance:
 def depthwise_branches_backward(storage: str, tiles: int) -> Instance:
     """`tiles` of 8 x 8 positions for each warpgroup."""
     return _instance("depthwise_branches.cuh", "depthwise_branches_backward", storage, tiles)
+
+
+def conv3_weight_gradient(storage: str, out_block: int) -> Instance:
+    """`out_block` channels of dy for a block."""
+    return _instance("conv3_weight_gradient.cuh", "conv3_weight_gradient", storage, out_block)
 
 
 def sum_partials() -> Instance:
@@ -147,6 +152,9 @@ def concat_product_weight_gradients(vector: int, width: int) -> Instance:
 BRANCH_TILES = (1, 2, 4)
 """What `depthwise_branches_backward` has for strips of up to 16 rows."""
 
+OUT_BLOCKS = (64, 48, 32)
+"""Channels of dy that a block of `conv3_weight_gradient` has."""
+
 SUM_LANES = 16
 """Threads that share one sum of `sum_partials`."""
 
@@ -209,6 +217,7 @@ def all_instances() -> dict[Instance, None]:
                 found.append(separable(storage, single, stride, taps, width))
         if storage != "float":
             found += [depthwise_branches_backward(storage, tiles) for tiles in BRANCH_TILES]
+            found += [conv3_weight_gradient(storage, block) for block in OUT_BLOCKS]
         found += [upsample_argmax(storage), upsample_losses(storage)]
         found += [upsample_loss_sums(storage), logits_gradient(storage)]
     return dict.fromkeys(found)

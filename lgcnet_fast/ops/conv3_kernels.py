@@ -54,8 +54,11 @@ def conv3_weight_gradients(
     """
     from lgcnet_fast.kernels import conv3
     from lgcnet_fast.kernels import conv3_backward as kernel
+    from lgcnet_fast.native import conv3_weight_gradient as native
 
     x, out_channels = xs[0], len(weights[0])
+    if native.refusal(gs, xs) is None:
+        return kernel.summed(native.conv3_weight_gradient(gs, xs, relu=relu), weights[0].dtype)
     if conv3.serves(x, out_channels):
         default = kernel.WeightGradConfig.default(len(xs), x.shape, out_channels)
         config = tuned(default, "conv3_weight_grad", _key(x, weights), x.device)

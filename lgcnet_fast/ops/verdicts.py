@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lgcnet_fast.doctor import Finding
-from lgcnet_fast.native.depthwise_branches import route_refusal
+from lgcnet_fast.native.hopper import route_refusal
 from lgcnet_fast.ops.availability import why_not
 from lgcnet_fast.ops.backend import BACKENDS, SERVES
 from lgcnet_fast.ops.tuning import REMEDY, table_of
@@ -37,7 +37,7 @@ def _of_hopper(gpu: torch.device) -> list[Finding]:
         return []
     reason = route_refusal()
     remedy = "install again where there is an nvcc, see docs/native.md" if reason else ""
-    detail = reason or "gradients of depthwise branches in one launch"
+    detail = reason or "gradients of depthwise branches and of 3x3 convolutions' weights"
     return [Finding(f"sm_90 kernels on {gpu}", "warn" if reason else "ok", detail, remedy)]
 
 

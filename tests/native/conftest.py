@@ -122,3 +122,11 @@ def cuda_backend(emulated: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
         if hasattr(module, "load"):
             monkeypatch.setattr(module, "load", lambda: emulated)
     monkeypatch.setattr(backend, "why_not", lambda name, device: None)
+
+
+@pytest.fixture(scope="session")
+def hopper() -> Launcher:
+    launcher = on_gpu("prebuilt")
+    if not launcher.hopper or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of sm_90 and the extension compiled for it")
+    return launcher

@@ -13,15 +13,15 @@ from lgcnet_fast.errors import DeviceError
 from lgcnet_fast.native import instances
 from lgcnet_fast.native.depthwise_branches import (
     ARGUMENTS,
-    MOST_SHARED,
     STRIP_OF_X,
     depthwise_branches_backward,
     plan,
     refusal,
     rooms_of,
 )
+from lgcnet_fast.native.hopper import MOST_SHARED
 from lgcnet_fast.native.launcher import Launcher
-from tests.native.conftest import Emulated, on_gpu
+from tests.native.conftest import Emulated
 from tests.native.truth import assert_close, nhwc, poisoned_memory
 
 DILATIONS = ((1, 2, 4, 8), (2, 4, 8), (1, 2, 4, 8, 12), (3, 5))
@@ -101,14 +101,6 @@ def test_a_cpu_is_refused() -> None:
 
 
 # -- on a GPU -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def hopper() -> Launcher:
-    launcher = on_gpu("prebuilt")
-    if not launcher.hopper or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a GPU of sm_90 and the extension compiled for it")
-    return launcher
 
 
 def random_maps(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:

@@ -4,6 +4,7 @@
 
 #include "batch_statistics.cuh"
 #include "concat_product.cuh"
+#include "conv3_weight_gradient.cuh"
 #include "depthwise.cuh"
 #include "depthwise_branches.cuh"
 #include "max_pool.cuh"
