@@ -19,6 +19,9 @@ Communication = Literal["gcn", "gcn_opid", "fc", "independent", "shared"]
 
 INIT_STD = 0.01
 
+ALL = slice(None)
+"""Every pair of adjacent cells."""
+
 
 class PairwiseLinear(nn.Module):
     """One linear layer for each of P pairs of adjacent cells: (P, rows, n_in) -> (P, rows, n_out).
@@ -35,8 +38,8 @@ class PairwiseLinear(nn.Module):
         )
 
     def forward(self, x: Tensor, pairs: slice) -> Tensor:
-        y = x @ self.weight[pairs]
-        return y if self.bias is None else y + self.bias[pairs]
+        y = x @ _of_pairs(self.weight, pairs)
+        return y if self.bias is None else y + _of_pairs(self.bias, pairs)
 
 
 class PairwiseLayers(nn.ModuleList):
@@ -150,7 +153,7 @@ class CellCommunication(nn.Module):
 
     def _adjacent(self, alpha: Tensor, reasoning: nn.Module) -> Tensor:
         previous, current = alpha[:-1], alpha[1:]
-        told = reasoning(previous, current, slice(None))
+        told = reasoning(previous, current, ALL)
         return torch.cat((alpha[:1], current + self.gamma * told))
 
     def _chained(self, alpha: Tensor, reasoning: nn.Module) -> Tensor:
@@ -171,6 +174,11 @@ def _reasoning(
     if mode == "fc":
         return FullyConnectedReasoning(pairs, edges * options)
     return None
+
+
+def _of_pairs(parameter: Tensor, pairs: slice) -> Tensor:
+    """Autograd fills zeros and copies into them for a part, be it the whole."""
+    return parameter if pairs == ALL else parameter[pairs]
 
 
 def _convolve(
