@@ -40,15 +40,19 @@ def _gradient_sum_kernel(
     tl.store(dx_ptr + offset, total, mask=mask)
 
 
-def gradient_sum(gradients: Sequence[Tensor], x: Tensor, relu: bool) -> Tensor:
+def gradient_sum(
+    gradients: Sequence[Tensor], x: Tensor, relu: bool, out: Tensor | None = None
+) -> Tensor:
     """The gradient of x, like it: (N, C, H, W), channels_last, as is every gradient.
 
-    relu: the gradients are those of relu(x). Added in the accumulator's dtype and rounded once.
-    Raises `ValueError` naming the argument at fault.
+    relu: the gradients are those of relu(x); out: where it goes, maybe in the place of one of them.
+    Added in the accumulator's dtype and rounded once. Raises `ValueError` naming the argument at fault.
     """
     check_maps("x", [x], x)
     check_maps("gradients", gradients, x)
-    dx = empty_map(tuple(x.shape), x)
+    if out is not None:
+        check_maps("out", [out], x)
+    dx = empty_map(tuple(x.shape), x) if out is None else out
     _gradient_sum_kernel[(triton.cdiv(x.numel(), BLOCK),)](
         tuple(gradients), x, dx, x.numel(),
         K=len(gradients), RELU=relu, ACC=accumulator(x.dtype), BLOCK=BLOCK, num_warps=WARPS,

@@ -19,9 +19,6 @@ from lgcnet_fast.ops.lanes import side_by_side
 from lgcnet_fast.ops.maps import empty_nhwc
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
-WIDEST = 128
-"""Channels of a map both of whose gradients may come from one launch."""
-
 
 def filtered_maps(
     backend: str,
@@ -94,14 +91,11 @@ def depthwise_gradients(
 def gradients_take_one_launch(
     dy: Tensor | Sequence[Tensor], x: Tensor, dilations: Sequence[int], stride: int
 ) -> bool:
-    """Whether `depthwise_gradients` of `triton` has both by one.
-
-    It adds no other gradients of x, which costs the memory of a map: too much where that is wide.
-    """
+    """Whether `depthwise_gradients` of `triton` has both by one."""
     from lgcnet_fast.native.depthwise_branches import refusal
 
     maps = _listed(dy)
-    return len(maps) > 1 and x.shape[1] <= WIDEST and refusal(maps, x, dilations, stride) is None
+    return len(maps) > 1 and refusal(maps, x, dilations, stride) is None
 
 
 def _listed(maps: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

@@ -27,6 +27,7 @@ from lgcnet_fast.ops.depthwise_kernels import (
     gradients_take_one_launch,
 )
 from lgcnet_fast.ops.fused_separable_branches import (
+    added_to,
     by_edge,
     deferred_input_gradient,
     depthwise_maps,
@@ -143,11 +144,13 @@ class _DepthwiseBranches(torch.autograd.Function):
         arguments = stacks, own, x, windows, products, *ctx.settings
         maps = _with_own(stacks, own, dilations, here)
         at_once = gradients_take_one_launch(maps, x, dilations, stride)
-        if ctx.defers and not at_once and not torch.is_grad_enabled():
+        defers = ctx.defers and not torch.is_grad_enabled()
+        if defers and not at_once:
             found = depthwise_branches_weight_gradients(*arguments)
             dx = deferred_input_gradient(maps, x, windows, dilations, stride)
         else:
             dx, *found = depthwise_branches_backward(*arguments)
+            dx = added_to(dx) if defers else dx
         settle(dx.device, ctx.owners)
         weights = [
             gradient

@@ -112,12 +112,14 @@ class _SeparableBranches(torch.autograd.Function):
         at_once = ctx.settings.backend == "triton" and gradients_take_one_launch(
             filtered, x, *ctx.settings[:2]
         )
-        if ctx.defers and not at_once and not torch.is_grad_enabled():
+        defers = ctx.defers and not torch.is_grad_enabled()
+        if defers and not at_once:
             found = separable_branches_weight_gradients(*arguments)
             maps = [filtered.flatten(0, 1)]
             dx = deferred_input_gradient(maps, x, windows, *ctx.settings[:2])
         else:
             dx, *found = separable_branches_backward(*arguments)
+            dx = added_to(dx) if defers else dx
         settle(dx.device, ctx.owners)
         weights = [
             gradient
@@ -333,6 +335,30 @@ def deferred_input_gradient(
     """That of x, from those of all depthwise maps, edge after edge: maps, or a stack of all."""
     arguments = (gradients, x, windows, list(dilations), stride)
     return DeferredGradient(x, partial(branches_input_gradient, *arguments))
+
+
+def added_to(dx: Tensor) -> DeferredGradient:
+    """dx, a gradient that nobody else holds: others are added where it lies."""
+
+    def plus(others: Sequence[Tensor]) -> Tensor:
+        if others:
+            add_gradients(dx, list(others))
+        return dx
+
+    return DeferredGradient(dx, plus)
+
+
+@custom_op("lgcnet_fast::add_gradients", mutates_args=("dx",))
+def add_gradients(dx: Tensor, others: list[Tensor]) -> None:
+    """Others, like dx, to dx: NHWC."""
+    from lgcnet_fast.kernels.gradient_sum import gradient_sum
+
+    gradient_sum([dx, *others], dx, relu=False, out=dx)
+
+
+@add_gradients.register_fake
+def _(dx: Tensor, others: list[Tensor]) -> None:
+    return None
 
 
 @custom_op("lgcnet_fast::branches_input_gradient", mutates_args=())

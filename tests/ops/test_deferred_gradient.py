@@ -179,6 +179,7 @@ def test_registration(device: torch.device) -> None:
         maps = filtered.flatten(0, 1)
         arguments = (raw, filtered.clone(), x, windows, matrices, *settings, "triton")
         check(fused.separable_branches_weight_gradients, arguments)
+        check(fused.add_gradients, (x.clone(), [x, x]))
         for gradients, others in (([maps], []), (list(maps), [x, x])):
             launch = (gradients, x, windows, *settings, others)
             check(fused.branches_input_gradient, launch)
