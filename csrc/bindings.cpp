@@ -22,7 +22,7 @@ static std::vector<std::string> names() {
 }
 
 static void launch(int kernel, const Extent& grid, const Extent& block, const py::bytes& arguments,
-                   unsigned long long stream, int shared) {
+                   unsigned long long stream, int shared, bool early) {
   if (kernel < 0 || kernel >= lgcnet_kernel_count()) throw py::index_error("no such kernel");
   const std::string packed = arguments;
   const std::string name = lgcnet_kernel_name(kernel);
@@ -30,7 +30,8 @@ static void launch(int kernel, const Extent& grid, const Extent& block, const py
     throw py::value_error(name + " takes " + std::to_string(lgcnet_argument_bytes(kernel)) +
                           " bytes of arguments, got " + std::to_string(packed.size()));
   }
-  const int error = lgcnet_launch(kernel, grid.data(), block.data(), packed.data(), stream, shared);
+  const int error =
+      lgcnet_launch(kernel, grid.data(), block.data(), packed.data(), stream, shared, early);
   if (error != 0) {
     throw std::runtime_error(name + ": CUDA error " + std::to_string(error) + ", " +
                              lgcnet_error_text(error));
@@ -44,6 +45,7 @@ PYBIND11_MODULE(_kernels, module) {
   module.def("names", &names, "C++ names of the kernels; a kernel's number is its place here.");
   module.def("launch", &launch, py::arg("kernel"), py::arg("grid"), py::arg("block"),
              py::arg("arguments"), py::arg("stream"), py::arg("shared"),
+             py::arg("early"),
              "Launch a kernel on a stream of the current device. Raises RuntimeError with CUDA's "
              "error code and text.");
 }

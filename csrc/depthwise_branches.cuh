@@ -254,15 +254,18 @@ __device__ __forceinline__ void branches_backward(const BranchArguments& a) {
   if (loader) {
     for (int i = 0; i <= a.branches; ++i) begin_barrier(block.barrier(i));
     fence_barriers();
+  }
+  for (int i = thread; i < 2 * kTableBytes / 16; i += kBranchThreads) {
+    reinterpret_cast<uint4*>(memory + kTables)[i] = make_uint4(0, 0, 0, 0);
+  }
+  wait_for_launches();
+  if (loader) {
     expect_bytes(block.barrier(a.branches), block.x_bytes);
     load_box(block.shared + kStripOfX, a.x, block.barrier(a.branches), block.group * 16, 0,
              block.top, block.image);
     while (loaded < a.strips[0].loaded) block.load(a, loaded++);
   }
   BranchWeights<T> weights(a, block.group);
-  for (int i = thread; i < 2 * kTableBytes / 16; i += kBranchThreads) {
-    reinterpret_cast<uint4*>(memory + kTables)[i] = make_uint4(0, 0, 0, 0);
-  }
   fence_for_matrix_units();
   __syncthreads();
   weights.write(a, memory, 0);

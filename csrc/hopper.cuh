@@ -32,6 +32,12 @@ __device__ __forceinline__ unsigned shared_address(const void* memory) {
   return static_cast<unsigned>(__cvta_generic_to_shared(memory));
 }
 
+// Until the launch before on the stream has ended and what it wrote is there: all that reads or
+// writes maps comes after it.
+__device__ __forceinline__ void wait_for_launches() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // Offset in bytes of half a position's 16 channels.
 __device__ __forceinline__ unsigned swizzled(int position, int half) {
   return (position << 5) ^ (half << 4) ^ ((position << 2) & 16);

@@ -15,7 +15,7 @@ extern "C" size_t lgcnet_argument_bytes(int kernel) {
 }
 
 extern "C" int lgcnet_launch(int kernel, const unsigned grid[3], const unsigned block[3],
-                             const void* arguments, unsigned long long stream, int shared) {
+                             const void* arguments, unsigned long long stream, int shared, int early) {
   const void* function = lgcnet::registry().at(kernel).function;
   void* values[] = {const_cast<void*>(arguments)};
   cudaError_t error = cudaSuccess;
@@ -23,9 +23,17 @@ extern "C" int lgcnet_launch(int kernel, const unsigned grid[3], const unsigned 
     error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   }
   if (error == cudaSuccess) {
-    error = cudaLaunchKernel(function, dim3(grid[0], grid[1], grid[2]),
-                             dim3(block[0], block[1], block[2]), values, shared,
-                             reinterpret_cast<cudaStream_t>(stream));
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(grid[0], grid[1], grid[2]);
+    config.blockDim = dim3(block[0], block[1], block[2]);
+    config.dynamicSmemBytes = shared;
+    config.stream = reinterpret_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
+    error = cudaLaunchKernelExC(&config, function, values);
   }
   cudaGetLastError();  // reported here, so not once more by whoever asks next
   return error;

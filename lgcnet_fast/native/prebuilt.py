@@ -45,7 +45,8 @@ class Prebuilt(Launcher):
         same = device.index is None or device.index == torch.cuda.current_device()
         with nullcontext() if same else torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
-            self._module.launch(number, grid, block, arguments.tobytes(), stream, shared)
+            packed = arguments.tobytes()
+            self._module.launch(number, grid, block, packed, stream, shared, instance.hopper)
 
 
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:

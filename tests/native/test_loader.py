@@ -93,9 +93,9 @@ def test_the_extension_holds_every_kernel() -> None:
         pytest.skip("the extension is older than the sources")
     assert sorted(extension.names()) == sorted(one.expression for one in instances.all_instances())
     with pytest.raises(ValueError, match="bytes of arguments"):
-        extension.launch(0, (1, 1, 1), (1, 1, 1), b"", 0, 0)
+        extension.launch(0, (1, 1, 1), (1, 1, 1), b"", 0, 0, False)
     with pytest.raises(IndexError):
-        extension.launch(-1, (1, 1, 1), (1, 1, 1), b"", 0, 0)
+        extension.launch(-1, (1, 1, 1), (1, 1, 1), b"", 0, 0, False)
 
 
 def test_a_grid_past_what_cuda_can_number_is_refused() -> None:
