@@ -260,6 +260,7 @@ __device__ __forceinline__ void branches_backward(const BranchArguments& a) {
   }
   wait_for_launches();
   if (loader) {
+    block.load(a, loaded++);  // dx of the first branch needs no x
     expect_bytes(block.barrier(a.branches), block.x_bytes);
     load_box(block.shared + kStripOfX, a.x, block.barrier(a.branches), block.group * 16, 0,
              block.top, block.image);
@@ -282,8 +283,6 @@ __device__ __forceinline__ void branches_backward(const BranchArguments& a) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) dx[n][i] = 0.f;
   }
-  wait_for(block.barrier(a.branches));
-  rectify<T>(memory + kStripOfX, block.x_bytes);
   const BranchWalk walk(block.segments);
 
   for (int k = 0; k < a.branches; ++k) {
@@ -313,6 +312,11 @@ __device__ __forceinline__ void branches_backward(const BranchArguments& a) {
       }
     }
     commit_matrix_products();
+    if (k == 0) {
+      wait_for(block.barrier(a.branches));
+      rectify<T>(memory + kStripOfX, block.x_bytes);
+      __syncthreads();
+    }
     float sum[5][4] = {};
     add_weight_gradients<T>(a, s, block, walk, strip, sum);
     write_diagonals(sum, partial);
