@@ -45,8 +45,9 @@ def gradient_sum(
 ) -> Tensor:
     """The gradient of x, like it: (N, C, H, W), channels_last, as is every gradient.
 
-    relu: the gradients are those of relu(x); out: where it goes, maybe in the place of one of them.
-    Added in the accumulator's dtype and rounded once. Raises `ValueError` naming the argument at fault.
+    relu: the gradients are those of relu(x); out: where it goes, maybe in the place of one of
+    them. Added in the accumulator's dtype and rounded once. Raises `ValueError` naming the argument
+    at fault.
     """
     check_maps("x", [x], x)
     check_maps("gradients", gradients, x)
