@@ -1,8 +1,10 @@
 """Weight gradients of dense 3x3 convolutions: `python -m bench.kernels.conv3_backward`.
 
 For the edges of cells: those that leave both inputs of a cell, four in a call, or another node. And
-for those of the fusion cell.
-Stock is cuDNN's gradients of one weight after the other. Floors: g and x of every convolution once.
+for those of the fusion cell. Ours is what the backend `triton` launches: one kernel of csrc where
+the GPU is of sm_90 and the extension was compiled, else Triton's, which is an alternative too, by
+default tiles. Stock is cuDNN's gradients of one weight after the other. Floors: g and x of every
+convolution once.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from bench.kernels.shapes import (
 )
 from bench.kernels.timing import Call, gate
 from lgcnet_fast.kernels.conv3_backward import WeightGradConfig, conv3_weight_grad, summed
+from lgcnet_fast.ops.conv3_kernels import conv3_weight_gradients
 from lgcnet_fast.ops.tuning import shape_key
 
 
@@ -57,6 +60,8 @@ class Inputs:
     gs: list[Tensor]
     """NHWC, as xs."""
     xs: list[Tensor]
+    weights: list[Tensor]
+    """(C_out, C, 3, 3), channels_last; their values do not count."""
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -67,7 +72,9 @@ def make_inputs(case: Case) -> Inputs:
         stack = torch.randn(shape, device=DEVICE, dtype=case.dtype)
         return list(stack.movedim(-1, 2).unbind())
 
-    return Inputs(maps(case.out_channels), maps(in_channels))
+    weight = torch.zeros(case.out_channels, 3, 3, in_channels, device=DEVICE, dtype=case.dtype)
+    weights = [weight.movedim(-1, 1)] * case.branches
+    return Inputs(maps(case.out_channels), maps(in_channels), weights)
 
 
 def cases(size: Size | None) -> Iterator[Case]:
@@ -82,8 +89,12 @@ def cases(size: Size | None) -> Iterator[Case]:
         yield Case(shape, 1, FUSION_CHANNELS)
 
 
-def ours(i: Inputs, config: WeightGradConfig | None = None) -> Tensor:
-    return summed(conv3_weight_grad(i.gs, i.xs, config=config))
+def ours(i: Inputs) -> Tensor:
+    return conv3_weight_gradients(i.gs, i.xs, i.weights)
+
+
+def by_triton(i: Inputs, config: WeightGradConfig | None = None) -> Tensor:
+    return summed(conv3_weight_grad(i.gs, i.xs, config=config), i.xs[0].dtype)
 
 
 def check(case: Case, i: Inputs) -> None:
@@ -94,16 +105,18 @@ def check(case: Case, i: Inputs) -> None:
 
 
 def _convolutions(i: Inputs) -> Call:
-    out_channels, channels = i.gs[0].shape[1], i.xs[0].shape[1]
-    weight = i.xs[0].new_empty(out_channels, 3, 3, channels).movedim(-1, 1)
     geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
     backward = torch.ops.aten.convolution_backward
     return lambda: [
-        backward(g, x, weight, None, *geometry)[1] for g, x in zip(i.gs, i.xs, strict=True)
+        backward(*one, None, *geometry)[1] for one in zip(i.gs, i.xs, i.weights, strict=True)
     ]
 
 
-STOCK: dict[str, Binding] = {"convolutions": _convolutions}
+def _by_triton(i: Inputs) -> Call:
+    return lambda: by_triton(i)
+
+
+STOCK: dict[str, Binding] = {"convolutions": _convolutions, "Triton": _by_triton}
 
 
 def comparisons(part: Part) -> Iterator[Comparison]:
@@ -140,9 +153,9 @@ def sweep(key: str) -> Sweep:
         key=key_of(case),
         bytes=case.bytes,
         make=lambda: make_inputs(case),
-        run=ours,
+        run=by_triton,
         configs=list(tiles(case)),
-        stock=STOCK,
+        stock={"convolutions": _convolutions},
     )
 
 
