@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, check_map, empty_map
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 
 PIXELS = 512
 """Of a piece, about."""
@@ -80,12 +81,13 @@ def _cut(rows: range, most: int) -> Iterator[range]:
         yield range(start, stop)
 
 
-@triton.jit(do_not_specialize=["P", "H", "W"])
+@kernel(do_not_specialize=["P", "H", "W"])
 def _pieces_kernel(
     x_ptr, partial_ptr, pieces_ptr, P, H, W, C,
     RELU: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: the sum over a piece of BLOCK_C channels."""
+    wait_for_predecessor()
     blocks = tl.cdiv(C, BLOCK_C)
     channel = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     image, piece = (tl.program_id(0) // blocks // P).to(tl.int64), tl.program_id(0) // blocks % P
@@ -106,12 +108,13 @@ def _pieces_kernel(
     tl.store(partial + channel, tl.sum(total, axis=0), mask=channel < C)
 
 
-@triton.jit(do_not_specialize=["N", "P", "K"])
+@kernel(do_not_specialize=["N", "P", "K"])
 def _means_kernel(
     partial_ptr, y_ptr, windows_ptr, N, P, K, C,
     ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: the mean over a window of BLOCK_C channels."""
+    wait_for_predecessor()
     blocks = tl.cdiv(C, BLOCK_C)
     channel = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     image, window = (tl.program_id(0) // blocks // K).to(tl.int64), tl.program_id(0) // blocks % K
@@ -136,7 +139,7 @@ def _share(position, window, length, bins, ACC: tl.constexpr):
     return tl.where((window < bins) & (first <= position), 1.0 / count.to(ACC), 0.0)
 
 
-@triton.jit(do_not_specialize=["N", "H", "W"])
+@kernel(do_not_specialize=["N", "H", "W"])
 def _spread_kernel(
     dy_ptr, x_ptr, dx_ptr, N, H, W, C,
     POOLS: tl.constexpr, BINS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
@@ -148,6 +151,7 @@ def _spread_kernel(
     BINS, TALL and WIDE hold 8 bits for each of POOLS: b, and how many windows a position may lie
     in, along rows and along columns.
     """
+    wait_for_predecessor()
     channel_blocks, column_blocks = tl.cdiv(C, BLOCK_C), tl.cdiv(W, BLOCK_P)
     channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     place = tl.program_id(0) // channel_blocks

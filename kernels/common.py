@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lgcnet_fast.kernels.launches import INTERPRETED, kernel, wait_for_predecessor
+
 Result = TypeVar("Result")
 STORAGE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MOST_SHARED = 227 * 1024
@@ -116,16 +118,17 @@ def _sum_tile(
     tl.store(out_ptr + place, tl.sum(total, axis=0), mask=column < columns)
 
 
-@triton.jit
+@kernel
 def _sum_rows_kernel(
     partial_ptr, out_ptr, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):
     """out[c] = sum_r partial[r, c]; each program owns its columns, so the order is fixed."""
+    wait_for_predecessor()
     program = tl.program_id(0)
     _sum_tile(partial_ptr, out_ptr, program, rows, columns, columns, 1, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
-@triton.jit(do_not_specialize=["window_rows", "product_rows"])
+@kernel(do_not_specialize=["window_rows", "product_rows"])
 def _sum_shares_kernel(
     window_ptr, window_out_ptr, window_rows, window_columns, C,
     product_ptr, product_out_ptr, product_rows, product_columns,
@@ -133,6 +136,7 @@ def _sum_shares_kernel(
     PRODUCT_ROWS: tl.constexpr, PRODUCT_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """`_sum_rows_kernel` of windows (B, 9, C), which it writes as (B, C, 9), then of products."""
+    wait_for_predecessor()
     window_programs = tl.cdiv(window_columns, WINDOW_COLUMNS)
     program = tl.program_id(0)
     if program < window_programs:
@@ -145,10 +149,6 @@ def _sum_shares_kernel(
             product_ptr, product_out_ptr, program - window_programs, product_rows, product_columns,
             product_columns, 1, PRODUCT_ROWS, PRODUCT_COLUMNS,
         )  # fmt: skip
-
-
-INTERPRETED = not isinstance(_sum_rows_kernel, triton.JITFunction)
-"""Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 at the first import)."""
 
 
 def has_matrix_units(x: Tensor) -> bool:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator, empty_map
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.mixed_sum import check_maps
 from lgcnet_fast.kernels.rows import vector_width
 
@@ -46,12 +47,13 @@ def _relu(x, ACC: tl.constexpr):
     return tl.where(x.to(ACC) <= 0, 0.0, x)
 
 
-@triton.jit(do_not_specialize=["count", "per_pixel"])
+@kernel(do_not_specialize=["count", "per_pixel"])
 def _concat_pair_kernel(
     x0_ptr, x1_ptr, y_ptr, count, per_pixel,
     RELU: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
     GROUPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor()
     half, first, second, mask = _vectors(count, per_pixel, INDEX, GROUPS, VECTOR)
     x0 = tl.load(x0_ptr + half, mask=mask)
     x1 = tl.load(x1_ptr + half, mask=mask)
@@ -62,12 +64,13 @@ def _concat_pair_kernel(
     tl.store(y_ptr + second, x1, mask=mask)
 
 
-@triton.jit(do_not_specialize=["count", "per_pixel"])
+@kernel(do_not_specialize=["count", "per_pixel"])
 def _concat_pair_grad_kernel(
     g_ptrs, y_ptr, dx0_ptr, dx1_ptr, count, per_pixel,
     K: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
     GROUPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor()
     half, first, second, mask = _vectors(count, per_pixel, INDEX, GROUPS, VECTOR)
     dx0 = tl.zeros((GROUPS, VECTOR), dtype=ACC)
     dx1 = tl.zeros((GROUPS, VECTOR), dtype=ACC)

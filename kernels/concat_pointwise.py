@@ -33,6 +33,7 @@ from lgcnet_fast.kernels.common import (
 )
 from lgcnet_fast.kernels.concat_upsample import check_maps
 from lgcnet_fast.kernels.depthwise import rectify
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.rows import four, four_sizes
 
 MAX_OUT_CHANNELS = 128
@@ -111,9 +112,7 @@ def resized_tile(
     return value
 
 
-@triton.jit(
-    do_not_specialize=["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "M", "height", "width"]
-)
+@kernel(do_not_specialize=["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "M", "height", "width"])
 def _concat_pointwise_kernel(
     x0_ptr, x1_ptr, x2_ptr, x3_ptr, w_ptr, y_ptr,
     h0, w0, h1, w1, h2, w2, h3, w3, c0, c1, c2, c3, M, height, width, C, CO,
@@ -122,6 +121,7 @@ def _concat_pointwise_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of y; bit i of COPIED: map i has the output's size."""
+    wait_for_predecessor()
     x_ptrs = (x0_ptr, x1_ptr, x2_ptr, x3_ptr)
     heights = (h0, h1, h2, h3)
     widths = (w0, w1, w2, w3)

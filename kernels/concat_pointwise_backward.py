@@ -41,6 +41,7 @@ from lgcnet_fast.kernels.concat_pointwise import (
 )
 from lgcnet_fast.kernels.concat_upsample_backward import concat_upsample_backward
 from lgcnet_fast.kernels.depthwise import rectify
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.pointwise_backward import ProductGradientsConfig, summed
 from lgcnet_fast.kernels.rows import four, four_sizes
 
@@ -49,7 +50,7 @@ BLOCK_M, BLOCK_C = 32, 32
 SIZES = ["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "M", "height", "width"]
 
 
-@triton.jit(do_not_specialize=[*SIZES, "programs"])
+@kernel(do_not_specialize=[*SIZES, "programs"])
 def _concat_gradients_kernel(
     x0_ptr, x1_ptr, x2_ptr, x3_ptr, dx0_ptr, dx1_ptr, dx2_ptr, dx3_ptr, w_ptr, dy_ptr, share_ptr,
     h0, w0, h1, w1, h2, w2, h3, w3, c0, c1, c2, c3, p0, p1, p2, p3,
@@ -64,6 +65,7 @@ def _concat_gradients_kernel(
     maps have the output's size. Blocks of channels of the same positions are neighbours in launch
     order.
     """
+    wait_for_predecessor()
     x_ptrs = (x0_ptr, x1_ptr, x2_ptr, x3_ptr)
     dx_ptrs = (dx0_ptr, dx1_ptr, dx2_ptr, dx3_ptr)
     heights = (h0, h1, h2, h3)

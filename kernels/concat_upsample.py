@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.bilinear import Size, beyond, check_size, first_output, lower_input
 from lgcnet_fast.kernels.common import accumulator, check_like, check_map
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.rows import (
     MAX_MAPS,
     StripConfig,
@@ -136,7 +137,7 @@ def _resize_strip(
         upper = lower
 
 
-@triton.jit(do_not_specialize=["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "height", "width"])
+@kernel(do_not_specialize=["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "height", "width"])
 def _concat_kernel(
     x0_ptr, x1_ptr, x2_ptr, x3_ptr, y0_ptr, y1_ptr, y2_ptr, y3_ptr,
     h0, w0, h1, w1, h2, w2, h3, w3, height, width,
@@ -146,6 +147,7 @@ def _concat_kernel(
 ):  # fmt: skip
     """Slices y of the output from maps x; grid (programs of an image's maps, N): blocks of an
     output row of strips of ROWS input rows of one map after the other."""
+    wait_for_predecessor()
     x_ptrs = (x0_ptr, x1_ptr, x2_ptr, x3_ptr)
     y_ptrs = (y0_ptr, y1_ptr, y2_ptr, y3_ptr)
     heights = (h0, h1, h2, h3)
@@ -166,7 +168,7 @@ def _concat_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "height", "width"])
+@kernel(do_not_specialize=["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "height", "width"])
 def _sum_kernel(
     x0_ptr, x1_ptr, x2_ptr, x3_ptr, y_ptr,
     h0, w0, h1, w1, h2, w2, h3, w3, height, width, vectors,
@@ -177,6 +179,7 @@ def _sum_kernel(
 
     COPIED: bits of the maps that have the output's size.
     """
+    wait_for_predecessor()
     x_ptrs = (x0_ptr, x1_ptr, x2_ptr, x3_ptr)
     heights = (h0, h1, h2, h3)
     widths = (w0, w1, w2, w3)

@@ -27,6 +27,7 @@ from lgcnet_fast.kernels.bilinear import (
     most_outputs_beside,
 )
 from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, check_map, empty_map
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.rows import (
     MAX_MAPS,
     StripConfig,
@@ -185,7 +186,7 @@ def _gather_strip(
         x_row_ptr += w * C
 
 
-@triton.jit(do_not_specialize=["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "height", "width"])
+@kernel(do_not_specialize=["h0", "w0", "h1", "w1", "h2", "w2", "h3", "w3", "height", "width"])
 def _backward_kernel(
     y0_ptr, y1_ptr, y2_ptr, y3_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr,
     h0, w0, h1, w1, h2, w2, h3, w3, height, width,
@@ -195,6 +196,7 @@ def _backward_kernel(
 ):  # fmt: skip
     """Gradients x of the maps from slices y of the output's; grid (programs of an image's maps, N):
     blocks of an input row of strips of ROWS input rows of one map after the other."""
+    wait_for_predecessor()
     y_ptrs = (y0_ptr, y1_ptr, y2_ptr, y3_ptr)
     x_ptrs = (x0_ptr, x1_ptr, x2_ptr, x3_ptr)
     heights = (h0, h1, h2, h3)
@@ -226,7 +228,7 @@ def _outputs(y, first, end, row_elements, mask, LOADS: tl.constexpr, ROWS: tl.co
     return values
 
 
-@triton.jit(do_not_specialize=["size", "whole", "width"])
+@kernel(do_not_specialize=["size", "whole", "width"])
 def _axis_kernel(
     y_ptr, x_ptr, size, whole, width, vectors, all_vectors,
     LOADS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
@@ -237,6 +239,7 @@ def _axis_kernel(
     Grid (N x blocks of a row, size). A thread has a vector of one of ROWS outputs that read the
     input, LOADS times at once; the threads add up theirs at the end.
     """
+    wait_for_predecessor()
     blocks = tl.cdiv(width * vectors, GROUPS)
     batch, i = tl.program_id(0) // blocks, tl.program_id(1)
     pixel, channel = row_vectors(tl.program_id(0) % blocks, vectors, GROUPS, VECTOR)

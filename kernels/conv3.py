@@ -28,7 +28,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import (
-    INTERPRETED,
     MOST_SHARED,
     accumulator,
     check_like,
@@ -38,6 +37,7 @@ from lgcnet_fast.kernels.common import (
     has_large_cores,
     operand,
 )
+from lgcnet_fast.kernels.launches import INTERPRETED, kernel, wait_for_predecessor
 from lgcnet_fast.kernels.mixed_sum import check_maps
 from lgcnet_fast.kernels.slabs import pointer_of
 
@@ -129,7 +129,7 @@ def rectified(x):
     return tl.where(x <= 0.0, 0.0, x)
 
 
-@triton.jit(do_not_specialize=["images"])
+@kernel(do_not_specialize=["images"])
 def _conv3_kernel(
     x_ptrs, w_ptrs, mask_ptr, y_ptrs, images, H, W, C, CO,
     SOURCES: tl.constexpr, TARGETS: tl.constexpr, BACKWARD: tl.constexpr, RELU: tl.constexpr,
@@ -142,6 +142,7 @@ def _conv3_kernel(
     Columns are numbered across images. Programs of the same positions are neighbours in launch
     order. WHOLE: no channel is masked.
     """
+    wait_for_predecessor()
     blocks_o = tl.cdiv(CO, BLOCK_O)
     blocks = blocks_o * (TARGETS // GROUP)
     block = tl.program_id(0) % blocks

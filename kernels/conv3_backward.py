@@ -25,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import (
-    INTERPRETED,
     accumulator,
     accumulator_dtype,
     check_like,
@@ -34,6 +33,7 @@ from lgcnet_fast.kernels.common import (
     sum_rows,
 )
 from lgcnet_fast.kernels.conv3 import rectified
+from lgcnet_fast.kernels.launches import INTERPRETED, kernel, wait_for_predecessor
 from lgcnet_fast.kernels.mixed_sum import check_maps
 from lgcnet_fast.kernels.slabs import pointer_of
 
@@ -159,7 +159,7 @@ def _store_shares(share, sums, u, o, c, C, CO):
         tl.store(entry, tl.trans(sums[v]), mask=(o < CO) & (c < C))
 
 
-@triton.jit(do_not_specialize=["images", "rows", "programs"])
+@kernel(do_not_specialize=["images", "rows", "programs"])
 def _conv3_weight_grad_kernel(
     dy_ptrs, x_ptrs, share_ptr, images, H, W, C, CO, rows, programs,
     BRANCHES: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
@@ -169,6 +169,7 @@ def _conv3_weight_grad_kernel(
 
     Blocks of channels of the same positions are neighbours in launch order.
     """
+    wait_for_predecessor()
     blocks_c = tl.cdiv(C, BLOCK_C)
     blocks = blocks_c * tl.cdiv(CO, BLOCK_O)
     block = tl.program_id(0) % blocks

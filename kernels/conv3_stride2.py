@@ -37,7 +37,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import (
-    INTERPRETED,
     MOST_SHARED,
     accumulator,
     check_map,
@@ -47,6 +46,7 @@ from lgcnet_fast.kernels.common import (
     operand,
 )
 from lgcnet_fast.kernels.conv3 import check_windows, rectified
+from lgcnet_fast.kernels.launches import INTERPRETED, kernel, wait_for_predecessor
 from lgcnet_fast.kernels.mixed_sum import check_maps
 from lgcnet_fast.kernels.slabs import pointer_of
 
@@ -114,7 +114,7 @@ def _programs(shape: Sequence[int], values: int, block_n: int) -> int:
     return places * triton.cdiv(values, block_n)
 
 
-@triton.jit(do_not_specialize=["images", "H", "HO"])
+@kernel(do_not_specialize=["images", "H", "HO"])
 def _strided_kernel(
     x_ptr, w_ptrs, mask_ptr, y_ptrs, images, H, W, HO, WO, C: tl.constexpr, CO: tl.constexpr,
     TARGETS: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
@@ -122,6 +122,7 @@ def _strided_kernel(
     GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs of the same positions are neighbours in launch order."""
+    wait_for_predecessor()
     WHOLE: tl.constexpr = 3 * C % BLOCK_K == 0
     blocks_o = tl.cdiv(CO, BLOCK_N)
     blocks = blocks_o * (TARGETS // GROUP)
@@ -185,7 +186,7 @@ def _strided_kernel(
         tl.store(pointer_of(y_ptrs, group + i % GROUP, TARGETS) + entry, value, mask=stored)
 
 
-@triton.jit(do_not_specialize=["images", "H", "HO"])
+@kernel(do_not_specialize=["images", "H", "HO"])
 def _transposed_kernel(
     y_ptrs, w_ptrs, x_ptr, images, H, W, HO, WO, C: tl.constexpr, CO: tl.constexpr,
     SOURCES: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
@@ -193,6 +194,7 @@ def _transposed_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs of the same positions are neighbours in launch order."""
+    wait_for_predecessor()
     WHOLE: tl.constexpr = CO % BLOCK_K == 0
     blocks = tl.cdiv(2 * C, BLOCK_N)
     segments = tl.cdiv(HO, ROWS)

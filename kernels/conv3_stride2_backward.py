@@ -25,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import (
-    INTERPRETED,
     accumulator,
     accumulator_dtype,
     check_like,
@@ -35,6 +34,7 @@ from lgcnet_fast.kernels.common import (
 from lgcnet_fast.kernels.conv3 import rectified
 from lgcnet_fast.kernels.conv3_backward import _anew
 from lgcnet_fast.kernels.conv3_stride2 import small_size
+from lgcnet_fast.kernels.launches import INTERPRETED, kernel, wait_for_predecessor
 from lgcnet_fast.kernels.mixed_sum import check_maps
 from lgcnet_fast.kernels.slabs import pointer_of
 
@@ -79,7 +79,7 @@ class StridedWeightGradConfig:
         return cls(2, block_p, block_o, block_k, warps=4, stages=3, programs=programs)
 
 
-@triton.jit(do_not_specialize=["images", "H", "HO", "programs"])
+@kernel(do_not_specialize=["images", "H", "HO", "programs"])
 def _strided_weight_grad_kernel(
     y_ptrs, x_ptrs, share_ptr, images, H, W, HO, WO, programs, C: tl.constexpr, CO: tl.constexpr,
     BRANCHES: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
@@ -90,6 +90,7 @@ def _strided_weight_grad_kernel(
 
     Blocks of the same positions are neighbours in launch order.
     """
+    wait_for_predecessor()
     blocks_k = tl.cdiv(3 * C, BLOCK_K)
     blocks = blocks_k * tl.cdiv(CO, BLOCK_O)
     block = tl.program_id(0) % blocks

@@ -27,6 +27,7 @@ from lgcnet_fast.kernels.common import (
 )
 from lgcnet_fast.kernels.conv3 import check_windows, rectified
 from lgcnet_fast.kernels.conv3_backward import _anew
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 
 FEWEST_POSITIONS = 2**17
 """Two programs of short walks to each multiprocessor of an H200."""
@@ -124,7 +125,7 @@ def _multiplied(
     return added
 
 
-@triton.jit(do_not_specialize=["images", "rows"])
+@kernel(do_not_specialize=["images", "rows"])
 def _conv3_walk_kernel(
     x_ptr, taps_ptr, mask_ptr, y_ptr, images, H, W, CO, rows,
     C: tl.constexpr, BACKWARD: tl.constexpr, RELU: tl.constexpr,
@@ -136,6 +137,7 @@ def _conv3_walk_kernel(
     Columns are numbered across images. Programs of the same positions are neighbours in launch
     order. All k come in two parts, of which none is masked if C is 48.
     """
+    wait_for_predecessor()
     blocks = tl.cdiv(CO, BLOCK_O)
     o = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     segments = tl.cdiv(H, rows)

@@ -37,6 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, operand
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.product_sum import block_of, check_products
 from lgcnet_fast.kernels.slabs import pointer_of
 
@@ -148,7 +149,7 @@ def _add_values(
     return total, product
 
 
-@triton.jit(do_not_specialize=["M", "share"])
+@kernel(do_not_specialize=["M", "share"])
 def _shares_kernel(
     d_ptrs, partial_ptr, M, share, C,
     K: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
@@ -161,6 +162,7 @@ def _shares_kernel(
     i <= j, which is the only one to be written. Maps and pairs of the same positions are neighbours
     in launch order. CHANNELS_MASKED: the blocks are more than C channels.
     """
+    wait_for_predecessor()
     pairs: tl.constexpr = BLOCKS * (BLOCKS + 1) // 2
     pair = tl.program_id(0) % pairs
     k = tl.program_id(0) // pairs % K
@@ -218,7 +220,7 @@ def _shares_kernel(
     tl.store(partial + (1 + i) * C, product, mask=(i < C) & (column < C))
 
 
-@triton.jit(do_not_specialize=["M", "share", "shares"])
+@kernel(do_not_specialize=["M", "share", "shares"])
 def _merge_kernel(
     partial_ptr, mean_ptr, covariance_ptr, M, share, shares, C,
     K: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -232,6 +234,7 @@ def _merge_kernel(
 
     Tiles are (shares, rows, columns); BLOCKS of BLOCK_C channels as in `_shares_kernel`.
     """
+    wait_for_predecessor()
     k = tl.program_id(1)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :, None]
     j = tl.arange(0, COLUMNS)[None, None, :]

@@ -31,17 +31,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lgcnet_fast.kernels.common import INTERPRETED, accumulator, empty_map
+from lgcnet_fast.kernels.common import accumulator, empty_map
 from lgcnet_fast.kernels.depthwise_arguments import check_arguments, pack
-
-try:
-    from triton.language.target_info import cuda_capability_geq
-except ImportError:  # Triton before 3.5 does not tell
-
-    @tl.core.builtin
-    def cuda_capability_geq(major, minor, **_):
-        return tl.constexpr(False)
-
+from lgcnet_fast.kernels.launches import (
+    INTERPRETED,
+    cuda_capability_geq,
+    kernel,
+    wait_for_predecessor,
+)
 
 LARGE = 2**22
 """Elements of a map that takes longer to read than programs to begin."""
@@ -360,7 +357,7 @@ def _walk(
                 _store_row(outputs[k], y_edge, three_rows, masks[k], EDGES)
 
 
-@triton.jit(do_not_specialize=["packed_dilations", "N", "branches", "segments"])
+@kernel(do_not_specialize=["packed_dilations", "N", "branches", "segments"])
 def _forward_kernel(
     x_ptr, w_ptr, y_ptr, packed_dilations, N, H, W, HO, WO, C, branches, segments,
     STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
@@ -370,6 +367,7 @@ def _forward_kernel(
 
     Branches are neighbours in launch order, so that they find x in the L2 cache.
     """
+    wait_for_predecessor()
     branch = tl.program_id(0) % branches
     rest = tl.program_id(0) // branches
     channel_blocks = tl.cdiv(C, BLOCK_C)

@@ -41,6 +41,7 @@ from lgcnet_fast.kernels.depthwise_weight_grad import (
     add_products,
     depthwise_weight_grad,
 )
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 
 
 @triton.jit
@@ -139,13 +140,14 @@ def _walk(
     return top, centre, bottom, sums
 
 
-@triton.jit(do_not_specialize=["dilation", "N", "programs"])
+@kernel(do_not_specialize=["dilation", "N", "programs"])
 def _backward_kernel(
     dy_ptr, x_ptr, w_ptr, dx_ptr, share_ptr, dilation, N, H, W, HO, WO, C, programs,
     STRIDE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: every `programs`-th walk, of ROWS rows and BLOCK_P columns; BLOCK_C channels."""
+    wait_for_predecessor()
     channel_blocks = tl.cdiv(C, BLOCK_C)
     channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     program = tl.program_id(0) // channel_blocks

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from lgcnet_fast.kernels.depthwise import load_weight_row, ready, within
 from lgcnet_fast.kernels.depthwise_weight_grad import _store_share
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 
 
 @triton.jit
@@ -120,13 +121,14 @@ def _walk(
     return top, centre, bottom
 
 
-@triton.jit(do_not_specialize=["N", "programs"])
+@kernel(do_not_specialize=["N", "programs"])
 def _both_gradients_kernel(
     dy_ptr, x_ptr, w_ptr, dx_ptr, share_ptr, N, H, W, HO, WO, C, programs,
     RELU: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: every `programs`-th walk, of ROWS rows and BLOCK_P columns; BLOCK_C channels."""
+    wait_for_predecessor()
     channel_blocks = tl.cdiv(C, BLOCK_C)
     channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     program = tl.program_id(0) // channel_blocks

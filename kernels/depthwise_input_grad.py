@@ -31,9 +31,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lgcnet_fast.kernels.common import INTERPRETED, accumulator, empty_map
+from lgcnet_fast.kernels.common import accumulator, empty_map
 from lgcnet_fast.kernels.depthwise import default_block, dilation_of
 from lgcnet_fast.kernels.depthwise_arguments import Maps, check_arguments, check_dy, pack
+from lgcnet_fast.kernels.launches import INTERPRETED, kernel, wait_for_predecessor
 from lgcnet_fast.kernels.mixed_sum import check_maps
 from lgcnet_fast.kernels.slabs import pointer_of
 
@@ -277,7 +278,7 @@ def _zeros(ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC
     return rows
 
 
-@triton.jit(do_not_specialize=["packed_dilations", "N", "maps", "branches"])
+@kernel(do_not_specialize=["packed_dilations", "N", "maps", "branches"])
 def _input_grad_kernel(
     dy_ptrs, x_ptr, w_ptr, other_ptrs, dx_ptr, packed_dilations, N, H, W, HO, WO, C, maps, branches,
     APART: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr, OTHERS: tl.constexpr,
@@ -288,6 +289,7 @@ def _input_grad_kernel(
     APART: the number of maps where each has a pointer of its own, 1 where they follow each other.
     OTHERS: how many of `other_ptrs` are added.
     """
+    wait_for_predecessor()
     channel_blocks = tl.cdiv(C, BLOCK_C)
     column_blocks = tl.cdiv(WO, BLOCK_P)
     row_blocks = tl.cdiv(HO, ROWS)

@@ -22,11 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lgcnet_fast.kernels.common import INTERPRETED, accumulator, accumulator_dtype, sum_rows
+from lgcnet_fast.kernels.common import accumulator, accumulator_dtype, sum_rows
 from lgcnet_fast.kernels.depthwise import (
     AT_ONCE,
     chains_of,
-    cuda_capability_geq,
     default_block,
     default_rows,
     dilation_of,
@@ -37,6 +36,12 @@ from lgcnet_fast.kernels.depthwise import (
     within,
 )
 from lgcnet_fast.kernels.depthwise_arguments import Maps, check_arguments, check_dy, pack
+from lgcnet_fast.kernels.launches import (
+    INTERPRETED,
+    cuda_capability_geq,
+    kernel,
+    wait_for_predecessor,
+)
 from lgcnet_fast.kernels.slabs import pointer_of
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -312,7 +317,7 @@ def _paired(row):
     return tl.join(row[0], row[3]), tl.join(row[1], row[4]), tl.join(row[2], row[5])
 
 
-@triton.jit(do_not_specialize=["packed_dilations", "N", "maps", "branches", "programs", "segments"])
+@kernel(do_not_specialize=["packed_dilations", "N", "maps", "branches", "programs", "segments"])
 def _weight_grad_kernel(
     dy_ptrs, x_ptr, share_ptr, packed_dilations, N, H, W, HO, WO, C, maps, branches, programs,
     segments,
@@ -325,6 +330,7 @@ def _weight_grad_kernel(
     PARTS = 2 bfloat16 maps of an even number of channels are read as words of two. APART as in
     `_input_grad_kernel`.
     """
+    wait_for_predecessor()
     k = tl.program_id(0) % maps
     dy_ptr = pointer_of(dy_ptrs, k, APART)
     if PARTS == 2:

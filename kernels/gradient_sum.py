@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator, empty_map
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.mixed_sum import check_maps
 
 BLOCK = 2048
@@ -23,11 +24,12 @@ WARPS = 4
 
 
 # `size` is specialised: vectors are loaded only where it is known to be a multiple of them.
-@triton.jit
+@kernel
 def _gradient_sum_kernel(
     g_ptrs, x_ptr, dx_ptr, size,
     K: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor()
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < size
     total = tl.zeros((BLOCK,), dtype=ACC)

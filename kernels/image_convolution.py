@@ -29,7 +29,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import (
-    INTERPRETED,
     STORAGE,
     accumulator,
     accumulator_dtype,
@@ -40,6 +39,7 @@ from lgcnet_fast.kernels.common import (
     operand,
     sum_rows,
 )
+from lgcnet_fast.kernels.launches import INTERPRETED, kernel, wait_for_predecessor
 
 MOST_CHANNELS = 4
 RESIDENT = 7 * 132
@@ -118,7 +118,7 @@ def _surroundings(
     return x.to(DTYPE).to(OPERAND)
 
 
-@triton.jit(do_not_specialize=["HO"])
+@kernel(do_not_specialize=["HO"])
 def _image_convolution_kernel(
     image_ptr, w_ptr, y_ptr, H, W, HO, WO, CO, of_image, of_channel, of_row, of_column,
     w_of_out, w_of_channel, w_of_row, w_of_column,
@@ -126,6 +126,7 @@ def _image_convolution_kernel(
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of a row of y; blocks of the same row are neighbours in launch order."""
+    wait_for_predecessor()
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     blocks_o, blocks_p = tl.cdiv(CO, BLOCK_O), tl.cdiv(WO, BLOCK_P)
     program = tl.program_id(0)
@@ -150,13 +151,14 @@ def _image_convolution_kernel(
     tl.store(place, y.to(DTYPE), mask=(p < WO)[:, None] & (o < CO)[None, :])
 
 
-@triton.jit(do_not_specialize=["images", "HO", "programs"])
+@kernel(do_not_specialize=["images", "HO", "programs"])
 def _image_weight_grad_kernel(
     dy_ptr, image_ptr, share_ptr, images, H, W, HO, WO, CO, of_image, of_channel, of_row, of_column,
     programs, C: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: every `programs`-th block of positions, for one block of channels of dy."""
+    wait_for_predecessor()
     blocks_o, blocks_p = tl.cdiv(CO, BLOCK_O), tl.cdiv(WO, BLOCK_P)
     program = tl.program_id(0) // blocks_o
     k = tl.arange(0, BLOCK_K)

@@ -35,6 +35,7 @@ from lgcnet_fast.kernels.common import (
     operand,
     sum_rows,
 )
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.pointwise_backward import MAX_OUT_CHANNELS, ProductGradientsConfig
 
 BLOCK_M, BLOCK_K, WARPS = 64, 64, 4
@@ -50,13 +51,14 @@ def _pixel(position, half, H, W, HO, WO):
     return (image * H + row) * W + column, (row < H) & (column < W)
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def _interleaved_kernel(
     x_ptr, even_ptr, odd_ptr, y_ptr, M, H, W, HO, WO, C, CE, CO,
     ACC: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M output positions of a half; CE of the CO outputs are the even one's."""
+    wait_for_predecessor()
     half = tl.program_id(0) % 2
     position = (tl.program_id(0) // 2 * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     pixel, inside = _pixel(position, half, H, W, HO, WO)
@@ -75,13 +77,14 @@ def _interleaved_kernel(
     tl.store(y, total.to(y_ptr.dtype.element_ty), mask=(position < M) & (o < outputs))
 
 
-@triton.jit(do_not_specialize=["M", "programs"])
+@kernel(do_not_specialize=["M", "programs"])
 def _interleaved_gradients_kernel(
     dy_ptr, x_ptr, even_ptr, odd_ptr, dx_ptr, share_ptr, M, H, W, HO, WO, C, CE, CO, programs,
     ACC: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """One program: every `programs`-th tile of a half, BLOCK_C input channels."""
+    wait_for_predecessor()
     blocks = tl.cdiv(C, BLOCK_C)
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     program = tl.program_id(0) // blocks % programs

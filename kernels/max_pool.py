@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lgcnet_fast.kernels.common import accumulator, check_like, check_map, empty_map
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.mixed_sum import check_maps
 
 CHANNELS_LAST = torch.channels_last
@@ -91,13 +92,14 @@ def _tap(x, column, W, C, OFFSET: tl.constexpr, mask, ACC: tl.constexpr):
 
 
 # Widths of 1 must not become constants either, which have no 64-bit form.
-@triton.jit(do_not_specialize=["N", "W", "WO"])
+@kernel(do_not_specialize=["N", "W", "WO"])
 def _max_pool_kernel(
     x_ptr, y_ptr, winner_ptr, N, H, W, HO, WO, C,
     STRIDE: tl.constexpr, WINNERS: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS outputs of BLOCK_P columns, BLOCK_C channels."""
+    wait_for_predecessor()
     image, out_row, out_column, channel, mask = _locate(N, HO, WO, C, ROWS, BLOCK_P, BLOCK_C)
     row, column = STRIDE * out_row - 1, STRIDE * out_column
     x = x_ptr + ((image * H + row) * W + column) * C + channel
@@ -153,13 +155,14 @@ def _give(dx, winner, pixel: tl.constexpr, g):
     return tl.where(winner == pixel, dx + g, dx)
 
 
-@triton.jit(do_not_specialize=["N", "W"])
+@kernel(do_not_specialize=["N", "W"])
 def _max_pool_backward_kernel(
     winner_ptr, dy_ptrs, dx_ptr, N, H, W, C,
     READERS: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Stride 1. One program: dx of ROWS pixels of BLOCK_P columns, BLOCK_C channels."""
+    wait_for_predecessor()
     image, first, column, channel, mask = _locate(N, H, W, C, ROWS, BLOCK_P, BLOCK_C)
     pitch = W.to(tl.int64) * C
     dx = dx_ptr + ((image * H + first) * W + column) * C + channel
@@ -190,7 +193,7 @@ def _store_pair(dx, even, odd, column, mask, W, C):
     tl.store(dx + C, odd.to(dx.dtype.element_ty), mask=mask & (column + 1 < W))
 
 
-@triton.jit(do_not_specialize=["N", "W", "WO"])
+@kernel(do_not_specialize=["N", "W", "WO"])
 def _max_pool_backward_stride_2_kernel(
     winner_ptr, dy_ptrs, dx_ptr, N, H, W, HO, WO, C,
     READERS: tl.constexpr, ACC: tl.constexpr,
@@ -201,6 +204,7 @@ def _max_pool_backward_stride_2_kernel(
     Output row i reads the rows 2 i - 1 to 2 i + 1. The even rows and columns belong to one
     window, the odd ones also to the next.
     """
+    wait_for_predecessor()
     image, out_row, out_column, channel, mask = _locate(N, HO, WO, C, ROWS, BLOCK_P, BLOCK_C)
     pitch = W.to(tl.int64) * C
     row, column = 2 * out_row, 2 * out_column

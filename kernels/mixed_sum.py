@@ -37,6 +37,7 @@ from lgcnet_fast.kernels.common import (
     empty_map,
 )
 from lgcnet_fast.kernels.last_program import finishes_last, take_counters
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.rows import vector_width
 from lgcnet_fast.kernels.slabs import SlabConfig, load_tile, pointer_of, sums_of
 from lgcnet_fast.kernels.tile_statistics import (
@@ -139,7 +140,7 @@ def load_ahead(map_ptrs, first, AHEAD: tl.constexpr, offsets, masks):
     return runs
 
 
-@triton.jit(do_not_specialize=["M", "slab"])
+@kernel(do_not_specialize=["M", "slab"])
 def _slab_statistics_kernel(
     y_ptrs, partial_ptr, statistics_ptr, counter_ptr, M, slab, C,
     K: tl.constexpr, ACC: tl.constexpr, EPS: tl.constexpr, WHOLE: tl.constexpr,
@@ -155,6 +156,7 @@ def _slab_statistics_kernel(
     However large the mean, nothing cancels: p is typically half a deviation from it, and at worst
     the terms of M2 are n + 1 times M2. WHOLE: slabs are whole tiles.
     """
+    wait_for_predecessor()
     channel_blocks = tl.cdiv(C, BLOCK_C)
     number, k = tl.program_id(0) // channel_blocks, tl.program_id(1)
     block = tl.program_id(0) % channel_blocks
@@ -262,7 +264,7 @@ def _add_map(
     return sums, following, next_rows
 
 
-@triton.jit(do_not_specialize=["vectors"])
+@kernel(do_not_specialize=["vectors"])
 def _mixed_sum_kernel(
     map_ptrs, z_ptrs, plain_z_ptr, beta_ptrs, mean_ptr, r_ptr, out_ptr, vectors, per_pixel, period,
     K: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr, AFFINE: tl.constexpr,
@@ -273,6 +275,7 @@ def _mixed_sum_kernel(
     The maps are y_1 to y_K, x_1 to x_J. Unrolled, as to choose one of so many pointers takes longer
     than to add its map.
     """
+    wait_for_predecessor()
     first, channel, offsets, masks = tile_of(vectors, per_pixel, period, LOADS, GROUPS, VECTOR)
     C = per_pixel * VECTOR
     totals = (tl.zeros((GROUPS, VECTOR), dtype=ACC),) * LOADS

@@ -38,6 +38,7 @@ from lgcnet_fast.kernels.common import (
     empty_map,
 )
 from lgcnet_fast.kernels.last_program import finishes_last, take_counters
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.mixed_sum import (
     Statistics,
     TileConfig,
@@ -84,7 +85,7 @@ def _tiles_of(
     return values
 
 
-@triton.jit(do_not_specialize=["M", "slab"])
+@kernel(do_not_specialize=["M", "slab"])
 def _gradient_sums_kernel(
     g_ptr, map_ptrs, mean_ptr, r_ptr, partial_ptr, sums_ptr, dz_ptr, counter_ptr, M, slab, C,
     K: tl.constexpr, J: tl.constexpr, MAPS: tl.constexpr, ACC: tl.constexpr,
@@ -97,6 +98,7 @@ def _gradient_sums_kernel(
     are a block of BLOCK_C or all; where all, also dz, the sums over the channels but for that of
     S0. The maps are y_1 to y_K, x_1 to x_J; a program takes MAPS of them, for one reading of g.
     """
+    wait_for_predecessor()
     groups: tl.constexpr = (K + J + MAPS - 1) // MAPS
     group, block = tl.program_id(0) % groups, tl.program_id(0) // groups
     number = tl.program_id(1).to(tl.int64)
@@ -209,7 +211,7 @@ def _sum_slabs(
         tl.store(dz_ptr + k, tl.sum(total), mask=(k < COUNT) & (SUMMED >= C))
 
 
-@triton.jit(do_not_specialize=["vectors", "count"])
+@kernel(do_not_specialize=["vectors", "count"])
 def _mixed_sum_grad_kernel(
     g_ptr, y_ptrs, dy_ptrs, dx_ptrs, z_ptrs, plain_z_ptr, mean_ptr, r_ptr, s0_ptr, s1_ptr, count,
     vectors, per_pixel, period,
@@ -217,6 +219,7 @@ def _mixed_sum_grad_kernel(
     AHEAD: tl.constexpr, LOADS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """dy_k = z_k r_k ((g - S0 / M) - (r_k S1_k / M) (y_k - mean_k)), dx_j = zp_j g on one tile."""
+    wait_for_predecessor()
     first, channel, offsets, masks = tile_of(vectors, per_pixel, period, LOADS, GROUPS, VECTOR)
     C = per_pixel * VECTOR
     values = load_ahead(y_ptrs, first, AHEAD, offsets, masks)

@@ -38,6 +38,7 @@ from lgcnet_fast.kernels.depthwise import LARGE, ForwardConfig, default_block, l
 from lgcnet_fast.kernels.depthwise import _walk as _walk_forward
 from lgcnet_fast.kernels.depthwise_backward import _walk as _walk_backward
 from lgcnet_fast.kernels.depthwise_weight_grad import WeightGradConfig, _store_share
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.mixed_sum import SMALL, TileConfig, check_maps, load_runs, tile_of
 from lgcnet_fast.kernels.slabs import pointer_of
 
@@ -51,12 +52,13 @@ def _load_norm(mean_ptr, r_ptr, offset, inside):
     return mean, tl.load(r_ptr + offset, mask=inside, other=1.0)
 
 
-@triton.jit(do_not_specialize=["N", "segments"])
+@kernel(do_not_specialize=["N", "segments"])
 def _normalised_forward_kernel(
     x_ptrs, mean_ptr, r_ptr, w_ptr, y_ptr, N, H, W, C, segments,
     EDGES: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: a segment of an image's rows, BLOCK_P columns, BLOCK_C channels."""
+    wait_for_predecessor()
     channel_blocks = tl.cdiv(C, BLOCK_C)
     channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     rest = tl.program_id(0) // channel_blocks
@@ -75,13 +77,14 @@ def _normalised_forward_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "programs"])
+@kernel(do_not_specialize=["N", "programs"])
 def _normalised_backward_kernel(
     dy_ptrs, x_ptrs, mean_ptr, r_ptr, w_ptr, e_ptr, share_ptr, sums_ptr, N, H, W, C, programs,
     EDGES: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: every `programs`-th walk of an edge, ROWS by BLOCK_P; BLOCK_C channels."""
+    wait_for_predecessor()
     channel_blocks = tl.cdiv(C, BLOCK_C)
     channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     program = tl.program_id(0) // channel_blocks % programs
@@ -118,13 +121,14 @@ def _normalised_backward_kernel(
     tl.store(share + C, tl.sum(sums[1], axis=0)[None, :], mask=inside)
 
 
-@triton.jit(do_not_specialize=["vectors", "count"])
+@kernel(do_not_specialize=["vectors", "count"])
 def _norm_gradients_kernel(
     e_ptr, x_ptrs, mean_ptr, r_ptr, sums_ptr, count, vectors, per_pixel, period,
     EDGES: tl.constexpr, ACC: tl.constexpr,
     LOADS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """dx in the place of e, on one tile of an edge."""
+    wait_for_predecessor()
     first, channel, offsets, masks = tile_of(vectors, per_pixel, period, LOADS, GROUPS, VECTOR)
     edge = tl.program_id(1)
     C = per_pixel * VECTOR

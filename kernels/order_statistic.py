@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
+
 _DIGITS = 256
 
 
@@ -43,12 +45,13 @@ def hardest_loss(losses: Tensor, keep: float, block: int = 4096, programs: int =
     return hardest
 
 
-@triton.jit
+@kernel
 def _count_kernel(
     losses_ptr, counts_ptr, state_ptr, pixels, blocks,
     SHIFT: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """counts[program, d]: losses of the program's blocks with the found digits, then digit d."""
+    wait_for_predecessor()
     found = tl.load(state_ptr)
     counts = tl.zeros((DIGITS,), tl.int32)
     for k in range(blocks):
@@ -67,12 +70,13 @@ def _count_kernel(
     tl.store(counts_ptr + tl.program_id(0) * DIGITS + tl.arange(0, DIGITS), counts)
 
 
-@triton.jit
+@kernel
 def _select_kernel(
     counts_ptr, state_ptr, share_ptr, hardest_ptr, programs,
     FIRST: tl.constexpr, LAST: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Picks the digit in which the wanted rank lies; one program."""
+    wait_for_predecessor()
     # Read before the reductions, whose barriers keep all reads ahead of the writes at the end.
     found = tl.load(state_ptr)
     rank = tl.load(state_ptr + 1)

@@ -34,6 +34,7 @@ from lgcnet_fast.kernels.common import (
     operand,
     sum_rows,
 )
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.mixed_sum import check_maps
 
 MAX_OUT_CHANNELS = 256
@@ -111,7 +112,7 @@ def _part_of_tile(
     return total
 
 
-@triton.jit(do_not_specialize=["M", "programs"])
+@kernel(do_not_specialize=["M", "programs"])
 def _product_gradients_kernel(
     dy_ptrs, x_ptr, w_ptr, dx_ptr, share_ptr, M, C, CO, programs,
     BRANCHES: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
@@ -122,6 +123,7 @@ def _product_gradients_kernel(
 
     Blocks of channels of the same positions are neighbours in launch order.
     """
+    wait_for_predecessor()
     blocks = tl.cdiv(C - REST, BLOCK_C)
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     # 64 bits, as are the offsets into maps that come of it.

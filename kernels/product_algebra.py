@@ -37,6 +37,7 @@ from lgcnet_fast.kernels.common import (
     accumulator,
     check_dense,
 )
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.product_sum import MAX_CHANNELS, block_of, check_sums
 
 ROWS = 16
@@ -91,13 +92,14 @@ def _times_covariance(
     return product
 
 
-@triton.jit
+@kernel
 def _weights_kernel(
     mean_ptr, covariance_ptr, matrix_ptr, z_ptr, statistics_ptr, weighted_ptr, shift_ptr, C, CO,
     K: tl.constexpr, ACC: tl.constexpr, EPS: tl.constexpr,
     ROWS: tl.constexpr, TERMS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Statistics, W and W md of ROWS output channels of product k."""
+    wait_for_predecessor()
     k = tl.program_id(1)
     o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK_C)[None, :]
@@ -198,7 +200,7 @@ def _matrix_gradients(
     tl.store(entry, gradient, mask=(row < CO) & (c < C))
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def _coefficients_kernel(
     sums_ptr, s0_ptr, mean_ptr, covariance_ptr, matrix_ptr, statistics_ptr, z_ptr,
     dz_ptr, matrix_gradient_ptr, from_gradient_ptr, from_map_ptr, shift_ptr, M, C, CO,
@@ -206,6 +208,7 @@ def _coefficients_kernel(
     ROWS: tl.constexpr, TERMS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of A, B and c of product k, or of dP; dz of it by its first program."""
+    wait_for_predecessor()
     k = tl.program_id(1)
     matrix_ptr += k * CO * C
     sums_ptr += k * CO * C

@@ -37,6 +37,7 @@ from lgcnet_fast.kernels.common import (
     operand,
     sum_rows,
 )
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.mixed_sum import check_maps
 from lgcnet_fast.kernels.product_sum import (
     block_of,
@@ -189,7 +190,7 @@ def _sum_products(
         tl.store(share + k * CO * C + entry, totals[i], mask=inside & (k < K))
 
 
-@triton.jit(do_not_specialize=["M", "programs"])
+@kernel(do_not_specialize=["M", "programs"])
 def _sums_kernel(
     g_ptr, d_ptrs, share_ptr, M, C, CO, programs,
     K: tl.constexpr, MAPS: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr,
@@ -199,6 +200,7 @@ def _sums_kernel(
 
     A program has BLOCK_C channels of MAPS maps, or S0.
     """
+    wait_for_predecessor()
     blocks = tl.cdiv(C, BLOCK_C)
     parts = blocks * ((K + MAPS - 1) // MAPS) + 1
     part = tl.program_id(0) % parts
@@ -222,7 +224,7 @@ def _matrix(matrix_ptr, n, column, ROWS, COLUMNS, OPERAND: tl.constexpr):
     return tl.load(matrix_ptr + (n * COLUMNS + column), mask=mask, other=0.0).to(OPERAND)
 
 
-@triton.jit(do_not_specialize=["M", "programs"])
+@kernel(do_not_specialize=["M", "programs"])
 def _input_gradients_kernel(
     g_ptr, d_ptrs, dd_ptrs, from_gradient_ptr, from_map_ptr, shift_ptr, M, C, CO, programs,
     K: tl.constexpr, FROM_MAP: tl.constexpr, SHIFTED: tl.constexpr,
@@ -235,6 +237,7 @@ def _input_gradients_kernel(
     BLOCKS of BLOCK_N >= C channels one after the other; BLOCK_C >= C, BLOCK_O >= CO. A single block
     keeps its matrices.
     """
+    wait_for_predecessor()
     k = tl.program_id(0) % K
     program = (tl.program_id(0) // K).to(tl.int64)
     d_ptr = pointer_of(d_ptrs, k, K)

@@ -34,6 +34,7 @@ from lgcnet_fast.kernels.common import (
     has_matrix_units,
     operand,
 )
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.mixed_sum import check_maps
 from lgcnet_fast.kernels.slabs import pointer_of
 
@@ -67,7 +68,7 @@ class ProductSumConfig:
         return cls(128 if out_channels <= 64 else 64, min(64, block_of(channels)), 8, 3)
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def _product_sum_kernel(
     d_ptrs, matrix_ptr, shift_ptr, map_ptrs, statistics_ptr, weight_ptr, out_ptr, M, C, CO,
     K: tl.constexpr, R: tl.constexpr, J: tl.constexpr,
@@ -79,6 +80,7 @@ def _product_sum_kernel(
 
     BLOCKS of BLOCK_C >= C channels, BLOCK_O >= CO, BLOCK_K >= K.
     """
+    wait_for_predecessor()
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     lane = tl.arange(0, BLOCK_M)[:, None]
     within = lane < M - first

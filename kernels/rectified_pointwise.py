@@ -28,6 +28,7 @@ from lgcnet_fast.kernels.common import (
     operand,
     sum_rows,
 )
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 
 MOST_CLASSES = 32
 MOST_CHANNELS = 255
@@ -47,11 +48,12 @@ def _relu(x):
     return tl.where(x <= 0, 0.0, x).to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["positions"])
+@kernel(do_not_specialize=["positions"])
 def _rectified_pointwise_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, positions, C, K, ACC: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor()
     m = tl.cast(tl.program_id(0), tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     c, k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     inside = (m < positions)[:, None]
@@ -65,11 +67,12 @@ def _rectified_pointwise_kernel(
     tl.store(place, y.to(y_ptr.dtype.element_ty), mask=inside & (k < K)[None, :])
 
 
-@triton.jit(do_not_specialize=["positions"])
+@kernel(do_not_specialize=["positions"])
 def _rectified_pointwise_input_grad_kernel(
     dy_ptr, x_ptr, weight_ptr, dx_ptr, positions, C, K, ACC: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor()
     m = tl.cast(tl.program_id(0), tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     c, k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     inside = (m < positions)[:, None]
@@ -84,12 +87,13 @@ def _rectified_pointwise_input_grad_kernel(
     tl.store(dx_ptr + place, dx, mask=x_mask)
 
 
-@triton.jit(do_not_specialize=["positions", "programs"])
+@kernel(do_not_specialize=["positions", "programs"])
 def _rectified_pointwise_weight_grad_kernel(
     dy_ptr, x_ptr, share_ptr, positions, C, K, programs, ACC: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: every `programs`-th block of positions; a share is (K, C + 1)."""
+    wait_for_predecessor()
     c, k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_K, BLOCK_C), dtype=ACC)
     for block in range(tl.program_id(0), tl.cdiv(positions, BLOCK_M), programs):

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lgcnet_fast.kernels.common import INTERPRETED
+from lgcnet_fast.kernels.launches import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 

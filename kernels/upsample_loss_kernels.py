@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from lgcnet_fast.kernels.bilinear import beyond, first_output
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.upsample_cells import (
     columns_of_cells,
     logits_along_row,
@@ -64,7 +65,7 @@ def _softmax_gradient(exponentials, total, label, v):
     return gradient
 
 
-@triton.jit(do_not_specialize=_SHAPE)
+@kernel(do_not_specialize=_SHAPE)
 def losses_kernel(
     rows_ptr, target_ptr, losses_ptr, h, w, height, width, ignore_index,
     CLASSES: tl.constexpr, PITCH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
@@ -74,6 +75,7 @@ def losses_kernel(
 
     Grid (blocks of cell columns, bands of ROWS cell rows, N).
     """
+    wait_for_predecessor()
     cell = tl.program_id(0) * LANES + tl.arange(0, LANES)
     i = tl.program_id(1) * ROWS
     batch = tl.program_id(2)
@@ -100,7 +102,7 @@ def _store_classes(pointer, values, inside, CLASSES: tl.constexpr, pitch):
         tl.store(pointer + c * pitch, values[c], mask=inside)
 
 
-@triton.jit(do_not_specialize=[*_SHAPE, "easy"])
+@kernel(do_not_specialize=[*_SHAPE, "easy"])
 def sums_kernel(
     rows_ptr, target_ptr, weight_ptr, losses_ptr, hardest_ptr, corners_ptr, sums_ptr,
     h, w, height, width, ignore_index, easy,
@@ -114,6 +116,7 @@ def sums_kernel(
     band, what the cells right of a column (0) and those left of it, under their own column (1),
     give to it.
     """
+    wait_for_predecessor()
     cell = tl.program_id(0) * LANES + tl.arange(0, LANES)
     band = tl.program_id(1)
     batch = tl.program_id(2)
@@ -181,9 +184,10 @@ def sums_kernel(
     tl.store(sums_ptr + programs + program, tl.sum(mass, axis=0))
 
 
-@triton.jit
+@kernel
 def mean_kernel(sums_ptr, loss_ptr, mass_ptr, programs, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """Loss and V from the pairs of `sums_kernel`; one program."""
+    wait_for_predecessor()
     loss_sum = tl.zeros((BLOCK,), ACC)
     mass = tl.zeros((BLOCK,), ACC)
     for start in range(0, programs, BLOCK):
@@ -207,13 +211,14 @@ def _corner_row(corners_ptr, row, column, c, w, inside, CLASSES: tl.constexpr):
     return from_right + from_left
 
 
-@triton.jit
+@kernel
 def logits_gradient_kernel(
     corners_ptr, mass_ptr, grad_loss_ptr, grad_ptr, h, w,
     CLASSES: tl.constexpr, CLASS_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """grad = grad_loss / V times the sum of the corners. Grid (blocks of columns, h, N)."""
+    wait_for_predecessor()
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
     c = tl.arange(0, CLASS_BLOCK)[None, :]
     inside = (column < w) & (c < CLASSES)

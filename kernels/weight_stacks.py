@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
+
 BLOCK = 2048
 """Elements of a program: a whole window of up to 227 channels."""
 WARPS = 8
@@ -24,7 +26,7 @@ ALIGNMENT = 128
 COLUMNS = 5
 
 
-@triton.jit
+@kernel
 def _stacks_kernel(
     table_ptr, windows_out_ptr, matrices_out_ptr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -33,6 +35,7 @@ def _stacks_kernel(
     Its row of the table: address of the weight, where the weight begins among all windows or
     matrices, its elements, the first of the program's, and C for windows, 0 for matrices.
     """
+    wait_for_predecessor()
     row = table_ptr + tl.program_id(0) * COLUMNS
     source = tl.load(row).to(tl.pointer_type(windows_out_ptr.dtype.element_ty))
     begin = tl.load(row + 1)

@@ -3,13 +3,15 @@
     python -m tests.kernels.compile_launches 90 float32
 
 The maps, of that dtype, are as small as they can be: what is 1 becomes a constant of the compiled
-kernel. Prints a JSON line a kernel: its loops that `carried_bounds` finds, and what it computes in
-float32. Needs an interpreter in which Triton compiles, so not one with TRITON_INTERPRET set.
+kernel. Prints a JSON line a kernel: its loops that `carried_bounds` finds, what it computes in
+float32, and how its launches relate to the ones before. Needs an interpreter in which Triton
+compiles, so not one with TRITON_INTERPRET set.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -216,12 +218,24 @@ FLOAT32_FAMILIES: tuple[Launch, ...] = (
     products, convolutions_of_images, products_of_concatenations, nodes_of_products, hard_examples,
 )  # fmt: skip
 """Products are not compiled for float64, and losses are ranked in float32."""
+WAIT = "griddepcontrol.wait"
+IN_MEMORY = rf"{WAIT}|\b(?:ld|st|atom|red)\.global|\bcp\.async"
 
 
 def float32_operations(ttir: str) -> list[str]:
     """Lines of a kernel's body in which float32 occurs."""
     lines = [line.split(" loc(")[0].strip() for line in ttir.splitlines()]
     return [line for line in lines if "f32" in line and not line.startswith("tt.func")]
+
+
+def order(compiled: Any) -> str:
+    """`after`: it starts when the launch before is complete; `waits`: it waits for that itself,
+    ahead of all else in memory; `races`: neither.
+    """
+    if not compiled.metadata.launch_pdl:
+        return "after"
+    first = re.search(IN_MEMORY, compiled.asm["ptx"])
+    return "waits" if first and first[0] == WAIT else "races"
 
 
 def main() -> None:
@@ -234,9 +248,11 @@ def main() -> None:
     def compile_only(kernel: Any, *arguments: Any, **options: Any) -> Any:
         compiled = launch(kernel, *arguments, **(options | {"warmup": True}))
         ttir = compiled.asm["ttir"]
-        lines = found.setdefault(kernel.fn.__name__, {"carried_bounds": set(), "float32": set()})
+        none = {"carried_bounds": set(), "float32": set(), "order": set()}
+        lines = found.setdefault(kernel.fn.__name__, none)
         lines["carried_bounds"].update(carried_bounds(ttir))
         lines["float32"].update(float32_operations(ttir))
+        lines["order"].add(order(compiled))
         return compiled
 
     triton.JITFunction.run = compile_only

@@ -45,6 +45,8 @@ def test_smallest_maps_compile(arch: int, dtype: str, kernels: int) -> None:
     rows = compiled("-m", "tests.kernels.compile_launches", str(arch), dtype)
     assert len(rows) >= kernels
     assert [row for row in rows if row["carried_bounds"]] == []
+    order = "waits" if arch >= 90 else "after"
+    assert [row for row in rows if row["order"] != [order]] == []
 
 
 @pytest.mark.slow

@@ -5,10 +5,13 @@ import os
 import triton
 import triton.language as tl
 
+from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 
-@triton.jit
+
+@kernel
 def copy(x, y, size, BLOCK: tl.constexpr):
     """In many steps, so that it takes a while to compile."""
+    wait_for_predecessor()
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, mask=at < size)
     for _ in tl.static_range(60):

@@ -108,6 +108,15 @@ def test_what_is_not_on_disk_is_compiled_by_others_once(rehearse, tmp_path):
     assert rehearse(tmp_path).stdout == ""
 
 
+def test_what_others_compile_is_for_launches_before_their_turn(rehearse, tmp_path):
+    rehearse(tmp_path)
+    about = [json.loads(path.read_text()) for path in tmp_path.rglob("copy.json")]
+    assert [each["launch_pdl"] for each in about] == 4 * [True]
+    for path in tmp_path.rglob("copy.ptx"):
+        before, _, after = path.read_text().partition("griddepcontrol.wait")
+        assert ".global." in after and "ld.global" not in before
+
+
 def test_a_kernel_that_cannot_be_compiled_is_named_and_left_to_the_step(rehearse, tmp_path):
     done = rehearse(tmp_path, "copy, unfit")
     assert "kernels left to their first launch: 4" in done.stdout
