@@ -72,7 +72,8 @@ class ProductGradientsConfig:
         products, which run outside the matrix units and hold their operands in registers. Blocks
         of channels are narrow where wide ones would leave cores idle: more programs to a product
         would have too few tiles to make up for their shares of dw. A program takes 144 channels at
-        once, so that dy is read once instead of three times.
+        once, so that dy is read once instead of three times; beside these runs little else, so
+        they take all cores.
         """
         vectors = channels % 16 == out_channels % 16 == 0
         block_m = 64 if vectors and dtype.itemsize == 2 else 32
@@ -87,7 +88,7 @@ class ProductGradientsConfig:
         rest = 0
         if channels == WIDE and vectors and dtype.itemsize == 2 and not narrow:
             block_c, rest = 128, WIDE - 128
-            programs = min(most, max(CORES // 2 // branches, 1))
+            programs = min(most, max(CORES // branches, 1))
         # The fewest that have no more tiles each.
         tiles = triton.cdiv(positions, block_m)
         programs = triton.cdiv(tiles, triton.cdiv(tiles, programs))
