@@ -33,7 +33,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 T = TypeVar("T")
-LANES = 9
+LANES = 5
 """Streams among which jobs are shared out, the current one included: cuBLAS takes a workspace on
 each (see train/memory.py)."""
 
