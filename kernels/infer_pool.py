@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.infer_terms import channels_below, rectified
 from lgcnet_fast.kernels.infer_tile import MapView
-from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 
 STRIPS = 128
 """Whose sums the second stage loads at once: there, and in the first, time is spent on waiting."""
@@ -69,13 +68,12 @@ def _bin(index, bins, length):
     return index * length // bins, ((index + 1) * length + bins - 1) // bins
 
 
-@kernel(do_not_specialize=["height", "width", "bins", "strips", "channels", "first_channel"])
+@triton.jit(do_not_specialize=["height", "width", "bins", "strips", "channels", "first_channel"])
 def _sums_kernel(
     x_ptr, partial_ptr, height, width, bins, strips, channels, first_channel,
     C: tl.constexpr, BLOCK_C: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (bins^2, strips, N): the sums over the rows that a strip takes in turn."""
-    wait_for_predecessor()
     image = tl.program_id(2)
     top, bottom = _bin(tl.program_id(0) // bins, bins, height)
     left, right = _bin(tl.program_id(0) % bins, bins, width)
@@ -94,14 +92,13 @@ def _sums_kernel(
     tl.store(target, tl.sum(total, axis=0), mask=c < C)
 
 
-@kernel(do_not_specialize=["height", "width", "bins", "strips"])
+@triton.jit(do_not_specialize=["height", "width", "bins", "strips"])
 def _product_kernel(
     partial_ptr, w_ptr, bias_ptr, y_ptr, height, width, bins, strips,
     C: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, PITCH: tl.constexpr,
     BLOCK_C: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
     """Grid (bins^2, N); STRIPS: that are loaded at once."""
-    wait_for_predecessor()
     image = tl.program_id(1)
     top, bottom = _bin(tl.program_id(0) // bins, bins, height)
     left, right = _bin(tl.program_id(0) % bins, bins, width)

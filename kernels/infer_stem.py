@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.infer_terms import channels_below, rectified
 from lgcnet_fast.kernels.infer_tile import MapView
-from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,13 @@ def run_stem(
     )  # fmt: skip
 
 
-@kernel(do_not_specialize=["height", "width", "out_height", "out_width"])
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width"])
 def _stem_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, red, green, blue, height, width, out_height, out_width,
     N: tl.constexpr, BLOCK_N: tl.constexpr, PITCH: tl.constexpr, STRIDE: tl.constexpr,
     RELU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of an output row, output rows, N)."""
-    wait_for_predecessor()
     image = tl.program_id(2)
     row = tl.program_id(1)
     column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]

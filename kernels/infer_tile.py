@@ -44,7 +44,6 @@ from lgcnet_fast.kernels.infer_terms import (
     resized,
 )
 from lgcnet_fast.kernels.infer_tile_config import TileConfig
-from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 
 KINDS = {
     name.lower(): getattr(infer_terms, name).value
@@ -248,7 +247,7 @@ def _store(
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@kernel(do_not_specialize=["sizes", "height", "width", "across"])
+@triton.jit(do_not_specialize=["sizes", "height", "width", "across"])
 def _tile_kernel(
     x_ptrs, w_ptrs, d_ptrs, sizes, bias_ptr, y_ptr,
     part_ptrs, product_w_ptrs, product_bias_ptrs, product_ptrs,
@@ -263,7 +262,6 @@ def _tile_kernel(
 
     Pixels of a tile are STEP apart, so STEP^2 tiles one after another fill an area without gaps.
     """
-    wait_for_predecessor()
     image = tl.program_id(1)
     first = tl.program_id(0) % (STEP * STEP)
     tile = tl.program_id(0) // (STEP * STEP)

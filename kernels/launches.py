@@ -9,8 +9,10 @@ step took 15.13 ms.
 A kernel waits for the launch before only. That this one is complete says nothing of those before
 it, unless it has waited for its own. So every kernel waits, on every path, before it reads or
 writes anything: functions that are launched are made by `kernel`, not by `triton.jit`, and begin
-with `wait_for_predecessor`. Launches that are not programmatic, as those of libraries, start when
-all is complete that was launched before, and need no wait.
+with `wait_for_predecessor`. Launches that are not programmatic start when all is complete that was
+launched before, and need no wait: those of libraries, and of the kernels of engines (infer_*.py,
+upsample_argmax.py), whose graphs change afterwards (deploy/graph_pointers.py), which has not been
+tried with launches of this kind.
 """
 
 from __future__ import annotations

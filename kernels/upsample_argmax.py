@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.bilinear import Size, beyond, first_output
 from lgcnet_fast.kernels.common import accumulator, check_like
-from lgcnet_fast.kernels.launches import kernel, wait_for_predecessor
 from lgcnet_fast.kernels.upsample_cells import (
     CellConfig,
     check_logits,
@@ -56,14 +55,13 @@ def argmax_of_rows(rows: Tensor, width: int, out: Tensor, config: CellConfig = A
     )  # fmt: skip
 
 
-@kernel(do_not_specialize=["h", "w", "height", "width"])
+@triton.jit(do_not_specialize=["h", "w", "height", "width"])
 def _argmax_kernel(
     rows_ptr, out_ptr, h, w, height, width,
     CLASSES: tl.constexpr, PITCH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of cell columns, bands of ROWS cell rows, N)."""
-    wait_for_predecessor()
     cell = tl.program_id(0) * LANES + tl.arange(0, LANES)
     i = tl.program_id(1) * ROWS
     batch = tl.program_id(2)
