@@ -26,7 +26,7 @@ SIZE = (49, 65)
 
 @pytest.fixture(scope="module")
 def run() -> TrainedRun:
-    space = small_space(cells=4, reductions=[1, 2])
+    space = small_space(cells=3, reductions=[1, 2])
     genotype = genotype_of(space, fusion="gp2")
     config = validate_config({"data": DATA, "evaluate": {"size": list(SIZE)}}, "test")
     return TrainedRun(config, genotype, CITYSCAPES, trained(space, genotype).float())

@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -70,11 +71,28 @@ def build_emulation(folder: Path) -> Path:
     return library
 
 
+PATIENCE = 120
+"""Seconds for another process to build it."""
+
+
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+def emulated(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Emulated:
+    """Built by the first process that wants it."""
     if shutil.which("g++") is None:
         pytest.skip("the emulation needs g++")
-    return Emulated(build_emulation(tmp_path_factory.mktemp("emulation")))
+    if worker_id == "master":
+        return Emulated(build_emulation(tmp_path_factory.mktemp("emulation")))
+    folder = tmp_path_factory.getbasetemp().parent / "emulation"
+    library = folder / "shared.so"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        end = time.monotonic() + PATIENCE
+        while not library.exists() and time.monotonic() < end:
+            time.sleep(0.1)
+    else:
+        build_emulation(folder).rename(library)
+    return Emulated(library)
 
 
 GPU_ROUTES = {"prebuilt": Prebuilt, "run_time": RunTime}
