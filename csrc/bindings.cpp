@@ -44,8 +44,7 @@ PYBIND11_MODULE(_kernels, module) {
   module.attr("sources") = LGCNET_SOURCES;
   module.def("names", &names, "C++ names of the kernels; a kernel's number is its place here.");
   module.def("launch", &launch, py::arg("kernel"), py::arg("grid"), py::arg("block"),
-             py::arg("arguments"), py::arg("stream"), py::arg("shared"),
-             py::arg("early"),
+             py::arg("arguments"), py::arg("stream"), py::arg("shared"), py::arg("early"),
              "Launch a kernel on a stream of the current device. Raises RuntimeError with CUDA's "
              "error code and text.");
 }

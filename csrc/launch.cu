@@ -15,7 +15,8 @@ extern "C" size_t lgcnet_argument_bytes(int kernel) {
 }
 
 extern "C" int lgcnet_launch(int kernel, const unsigned grid[3], const unsigned block[3],
-                             const void* arguments, unsigned long long stream, int shared, int early) {
+                             const void* arguments, unsigned long long stream, int shared,
+                             int early) {
   const void* function = lgcnet::registry().at(kernel).function;
   void* values[] = {const_cast<void*>(arguments)};
   cudaError_t error = cudaSuccess;

@@ -17,8 +17,8 @@ size_t lgcnet_argument_bytes(int kernel);
 
 // Launches on `stream` (a cudaStream_t as an integer) of the current device, with `shared` bytes of
 // shared memory a block beside those that the kernel declares. With `early` its blocks may begin
-// while the launch before on the stream drains, for which the kernel waits itself (sm_90). Returns 0 or a CUDA error code;
-// launches are asynchronous, so a fault inside the kernel shows up later.
+// while the launch before on the stream drains, for which the kernel waits itself (sm_90). Returns 0
+// or a CUDA error code; launches are asynchronous, so a fault inside the kernel shows up later.
 int lgcnet_launch(int kernel, const unsigned grid[3], const unsigned block[3],
                   const void* arguments, unsigned long long stream, int shared, int early);
 

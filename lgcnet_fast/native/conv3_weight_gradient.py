@@ -136,11 +136,12 @@ def conv3_weight_gradient(
     check_dense_maps("xs", xs, xs[0], launcher)
     images, channels, height, width = xs[0].shape
     check_dense_maps("dys", dys, dys[0], launcher)
-    check_same("dys[0]", dys[0], (images, len(dys[0][0]), height, width), xs[0].dtype, xs[0].device)
+    out_channels = dys[0].shape[1]
+    wanted = images, out_channels, height, width
+    check_same("dys[0]", dys[0], wanted, xs[0].dtype, xs[0].device)
     reason = refusal(dys, xs)
     if reason is not None:
         raise ValueError(f"xs: no kernel for this, {reason}")
-    out_channels = dys[0].shape[1]
     shape = images, channels, height, width
     found = plan(len(xs), shape, out_channels, launcher.processors(xs[0].device))
     shares = empty_floats(xs[0], found.programs, len(xs), out_channels, 3, 3, channels)
