@@ -46,8 +46,7 @@ struct Conv3GradientArguments {
 
 #ifdef LGCNET_SM90A
 
-constexpr int kRing = 1024;  // shared memory before it: barriers
-constexpr int kMostPairs = 32;
+constexpr int kRing = 1024;  // shared memory before it: two barriers a pair
 
 // Where the walks of a block begin, and what of shared memory they use next.
 struct Conv3Walk {

@@ -22,8 +22,9 @@ from lgcnet_fast.native.operands import STORAGE, check_dense_maps, check_same, e
 THREADS = 512
 MOST_CONVOLUTIONS = 12
 BARRIERS = 1024
-MOST_PAIRS = 32
-"""kConv3Threads, kMostConvolutions, kRing in bytes and kMostPairs of the kernel."""
+"""kConv3Threads, kMostConvolutions and kRing, in bytes, of the kernel."""
+MOST_PAIRS = BARRIERS // 16
+"""Whose barriers have room."""
 
 CHANNELS = 64
 """Of a position in shared memory; of x, a block's."""
