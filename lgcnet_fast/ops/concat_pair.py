@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.fan_out import pairwise_sum
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.operands import check_beside, check_map, check_shape
-from lgcnet_fast.ops.readers import pairwise_sum
 
 
 def concat_pair(first: Tensor, second: Tensor) -> Tensor:

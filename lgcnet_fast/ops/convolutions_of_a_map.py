@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.cast_together import gradient_owners
+from lgcnet_fast.ops.fan_out import added_to, handed_out
 from lgcnet_fast.ops.lanes import settle, side_by_side
 from lgcnet_fast.ops.maps import computed_dtype, laid_like, nhwc
 from lgcnet_fast.ops.operands import check_beside, check_map, check_shape
@@ -39,14 +40,19 @@ def check_convolutions(x: Tensor, weights: Sequence[Tensor]) -> None:
 def convolutions_of_a_map(launches: Launches, x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """The results, in the dtype of autocast. Differentiable; keeps x and the weights."""
     x = nhwc(x.to(computed_dtype(x)))
-    return list(_ConvolutionsOfAMap.apply(launches, x, *(weight.to(x.dtype) for weight in weights)))
+    cast = (weight.to(x.dtype) for weight in weights)
+    return list(_ConvolutionsOfAMap.apply(launches, handed_out(x), x, *cast))
 
 
 class _ConvolutionsOfAMap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, launches: Launches, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, launches: Launches, defers: bool, x: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        """defers: whether the gradient of x may be a `DeferredGradient`."""
         ctx.save_for_backward(x, *weights)
         ctx.launches, ctx.owners = launches, gradient_owners(weights)
+        ctx.defers = defers
         return tuple(launches.results(x, weights))
 
     @staticmethod
@@ -61,7 +67,10 @@ class _ConvolutionsOfAMap(torch.autograd.Function):
             dws = ctx.launches.weight_gradients(gs, [x] * len(gs), weights)
             return laid_like(weights, dws)
 
-        jobs = [of_map] if ctx.needs_input_grad[1] else []
+        jobs = [of_map] if ctx.needs_input_grad[2] else []
         found = side_by_side(x.device, jobs, [of_weights])
         settle(x.device, ctx.owners)
-        return None, found[0][0] if jobs else None, *found[-1]
+        dx = found[0][0] if jobs else None
+        if dx is not None and ctx.defers and not torch.is_grad_enabled():
+            dx = added_to(dx)
+        return None, None, dx, *found[-1]

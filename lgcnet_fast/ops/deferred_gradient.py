@@ -1,6 +1,6 @@
 """Gradients of a map whose last launch can add those that come from elsewhere.
 
-That launch is put off until all gradients of the map are there, see ops/readers.py. Whoever else
+That launch is put off until all gradients of the map are there, see fan_out.py. Whoever else
 reads such a gradient, autograd for one, has it computed without the others.
 """
 
@@ -17,21 +17,26 @@ from torch.utils._pytree import tree_map_only
 class DeferredGradient(Tensor):
     """A gradient of a map, like it: computed when an operation of PyTorch or a kernel reads it."""
 
+    computed: bool
     _compute: Callable[[Sequence[Tensor]], Tensor]
     _alone: Tensor | None
 
     @staticmethod
     def __new__(
-        cls, like: Tensor, compute: Callable[[Sequence[Tensor]], Tensor]
+        cls,
+        like: Tensor,
+        compute: Callable[[Sequence[Tensor]], Tensor],
+        computed: bool = False,
     ) -> DeferredGradient:
         """compute: gives the gradient and these others of the map, summed; like: it, NHWC.
 
+        computed: whether the gradient is there, so that others would take a launch of their own.
         What it reads must not be freed before the gradient is, nor on another stream.
         """
         deferred: DeferredGradient = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
-        deferred._compute, deferred._alone = compute, None
+        deferred.computed, deferred._compute, deferred._alone = computed, compute, None
         return deferred
 
     def plus(self, others: Sequence[Tensor]) -> Tensor:

@@ -26,8 +26,8 @@ from lgcnet_fast.ops.depthwise_kernels import (
     depthwise_weight_gradients,
     gradients_take_one_launch,
 )
+from lgcnet_fast.ops.fan_out import added_to, handed_out
 from lgcnet_fast.ops.fused_separable_branches import (
-    added_to,
     by_edge,
     deferred_input_gradient,
     depthwise_maps,
@@ -41,7 +41,6 @@ from lgcnet_fast.ops.lanes import settle
 from lgcnet_fast.ops.maps import accumulator, computed_dtype, empty_nhwc, nhwc, unstacked
 from lgcnet_fast.ops.pointwise_kernels import matrices, pointwise_gradients
 from lgcnet_fast.ops.products import Entry, Products, pay
-from lgcnet_fast.ops.readers import handed_out
 
 
 class Settings(NamedTuple):

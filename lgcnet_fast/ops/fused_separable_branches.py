@@ -30,12 +30,12 @@ from lgcnet_fast.ops.depthwise_kernels import (
     filtered_maps,
     gradients_take_one_launch,
 )
+from lgcnet_fast.ops.fan_out import added_to, handed_out
 from lgcnet_fast.ops.lanes import keep_until_joined, settle, side_by_side
 from lgcnet_fast.ops.maps import accumulator, computed_dtype, dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.packed_weights import packed
 from lgcnet_fast.ops.pointwise_kernels import matrices, pointwise_gradients
 from lgcnet_fast.ops.products import SMALLEST
-from lgcnet_fast.ops.readers import handed_out
 
 FEWEST = 64
 """Channels of depthwise maps that are kept for the backward pass."""
@@ -335,30 +335,6 @@ def deferred_input_gradient(
     """That of x, from those of all depthwise maps, edge after edge: maps, or a stack of all."""
     arguments = (gradients, x, windows, list(dilations), stride)
     return DeferredGradient(x, partial(branches_input_gradient, *arguments))
-
-
-def added_to(dx: Tensor) -> DeferredGradient:
-    """dx, a gradient that nobody else holds: others are added where it lies."""
-
-    def plus(others: Sequence[Tensor]) -> Tensor:
-        if others:
-            add_gradients(dx, list(others))
-        return dx
-
-    return DeferredGradient(dx, plus)
-
-
-@custom_op("lgcnet_fast::add_gradients", mutates_args=("dx",))
-def add_gradients(dx: Tensor, others: list[Tensor]) -> None:
-    """Others, like dx, to dx: NHWC."""
-    from lgcnet_fast.kernels.gradient_sum import gradient_sum
-
-    gradient_sum([dx, *others], dx, relu=False, out=dx)
-
-
-@add_gradients.register_fake
-def _(dx: Tensor, others: list[Tensor]) -> None:
-    return None
 
 
 @custom_op("lgcnet_fast::branches_input_gradient", mutates_args=())

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
+from lgcnet_fast.ops.fan_out import AT_ONCE
 from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
 from lgcnet_fast.ops.operands import check_map
-from lgcnet_fast.ops.readers import AT_ONCE
-from lgcnet_fast.ops.recompute import recomputable, remembered
+from lgcnet_fast.ops.recompute import Remembered, recomputable
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
 Way = Callable[[], Tensor]
@@ -39,7 +39,7 @@ def max_pool(x: Tensor, stride: int = 1) -> Tensor:
 
 def max_pools(x: Tensor, stride: int = 1) -> tuple[list[Tensor], Way | None]:
     """max_pool(x, stride), computed once, for each of AT_ONCE readers, and the way to compute it
-    again going backward, `remembered`.
+    again going backward, `Remembered`.
 
     The fused form sums the gradients of all readers where it computes that of x. No way for
     Triton's form: a map and its bytes take less than the launch in front of a node's backward
@@ -72,7 +72,7 @@ def _run(backend: str, x: Tensor, stride: int) -> Tensor:
 
 def _run_for_readers(backend: str, x: Tensor, stride: int) -> tuple[list[Tensor], Way | None]:
     x = nhwc(x)
-    again = remembered(partial(_max_pool, stride=stride, backend=backend), x)
+    again = Remembered(partial(_max_pool, stride=stride, backend=backend), x)
     way = None if backend == "triton" else again
     if not (x.requires_grad and torch.is_grad_enabled()):
         return [_max_pool(x, stride, backend)] * AT_ONCE, way

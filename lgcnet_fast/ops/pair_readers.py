@@ -20,8 +20,9 @@ from lgcnet_fast.ops.concat_pair import (
     refuse_pair,
     taken_apart,
 )
+from lgcnet_fast.ops.fan_out import AT_ONCE, aliases
 from lgcnet_fast.ops.maps import nhwc
-from lgcnet_fast.ops.readers import AT_ONCE, Readers, aliases, readers
+from lgcnet_fast.ops.readers import Readers, readers
 from lgcnet_fast.ops.recompute import Recomputable
 
 

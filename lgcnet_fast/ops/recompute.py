@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,31 @@ from lgcnet_fast.ops.backend import Implementation, Operation, current_backend, 
 Recomputable = tuple[Tensor, Callable[[], Tensor]]
 """A map, and how to compute it again: without gradients, from tensors that are kept anyway.
 
-If several operations keep the map, the way should be `remembered`."""
+If several operations keep the map, the way should be `Remembered`."""
+
+
+class Remembered:
+    """A map that several operations keep, computed when the first asks for it.
+
+    It is let go of as soon as all of them have asked, not with the graph of the backward pass,
+    which may outlive them.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        """The map: function(x)."""
+        self._compute = partial(function, x.detach())
+        self._value: Tensor | None = None
+        self._keepers = 0
+
+    def kept_once_more(self) -> None:
+        self._keepers += 1
+
+    def __call__(self) -> Tensor:
+        value = self._compute() if self._value is None else self._value
+        self._keepers -= 1
+        # A second pass through the graph asks more often than the map was kept.
+        self._value = value if self._keepers > 0 else None
+        return value
 
 
 @contextmanager
@@ -30,7 +54,10 @@ def recomputed(*maps: Recomputable) -> Iterator[None]:
     choice = current_backend()
 
     def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
-        return ways.get(_identity(kept), kept)
+        way = ways.get(_identity(kept), kept)
+        if isinstance(way, Remembered):
+            way.kept_once_more()
+        return way
 
     def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
         if isinstance(kept, Tensor):
@@ -44,17 +71,8 @@ def recomputed(*maps: Recomputable) -> Iterator[None]:
 
 
 def recomputable(function: Callable[[Tensor], Tensor], x: Tensor) -> Recomputable:
-    """function(x), which is cheap, and the way to compute it again from x, `remembered`."""
-    return function(x), remembered(function, x)
-
-
-def remembered(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
-    """Computes function(x) when it is first called, and holds it from then on.
-
-    Autograd drops what an operation kept as soon as its gradients are computed: the value dies with
-    the last operation that kept it.
-    """
-    return cache(partial(function, x.detach()))
+    """function(x), which is cheap, and the way to compute it again from x."""
+    return function(x), Remembered(function, x)
 
 
 def _identity(x: Tensor) -> tuple[Any, ...]:

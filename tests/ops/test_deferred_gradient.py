@@ -16,6 +16,7 @@ from lgcnet_fast.native import depthwise_branches
 from lgcnet_fast.ops import Products, fused_depthwise_branches, readers, use_backend
 from lgcnet_fast.ops import fused_separable_branches as fused
 from lgcnet_fast.ops.deferred_gradient import DeferredGradient
+from lgcnet_fast.ops.fan_out import add_gradients, added_to, aliases
 from lgcnet_fast.ops.fused_separable_branches import stacked_matrices, stacked_windows
 from lgcnet_fast.ops.separable_branches import separable_branches
 from tests.combinations import some_combinations
@@ -169,6 +170,55 @@ def test_operations_read_the_gradient_alone(device: torch.device) -> None:
     assert torch.equal(deferred.plus([x, x]), 4 * x) and calls == [0, 2]
 
 
+class Reader(torch.autograd.Function):
+    """Of a map, whose gradient is what `wrap` makes of that of the result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, wrap: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.wrap = wrap
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.wrap(gradient), None
+
+
+def test_others_are_added_in_the_place_of_a_gradient(device: torch.device) -> None:
+    (x, *_), places = leaves(device), []
+
+    def owned(gradient: Tensor) -> Tensor:
+        dx = gradient.clone(memory_format=torch.channels_last)
+        places.append(dx.data_ptr())
+        return added_to(dx)
+
+    first, second, third, *_ = aliases(x, "triton")
+    out = second.square() + Reader.apply(first, owned) + third.pow(3)
+    (found,) = torch.autograd.grad(out.sum(), x)
+    assert type(found) is Tensor and [found.data_ptr()] == places
+    torch.testing.assert_close(found, 2 * x + 1 + 3 * x.square())
+
+
+def test_others_go_to_a_launch_that_adds_them(device: torch.device) -> None:
+    """Rather than to a launch of their own, also if a gradient is there to be added to."""
+    (x, *_), added = leaves(device), []
+
+    def computing(gradient: Tensor) -> Tensor:
+        def compute(others: Sequence[Tensor]) -> Tensor:
+            added.append(len(others))
+            return sum(others, start=2 * gradient)
+
+        return DeferredGradient(x.detach(), compute)
+
+    def owned(gradient: Tensor) -> Tensor:
+        return added_to(gradient.clone(memory_format=torch.channels_last))
+
+    first, second, *_ = aliases(x, "triton")
+    out = Reader.apply(first, owned) + Reader.apply(second, computing)
+    (found,) = torch.autograd.grad(out.sum(), x)
+    assert added == [1]
+    torch.testing.assert_close(found, torch.full_like(x, 3))
+
+
 def test_registration(device: torch.device) -> None:
     check = torch.library.opcheck
     x, *weights = (one.detach().float() for one in leaves(device))
@@ -179,7 +229,7 @@ def test_registration(device: torch.device) -> None:
         maps = filtered.flatten(0, 1)
         arguments = (raw, filtered.clone(), x, windows, matrices, *settings, "triton")
         check(fused.separable_branches_weight_gradients, arguments)
-        check(fused.add_gradients, (x.clone(), [x, x]))
+        check(add_gradients, (x.clone(), [x, x]))
         for gradients, others in (([maps], []), (list(maps), [x, x])):
             launch = (gradients, x, windows, *settings, others)
             check(fused.branches_input_gradient, launch)

@@ -19,8 +19,8 @@ from lgcnet_fast.ops.concat_pair import (
     concatenated,
     taken_apart,
 )
+from lgcnet_fast.ops.fan_out import AT_ONCE
 from lgcnet_fast.ops.pair_readers import RectifiedPair
-from lgcnet_fast.ops.readers import AT_ONCE
 
 SHAPES = [(2, 3, 5, 7), (1, 1, 1, 1), (2, 8, 3, 1)]
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from lgcnet_fast.ops import readers, use_backend
-from lgcnet_fast.ops.readers import AT_ONCE, _gradient_sum
+from lgcnet_fast.ops.fan_out import AT_ONCE, _gradient_sum
 
 
 def random_map(device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -89,3 +89,23 @@ def test_a_shared_map_is_computed_again_once_and_not_held() -> None:
     (found,) = torch.autograd.grad(out.sum(), x)
     assert len(made) == 2 and made[1]() is None
     torch.testing.assert_close(found, 8 * x + 24 * x.square())
+
+
+def test_a_shared_map_does_not_outlive_its_keepers_with_the_graph() -> None:
+    """Parts of a network hold their graphs until what runs beside them is done."""
+    x = torch.randn(3, requires_grad=True)
+    made: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def doubled(x: Tensor) -> Tensor:
+        y = 2 * x
+        made.append(weakref.ref(y.untyped_storage()))
+        return y
+
+    value, again = recomputable(doubled, x)
+    with recomputed((value, again)):
+        out = value.square() + value.pow(3)
+    del value
+    for passes in (1, 2):
+        (found,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+        torch.testing.assert_close(found, 8 * x + 24 * x.square())
+        assert len(made) > passes and not any(storage() for storage in made)

@@ -1,0 +1,117 @@
+"""Aliases of a map for its readers, whose gradients arrive together and are summed in one launch.
+
+Autograd adds the gradients that meet at a map pair by pair, and masks those that come through a
+ReLU by another launch: here it is `lgcnet_fast::gradient_sum`. If the launch that computes one of
+them can add the others, it does so instead (see deferred_gradient.py); if one is nobody else's, the
+others are added in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.nn import functional as F
+
+from lgcnet_fast.ops.deferred_gradient import DeferredGradient
+from lgcnet_fast.ops.maps import empty_nhwc, nhwc
+
+AT_ONCE = 8
+"""Readers whose gradients are summed together; one that gives no gradient costs nothing."""
+
+
+def aliases(x: Tensor, backend: str) -> list[Tensor]:
+    """x for AT_ONCE readers, whose gradients are summed together."""
+    return list(_FanOut.apply(x, False, False, backend))
+
+
+def rectified_aliases(x: Tensor, keeps_relu: bool, backend: str) -> list[Tensor]:
+    """relu(x) for AT_ONCE readers; keeps_relu: instead of x, for the backward pass."""
+    return list(_FanOut.apply(x, True, keeps_relu, backend))
+
+
+def handed_out(x: Tensor) -> bool:
+    """Whether x is one of `aliases`, so that its gradient should be a `DeferredGradient`."""
+    return isinstance(x.grad_fn, _FanOut._backward_cls) and not x.grad_fn.relu
+
+
+def added_to(dx: Tensor) -> DeferredGradient:
+    """dx, a gradient that nobody else holds: others are added where it lies."""
+    return DeferredGradient(dx, lambda others: _with_others(dx, others), computed=True)
+
+
+def _with_others(dx: Tensor, others: Sequence[Tensor]) -> Tensor:
+    if others:
+        add_gradients(dx, list(others))
+    return dx
+
+
+@custom_op("lgcnet_fast::add_gradients", mutates_args=("dx",))
+def add_gradients(dx: Tensor, others: list[Tensor]) -> None:
+    """Others, like dx, to dx: NHWC."""
+    from lgcnet_fast.kernels.gradient_sum import gradient_sum
+
+    gradient_sum([dx, *others], dx, relu=False, out=dx)
+
+
+@add_gradients.register_fake
+def _(dx: Tensor, others: list[Tensor]) -> None:
+    return None
+
+
+class _FanOut(torch.autograd.Function):
+    """AT_ONCE aliases of x, or of relu(x), which tells as well as x where its gradient passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, relu: bool, keeps_relu: bool, backend: str
+    ) -> tuple[Tensor, ...]:
+        value = F.relu(x) if relu else x
+        ctx.save_for_backward(value if keeps_relu else x)
+        ctx.relu, ctx.backend = relu, backend
+        ctx.set_materialize_grads(False)
+        return tuple(value.detach() for _ in range(AT_ONCE))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        arrived = [g for g in gradients if g is not None]
+        if len(arrived) == 1 and not ctx.relu:
+            return arrived[0], None, None, None
+        if not ctx.relu and (deferred := _deferred(arrived)) is not None:
+            others = [nhwc(g) for g in arrived if g is not deferred]
+            return deferred.plus(others), None, None, None
+        arrived = [nhwc(g) for g in arrived]
+        return _gradient_sum(arrived, nhwc(x), ctx.relu, ctx.backend), None, None, None
+
+
+def _deferred(gradients: Sequence[Tensor]) -> DeferredGradient | None:
+    """Rather one that adds the others in its own launch."""
+    deferred = [g for g in gradients if isinstance(g, DeferredGradient)]
+    return min(deferred, key=lambda g: g.computed, default=None)
+
+
+@custom_op("lgcnet_fast::gradient_sum", mutates_args=())
+def _gradient_sum(gradients: list[Tensor], x: Tensor, relu: bool, backend: str) -> Tensor:
+    """Gradient of x from those of its readers or, with `relu`, of the readers of relu(x)."""
+    if backend == "cuda":
+        return pairwise_sum(gradients, x, relu)
+    from lgcnet_fast.kernels.gradient_sum import gradient_sum
+
+    return gradient_sum(gradients, x, relu)
+
+
+@_gradient_sum.register_fake
+def _(gradients: list[Tensor], x: Tensor, relu: bool, backend: str) -> Tensor:
+    return empty_nhwc(x, x.shape)
+
+
+def pairwise_sum(gradients: Sequence[Tensor], x: Tensor, relu: bool) -> Tensor:
+    """By PyTorch's own kernels: the extension has none for it."""
+    total = gradients[0].clone() if len(gradients) == 1 else gradients[0] + gradients[1]
+    for g in gradients[2:]:
+        total += g
+    return torch.ops.aten.threshold_backward(total, x, 0) if relu else total
