@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.infer_terms import channels_below, rectified
 from lgcnet_fast.kernels.infer_tile import MapView
+from lgcnet_fast.kernels.launches import kernel
 
 STRIPS = 128
 """Whose sums the second stage loads at once: there, and in the first, time is spent on waiting."""
@@ -68,7 +69,10 @@ def _bin(index, bins, length):
     return index * length // bins, ((index + 1) * length + bins - 1) // bins
 
 
-@triton.jit(do_not_specialize=["height", "width", "bins", "strips", "channels", "first_channel"])
+@kernel(
+    programmatic=False,
+    do_not_specialize=["height", "width", "bins", "strips", "channels", "first_channel"],
+)
 def _sums_kernel(
     x_ptr, partial_ptr, height, width, bins, strips, channels, first_channel,
     C: tl.constexpr, BLOCK_C: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
@@ -92,7 +96,7 @@ def _sums_kernel(
     tl.store(target, tl.sum(total, axis=0), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["height", "width", "bins", "strips"])
+@kernel(programmatic=False, do_not_specialize=["height", "width", "bins", "strips"])
 def _product_kernel(
     partial_ptr, w_ptr, bias_ptr, y_ptr, height, width, bins, strips,
     C: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, PITCH: tl.constexpr,

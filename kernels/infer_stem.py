@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.infer_terms import channels_below, rectified
 from lgcnet_fast.kernels.infer_tile import MapView
+from lgcnet_fast.kernels.launches import kernel
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def run_stem(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width"])
+@kernel(programmatic=False, do_not_specialize=["height", "width", "out_height", "out_width"])
 def _stem_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, red, green, blue, height, width, out_height, out_width,
     N: tl.constexpr, BLOCK_N: tl.constexpr, PITCH: tl.constexpr, STRIDE: tl.constexpr,

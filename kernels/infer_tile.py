@@ -44,6 +44,7 @@ from lgcnet_fast.kernels.infer_terms import (
     resized,
 )
 from lgcnet_fast.kernels.infer_tile_config import TileConfig
+from lgcnet_fast.kernels.launches import kernel
 
 KINDS = {
     name.lower(): getattr(infer_terms, name).value
@@ -247,7 +248,7 @@ def _store(
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["sizes", "height", "width", "across"])
+@kernel(programmatic=False, do_not_specialize=["sizes", "height", "width", "across"])
 def _tile_kernel(
     x_ptrs, w_ptrs, d_ptrs, sizes, bias_ptr, y_ptr,
     part_ptrs, product_w_ptrs, product_bias_ptrs, product_ptrs,

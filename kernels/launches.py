@@ -13,6 +13,8 @@ with `wait_for_predecessor`. Launches that are not programmatic start when all i
 launched before, and need no wait: those of libraries, and of the kernels of engines (infer_*.py,
 upsample_argmax.py), whose graphs change afterwards (deploy/graph_pointers.py), which has not been
 tried with launches of this kind.
+
+Before its first launch the key of a kernel is settled (see cache_keys.py).
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from typing import Any
 import triton
 import triton.language as tl
 from triton.runtime import driver
+
+from lgcnet_fast.kernels.cache_keys import settle_key
 
 try:
     from triton.language.target_info import cuda_capability_geq
@@ -56,18 +60,26 @@ _PROGRAMMATIC = tl.constexpr(_TELLS_TARGET and not INTERPRETED)
 """Wherever the GPU allows it."""
 
 
-def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """Decorates a function that is launched: `triton.jit`, whose options it takes, and launches
-    that are programmatic where kernels wait.
+def kernel(
+    function: Callable[..., Any] | None = None, *, programmatic: bool = True, **options: Any
+) -> Any:
+    """Decorates a function that is launched: `triton.jit`, whose options it takes.
+
+    programmatic: its launches are so where kernels wait, and it waits.
     """
     if function is None:
-        return partial(kernel, **options)
+        return partial(kernel, programmatic=programmatic, **options)
     jitted: Any = triton.jit(function, **options)
-    if not _PROGRAMMATIC:
+    if INTERPRETED:
         return jitted
+    settled = False
 
     def run(*arguments: Any, **launch: Any) -> Any:
-        if _allows(driver.active.get_current_device()):
+        nonlocal settled
+        if not settled:
+            settle_key(jitted)
+            settled = True
+        if programmatic and _PROGRAMMATIC and _allows(driver.active.get_current_device()):
             launch["launch_pdl"] = True
         return type(jitted).run(jitted, *arguments, **launch)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lgcnet_fast.kernels.bilinear import Size, beyond, first_output
 from lgcnet_fast.kernels.common import accumulator, check_like
+from lgcnet_fast.kernels.launches import kernel
 from lgcnet_fast.kernels.upsample_cells import (
     CellConfig,
     check_logits,
@@ -55,7 +56,7 @@ def argmax_of_rows(rows: Tensor, width: int, out: Tensor, config: CellConfig = A
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["h", "w", "height", "width"])
+@kernel(programmatic=False, do_not_specialize=["h", "w", "height", "width"])
 def _argmax_kernel(
     rows_ptr, out_ptr, h, w, height, width,
     CLASSES: tl.constexpr, PITCH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,

@@ -59,8 +59,12 @@ def compiled(kernel: str) -> bool:
 def _compiled(module: str, name: str, data: str) -> bool:
     from triton.backends.nvidia import driver as nvidia
 
+    from lgcnet_fast.kernels.cache_keys import settle_key
+
     try:
-        kernel: Any = getattr(importlib.import_module(module), name).preload(data)
+        function: Any = getattr(importlib.import_module(module), name)
+        settle_key(function)
+        kernel = function.preload(data)
         # Until Triton 3.6 a C compiler makes a launcher for every signature.
         if hasattr(nvidia, "make_launcher"):
             nvidia.CudaLauncher(kernel.src, kernel.metadata)

@@ -19,6 +19,14 @@ def copy(x, y, size, BLOCK: tl.constexpr):
     tl.store(y + at, value, mask=at < size)
 
 
+@kernel
+def negate(x, y, size, BLOCK: tl.constexpr):
+    """Compiled before `copy`, as its name is longer."""
+    wait_for_predecessor()
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, -tl.load(x + at, mask=at < size), mask=at < size)
+
+
 @triton.jit
 def unfit(x, y, size, BLOCK: tl.constexpr):
     tl.store(y + tl.arange(0, BLOCK + 1), 0.0)

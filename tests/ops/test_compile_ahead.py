@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from lgcnet_fast.ops.compile_ahead import compile_ahead, compile_all, one_after_another
 from lgcnet_fast.ops.compile_worker import CompilingDriver
-from tests.ops.kernels_to_compile import copy, deadly, unfit
+from tests.ops.kernels_to_compile import copy, deadly, negate, unfit
 
 CompilingDriver.get_current_stream = lambda self, device: 0
 driver.set_active(CompilingDriver(GPUTarget("cuda", 90, 32)))
@@ -106,6 +106,15 @@ def test_what_is_not_on_disk_is_compiled_by_others_once(rehearse, tmp_path):
     assert rehearse(tmp_path).stdout == "compiling 3 kernels in 1 processes\n"
     assert [path.name for path in tmp_path.rglob("*.cubin")] == 4 * ["copy.cubin"]
     assert rehearse(tmp_path).stdout == ""
+
+
+def test_kernels_are_found_that_others_have_compiled_in_another_order(rehearse, tmp_path):
+    """Both call the same function, which reads a constant."""
+    assert rehearse(tmp_path, "copy, negate").stdout == "compiling 7 kernels in 2 processes\n"
+    assert rehearse(tmp_path, "copy, negate").stdout == ""
+    assert rehearse(tmp_path, "negate, copy").stdout == ""
+    names = sorted(path.name for path in tmp_path.rglob("*.cubin"))
+    assert names == 4 * ["copy.cubin"] + 4 * ["negate.cubin"]
 
 
 def test_what_others_compile_is_for_launches_before_their_turn(rehearse, tmp_path):
