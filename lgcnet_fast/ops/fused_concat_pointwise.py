@@ -47,7 +47,7 @@ def _forward(
 ) -> Tensor:
     """maps: of one dtype; weight: of any, rounded to theirs."""
     maps = [nhwc(x) for x in maps]
-    if _by_cuda_kernel(backend, maps):
+    if by_cuda_kernel(backend, maps):
         from lgcnet_fast.native import concat_product as native
 
         return native.concat_product_forward(
@@ -85,8 +85,8 @@ def _backward(
 ) -> list[Tensor]:
     """Of the maps, then of the weight, in the accumulator's dtype."""
     grad, maps = nhwc(grad), [nhwc(x) for x in maps]
-    if _by_cuda_kernel(backend, maps):
-        return _gradients_by_cuda_kernel(grad, maps, size, weight, relu)
+    if by_cuda_kernel(backend, maps):
+        return _gradientsby_cuda_kernel(grad, maps, size, weight, relu)
     if not _by_kernel(backend, grad, weight):
         return _gradients_by_library(grad, maps, size, weight, relu, backend)
     from lgcnet_fast.kernels import concat_pointwise_backward as kernel
@@ -108,7 +108,7 @@ def _(
     return [*(empty_nhwc(x, x.shape) for x in maps), dw]
 
 
-def _gradients_by_cuda_kernel(
+def _gradientsby_cuda_kernel(
     grad: Tensor, maps: Sequence[Tensor], size: Shape, weight: Tensor, relu: bool
 ) -> list[Tensor]:
     from lgcnet_fast.native import concat_product, upsample
@@ -188,8 +188,11 @@ def _by_kernel(backend: str, x: Tensor, weight: Tensor) -> bool:
     return serves(x, len(weight))
 
 
-def _by_cuda_kernel(backend: str, maps: Sequence[Tensor]) -> bool:
-    """In half precision a library's products have tensor cores, on GPUs that have some."""
+def by_cuda_kernel(backend: str, maps: Sequence[Tensor]) -> bool:
+    """Whether kernels multiply maps that are not written side by side; resized ones are written.
+
+    In half precision a library's products have tensor cores, on GPUs that have some.
+    """
     if backend != "cuda":
         return False
     from lgcnet_fast.native.mixed_sum import MAX_MAPS

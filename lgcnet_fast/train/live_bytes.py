@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lgcnet_fast.ops.fused_concat_pointwise import by_cuda_kernel
+
 ROUNDING = 512
 """Bytes: torch's CUDA allocator hands out multiples of them."""
 WITH_DEPTHWISE_MAPS = "lgcnet_fast::normalised_depthwise_backward"
@@ -19,7 +21,8 @@ WITH_CONCATENATIONS = {
     "lgcnet_fast::concat_upsample_pointwise": 1,
     "lgcnet_fast::concat_upsample_pointwise_backward": 2,
 }
-"""Operations inside which so many concatenated maps exist at once, unless kernels do without."""
+"""Operations inside which so many concatenated maps exist at once, unless kernels do without: then
+those that are resized for them, or none."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -99,11 +102,13 @@ def scratch(operation: Any, args: Any) -> int:
 
 
 def _concatenation(given: dict[str, Any]) -> int:
-    """Bytes of the maps side by side; kernels for half precision do not write it."""
-    x, channels = given["maps"][0], given["weight"].shape[1]
-    if x.element_size() == 2 and given["backend"] == "triton":
+    """Bytes of the maps side by side, as far as they are written."""
+    maps, size, backend = given["maps"], tuple(given["size"]), given["backend"]
+    if maps[0].element_size() == 2 and backend == "triton":
         return 0
-    return len(x) * channels * math.prod(given["size"]) * x.element_size()
+    if by_cuda_kernel(backend, maps):
+        maps = [x for x in maps if tuple(x.shape[2:]) != size]
+    return sum(len(x) * x.shape[1] * math.prod(size) * x.element_size() for x in maps)
 
 
 def _key(storage: torch.UntypedStorage) -> int:

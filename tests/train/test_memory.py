@@ -148,13 +148,18 @@ def test_depthwise_maps_inside_a_fused_operation_count(multiplied):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "backend", "maps"),
-    [(torch.float32, "triton", 1), (torch.bfloat16, "cuda", 1), (torch.bfloat16, "triton", 0)],
+    ("dtype", "backend", "channels"),
+    [
+        (torch.float32, "triton", 11),
+        (torch.float32, "cuda", 3),  # resized
+        (torch.bfloat16, "cuda", 11),
+        (torch.bfloat16, "triton", 0),
+    ],
 )
-def test_concatenations_inside_a_fused_operation_count(dtype, backend, maps):
+def test_concatenations_inside_a_fused_operation_count(dtype, backend, channels):
     x, y = torch.empty(2, 8, 5, 7, dtype=dtype), torch.empty(2, 3, 2, 4, dtype=dtype)
     arguments = ([x, y], [5, 7], torch.empty(4, 11, 1, 1), True, backend)
-    expected = maps * 2 * 11 * 5 * 7 * x.element_size()
+    expected = 2 * channels * 5 * 7 * x.element_size()
     registered = torch.ops.lgcnet_fast
     assert scratch(registered.concat_upsample_pointwise.default, arguments) == expected
     backward = registered.concat_upsample_pointwise_backward.default
