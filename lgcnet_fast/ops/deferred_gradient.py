@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 class DeferredGradient(Tensor):
     """A gradient of a map, like it: computed when an operation of PyTorch or a kernel reads it."""
 
-    computed: bool
+    computed_for: int | None
     _compute: Callable[[Sequence[Tensor]], Tensor]
     _alone: Tensor | None
 
@@ -26,17 +26,18 @@ class DeferredGradient(Tensor):
         cls,
         like: Tensor,
         compute: Callable[[Sequence[Tensor]], Tensor],
-        computed: bool = False,
+        computed_for: int | None = None,
     ) -> DeferredGradient:
         """compute: gives the gradient and these others of the map, summed; like: it, NHWC.
 
-        computed: whether the gradient is there, so that others would take a launch of their own.
+        computed_for: the map's storage, if the gradient is there already and others are added in
+        its place. Maps that are summed share a gradient, which must stay as it is for them.
         What it reads must not be freed before the gradient is, nor on another stream.
         """
         deferred: DeferredGradient = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
-        deferred.computed, deferred._compute, deferred._alone = computed, compute, None
+        deferred.computed_for, deferred._compute, deferred._alone = computed_for, compute, None
         return deferred
 
     def plus(self, others: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ others are added in its place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,9 +39,9 @@ def handed_out(x: Tensor) -> bool:
     return isinstance(x.grad_fn, _FanOut._backward_cls) and not x.grad_fn.relu
 
 
-def added_to(dx: Tensor) -> DeferredGradient:
-    """dx, a gradient that nobody else holds: others are added where it lies."""
-    return DeferredGradient(dx, lambda others: _with_others(dx, others), computed=True)
+def added_to(dx: Tensor, x: Tensor) -> DeferredGradient:
+    """dx, a gradient of x that nobody else holds: others of x are added where it lies."""
+    return DeferredGradient(dx, lambda others: _with_others(dx, others), _storage(x))
 
 
 def _with_others(dx: Tensor, others: Sequence[Tensor]) -> Tensor:
@@ -81,17 +82,23 @@ class _FanOut(torch.autograd.Function):
         arrived = [g for g in gradients if g is not None]
         if len(arrived) == 1 and not ctx.relu:
             return arrived[0], None, None, None
-        if not ctx.relu and (deferred := _deferred(arrived)) is not None:
+        if not ctx.relu and (deferred := _deferred(arrived, x)) is not None:
             others = [nhwc(g) for g in arrived if g is not deferred]
             return deferred.plus(others), None, None, None
         arrived = [nhwc(g) for g in arrived]
         return _gradient_sum(arrived, nhwc(x), ctx.relu, ctx.backend), None, None, None
 
 
-def _deferred(gradients: Sequence[Tensor]) -> DeferredGradient | None:
-    """Rather one that adds the others in its own launch."""
+def _deferred(gradients: Sequence[Tensor], x: Tensor) -> DeferredGradient | None:
+    """One that can be given the others of x; rather one whose own launch adds them."""
     deferred = [g for g in gradients if isinstance(g, DeferredGradient)]
-    return min(deferred, key=lambda g: g.computed, default=None)
+    launches = (g for g in deferred if g.computed_for is None)
+    places = (g for g in deferred if g.computed_for == _storage(x))
+    return next(chain(launches, places), None)
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
 
 
 @custom_op("lgcnet_fast::gradient_sum", mutates_args=())

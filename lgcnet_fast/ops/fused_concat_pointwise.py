@@ -86,7 +86,7 @@ def _backward(
     """Of the maps, then of the weight, in the accumulator's dtype."""
     grad, maps = nhwc(grad), [nhwc(x) for x in maps]
     if by_cuda_kernel(backend, maps):
-        return _gradientsby_cuda_kernel(grad, maps, size, weight, relu)
+        return _gradients_by_cuda_kernel(grad, maps, size, weight, relu)
     if not _by_kernel(backend, grad, weight):
         return _gradients_by_library(grad, maps, size, weight, relu, backend)
     from lgcnet_fast.kernels import concat_pointwise_backward as kernel
@@ -108,7 +108,7 @@ def _(
     return [*(empty_nhwc(x, x.shape) for x in maps), dw]
 
 
-def _gradientsby_cuda_kernel(
+def _gradients_by_cuda_kernel(
     grad: Tensor, maps: Sequence[Tensor], size: Shape, weight: Tensor, relu: bool
 ) -> list[Tensor]:
     from lgcnet_fast.native import concat_product, upsample

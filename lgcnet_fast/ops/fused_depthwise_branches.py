@@ -149,7 +149,7 @@ class _DepthwiseBranches(torch.autograd.Function):
             dx = deferred_input_gradient(maps, x, windows, dilations, stride)
         else:
             dx, *found = depthwise_branches_backward(*arguments)
-            dx = added_to(dx) if defers else dx
+            dx = added_to(dx, x) if defers else dx
         settle(dx.device, ctx.owners)
         weights = [
             gradient

@@ -119,7 +119,7 @@ class _SeparableBranches(torch.autograd.Function):
             dx = deferred_input_gradient(maps, x, windows, *ctx.settings[:2])
         else:
             dx, *found = separable_branches_backward(*arguments)
-            dx = added_to(dx) if defers else dx
+            dx = added_to(dx, x) if defers else dx
         settle(dx.device, ctx.owners)
         weights = [
             gradient

@@ -13,7 +13,14 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from lgcnet_fast.kernels import depthwise_input_grad, gradient_sum
 from lgcnet_fast.native import depthwise_branches
-from lgcnet_fast.ops import Products, fused_depthwise_branches, readers, use_backend
+from lgcnet_fast.ops import (
+    Products,
+    fan_out,
+    fused_depthwise_branches,
+    readers,
+    rectified_convolutions,
+    use_backend,
+)
 from lgcnet_fast.ops import fused_separable_branches as fused
 from lgcnet_fast.ops.deferred_gradient import DeferredGradient
 from lgcnet_fast.ops.fan_out import add_gradients, added_to, aliases
@@ -189,13 +196,53 @@ def test_others_are_added_in_the_place_of_a_gradient(device: torch.device) -> No
     def owned(gradient: Tensor) -> Tensor:
         dx = gradient.clone(memory_format=torch.channels_last)
         places.append(dx.data_ptr())
-        return added_to(dx)
+        return added_to(dx, x)
 
     first, second, third, *_ = aliases(x, "triton")
     out = second.square() + Reader.apply(first, owned) + third.pow(3)
     (found,) = torch.autograd.grad(out.sum(), x)
     assert type(found) is Tensor and [found.data_ptr()] == places
     torch.testing.assert_close(found, 2 * x + 1 + 3 * x.square())
+
+
+def test_nothing_is_added_in_the_place_of_a_gradient_of_two_maps(device: torch.device) -> None:
+    """The gradient of a sum is that of both terms, in one place."""
+    x, y = leaves(device)[0], leaves(device)[0]
+
+    def owned(gradient: Tensor) -> Tensor:
+        return added_to(gradient.clone(memory_format=torch.channels_last), total)
+
+    first, second, *_ = aliases(x, "triton")
+    third, fourth, *_ = aliases(y, "triton")
+    total, *_ = aliases(first + third, "triton")
+    out = Reader.apply(total, owned) + second.square() + fourth.pow(3)
+    found = torch.autograd.grad(out.sum(), (x, y))
+    torch.testing.assert_close(found, (1 + 2 * x, 1 + 3 * y.square()))
+
+
+def test_others_are_added_where_the_gradient_of_convolutions_lies(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 4, 32, device=device).bfloat16().movedim(-1, 1).requires_grad_()
+    weight = (torch.randn(32, 32, 3, 3, device=device) / 17).bfloat16().requires_grad_()
+    added, add = [], fan_out.add_gradients
+
+    def watched(dx: Tensor, others: Sequence[Tensor]) -> None:
+        added.append((dx.data_ptr(), len(others)))
+        add(dx, others)
+
+    monkeypatch.setattr(fan_out, "add_gradients", watched)
+    found = []
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            source = readers(x)
+            (y,) = rectified_convolutions(source.plain(), [weight])
+            out = y.float().square().sum() + source.plain().float().pow(3).sum()
+        found.append(torch.autograd.grad(out, x)[0])
+    assert added == [(found[1].data_ptr(), 1)]
+    scale = found[0].abs().max().item()
+    torch.testing.assert_close(found[1], found[0], rtol=2**-6, atol=2**-7 * scale)
 
 
 def test_others_go_to_a_launch_that_adds_them(device: torch.device) -> None:
@@ -210,7 +257,7 @@ def test_others_go_to_a_launch_that_adds_them(device: torch.device) -> None:
         return DeferredGradient(x.detach(), compute)
 
     def owned(gradient: Tensor) -> Tensor:
-        return added_to(gradient.clone(memory_format=torch.channels_last))
+        return added_to(gradient.clone(memory_format=torch.channels_last), x)
 
     first, second, *_ = aliases(x, "triton")
     out = Reader.apply(first, owned) + Reader.apply(second, computing)
