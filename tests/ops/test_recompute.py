@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -70,14 +71,24 @@ def test_maps_of_a_node_come_again_from_the_kernels(monkeypatch: pytest.MonkeyPa
     assert ran == [("upsample", "triton")]
 
 
-def test_a_shared_map_is_computed_again_once_and_not_held() -> None:
-    x = torch.randn(3, requires_grad=True)
-    made: list[weakref.ref[torch.UntypedStorage]] = []
+@pytest.fixture
+def made() -> list[weakref.ref[torch.UntypedStorage]]:
+    """Where the results of `doubled` lie."""
+    return []
 
-    def doubled(x: Tensor) -> Tensor:
+
+@pytest.fixture
+def doubled(made: list[weakref.ref[torch.UntypedStorage]]) -> Callable[[Tensor], Tensor]:
+    def double(x: Tensor) -> Tensor:
         y = 2 * x
         made.append(weakref.ref(y.untyped_storage()))
         return y
+
+    return double
+
+
+def test_a_shared_map_is_computed_again_once_and_not_held(doubled, made) -> None:
+    x = torch.randn(3, requires_grad=True)
 
     def read_twice() -> Tensor:
         value, again = recomputable(doubled, x)
@@ -91,16 +102,9 @@ def test_a_shared_map_is_computed_again_once_and_not_held() -> None:
     torch.testing.assert_close(found, 8 * x + 24 * x.square())
 
 
-def test_a_shared_map_does_not_outlive_its_keepers_with_the_graph() -> None:
+def test_a_shared_map_does_not_outlive_its_keepers_with_the_graph(doubled, made) -> None:
     """Parts of a network hold their graphs until what runs beside them is done."""
     x = torch.randn(3, requires_grad=True)
-    made: list[weakref.ref[torch.UntypedStorage]] = []
-
-    def doubled(x: Tensor) -> Tensor:
-        y = 2 * x
-        made.append(weakref.ref(y.untyped_storage()))
-        return y
-
     value, again = recomputable(doubled, x)
     with recomputed((value, again)):
         out = value.square() + value.pow(3)
