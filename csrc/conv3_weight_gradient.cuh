@@ -195,7 +195,9 @@ __device__ __forceinline__ void conv3_weight_gradient_of(const Conv3GradientArgu
   wait_for_launches();
   if (threadIdx.x >= kConv3Groups * 128) {
     give_registers<40>();
-    if (threadIdx.x == kConv3Groups * 128) load_conv3_walks(a, ring, Conv3Walk(program), convolution, c, o);
+    if (threadIdx.x == kConv3Groups * 128) {
+      load_conv3_walks(a, ring, Conv3Walk(program), convolution, c, o);
+    }
     return;
   }
   take_registers<152>();

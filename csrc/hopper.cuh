@@ -87,7 +87,7 @@ __device__ __forceinline__ void load_box(unsigned to, const TensorMap& map, unsi
       : "memory");
 }
 
-// -- registers of a warpgroup, all of whose threads call this ---------------------------------------
+// -- registers of a warpgroup, all of whose threads call this -------------------------------------
 
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
@@ -164,60 +164,37 @@ template <typename T, int kSums>
 __device__ __forceinline__ void multiply_rows(float (&d)[kSums], const unsigned (&a)[4],
                                               unsigned long long b);
 
-#define LGCNET_MULTIPLY_ROWS_32(T, TYPE)                                                           \
+#define LGCNET_SUMS(d, i)                                                                          \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),      \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define LGCNET_MULTIPLY_ROWS(T, TYPE, SUMS, SHAPE, NAMES, OPERANDS, ...)                           \
   template <>                                                                                      \
-  __device__ __forceinline__ void multiply_rows<T, 16>(float(&d)[16], const unsigned(&a)[4],       \
-                                                    unsigned long long b) {                        \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE                       \
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "       \
-                 "{%16, %17, %18, %19}, %20, 1, 1, 1, 1;"                                          \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),         \
-                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]),                    \
-                   "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])                 \
+  __device__ __forceinline__ void multiply_rows<T, SUMS>(float(&d)[SUMS], const unsigned(&a)[4],   \
+                                                      unsigned long long b) {                      \
+    asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" NAMES            \
+                 "}, " OPERANDS ", 1, 1, 1, 1;"                                                    \
+                 : __VA_ARGS__                                                                     \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                            \
   }
-LGCNET_MULTIPLY_ROWS_32(Half, "f16")
-LGCNET_MULTIPLY_ROWS_32(BFloat16, "bf16")
-#undef LGCNET_MULTIPLY_ROWS_32
-#define LGCNET_MULTIPLY_ROWS_48(T, TYPE)                                                           \
-  template <>                                                                                      \
-  __device__ __forceinline__ void multiply_rows<T, 24>(float(&d)[24], const unsigned(&a)[4],       \
-                                                    unsigned long long b) {                        \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n48k16.f32." TYPE "." TYPE                       \
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "        \
-                 "%16, %17, %18, %19, %20, %21, %22, %23}, "                                       \
-                 "{%24, %25, %26, %27}, %28, 1, 1, 1, 1;"                                          \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),         \
-                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]),                    \
-                   "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),                \
-                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),                \
-                   "+f"(d[21]), "+f"(d[22]), "+f"(d[23])                                           \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                            \
-  }
-LGCNET_MULTIPLY_ROWS_48(Half, "f16")
-LGCNET_MULTIPLY_ROWS_48(BFloat16, "bf16")
-#undef LGCNET_MULTIPLY_ROWS_48
-#define LGCNET_MULTIPLY_ROWS_64(T, TYPE)                                                           \
-  template <>                                                                                      \
-  __device__ __forceinline__ void multiply_rows<T, 32>(float(&d)[32], const unsigned(&a)[4],       \
-                                                    unsigned long long b) {                        \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                       \
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "        \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "          \
-                 "%30, %31}, "                                                                     \
-                 "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                          \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),         \
-                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]),                    \
-                   "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),                \
-                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),                \
-                   "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]),                \
-                   "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]),                \
-                   "+f"(d[31])                                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                            \
-  }
-LGCNET_MULTIPLY_ROWS_64(Half, "f16")
-LGCNET_MULTIPLY_ROWS_64(BFloat16, "bf16")
-#undef LGCNET_MULTIPLY_ROWS_64
+#define LGCNET_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define LGCNET_NAMES_24 LGCNET_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define LGCNET_NAMES_32 LGCNET_NAMES_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define LGCNET_MULTIPLY_ALL_ROWS(T, TYPE)                                                          \
+  LGCNET_MULTIPLY_ROWS(T, TYPE, 16, "m64n32k16", LGCNET_NAMES_16, "{%16, %17, %18, %19}, %20",     \
+                       LGCNET_SUMS(d, 0), LGCNET_SUMS(d, 8))                                       \
+  LGCNET_MULTIPLY_ROWS(T, TYPE, 24, "m64n48k16", LGCNET_NAMES_24, "{%24, %25, %26, %27}, %28",     \
+                       LGCNET_SUMS(d, 0), LGCNET_SUMS(d, 8), LGCNET_SUMS(d, 16))                   \
+  LGCNET_MULTIPLY_ROWS(T, TYPE, 32, "m64n64k16", LGCNET_NAMES_32, "{%32, %33, %34, %35}, %36",     \
+                       LGCNET_SUMS(d, 0), LGCNET_SUMS(d, 8), LGCNET_SUMS(d, 16),                   \
+                       LGCNET_SUMS(d, 24))
+LGCNET_MULTIPLY_ALL_ROWS(Half, "f16")
+LGCNET_MULTIPLY_ALL_ROWS(BFloat16, "bf16")
+#undef LGCNET_MULTIPLY_ALL_ROWS
+#undef LGCNET_MULTIPLY_ROWS
+#undef LGCNET_NAMES_32
+#undef LGCNET_NAMES_24
+#undef LGCNET_NAMES_16
+#undef LGCNET_SUMS
 
 // -- matrix products of a warp, from registers ----------------------------------------------------
 
