@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lgcnet_fast.errors import DeviceError
 from lgcnet_fast.native import hopper, instances
-from lgcnet_fast.native.hopper import MOST_SHARED, TENSOR_MAP, tensor_map
+from lgcnet_fast.native.hopper import MOST_SHARED, TENSOR_MAP, rounded_up, tensor_map
 from lgcnet_fast.native.launcher import Launcher, check_grid
 from lgcnet_fast.native.loader import load
 from lgcnet_fast.native.operands import STORAGE, check_dense_maps, check_same, empty_floats
@@ -76,10 +76,12 @@ def plan(
     Of walks, which share the positions, each loads a pair of rows of dy more than of x.
     """
     images, channels, height, width = shape
-    out_block = min(instances.OUT_BLOCKS, key=lambda block: (_rounded(out_channels, block), -block))
+    out_block = min(
+        instances.OUT_BLOCKS, key=lambda block: (rounded_up(out_channels, block), -block)
+    )
     blocks_c = -(-channels // CHANNELS)
     blocks = blocks_c * -(-out_channels // out_block)
-    columns = min(range(STEP, WIDEST + 1, STEP), key=lambda step: (_rounded(width, step), -step))
+    columns = min(range(STEP, WIDEST + 1, STEP), key=lambda step: (rounded_up(width, step), -step))
     strips = images * -(-width // columns)
     most = min(processors // (convolutions * blocks), images * height * width // FEWEST_POSITIONS)
 
@@ -87,19 +89,19 @@ def plan(
         return -(-strips * -(-height // rows) // max(1, most))
 
     rows = min(
-        range(2, _rounded(height, 2) + 1, 2), key=lambda rows: of_a_program(rows) * (rows + 2)
+        range(2, rounded_up(height, 2) + 1, 2), key=lambda rows: of_a_program(rows) * (rows + 2)
     )
     programs = -(-strips * -(-height // rows) // of_a_program(rows))
     pairs = of_a_program(rows) * (rows // 2 + 1)
     ring = min(pairs, MOST_PAIRS, (MOST_SHARED - BARRIERS) // _pair_bytes(columns))
-    step = _rounded(-(-channels // blocks_c), STEP)
+    step = rounded_up(-(-channels // blocks_c), STEP)
     return Plan(out_block, step, columns, rows, programs, ring, blocks)
 
 
 def _pair_bytes(columns: int) -> int:
     """Of shared memory for two rows of x and of dy."""
     row = 2 * CHANNELS
-    return 2 * columns * row + _rounded(2 * (columns + 2) * row, 1024)
+    return 2 * columns * row + rounded_up(2 * (columns + 2) * row, 1024)
 
 
 def refusal(dys: Sequence[Tensor], xs: Sequence[Tensor]) -> str | None:
@@ -161,7 +163,3 @@ def conv3_weight_gradient(
     check_grid("xs", grid)
     launcher.launch(instance, grid, (THREADS, 1, 1), arguments, xs[0].device, found.shared)
     return shares
-
-
-def _rounded(number: int, step: int) -> int:
-    return -(-number // step) * step

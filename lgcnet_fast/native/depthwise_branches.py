@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lgcnet_fast.errors import DeviceError
 from lgcnet_fast.native import hopper, instances
-from lgcnet_fast.native.hopper import MOST_SHARED, TENSOR_MAP, tensor_map
+from lgcnet_fast.native.hopper import MOST_SHARED, TENSOR_MAP, rounded_up, tensor_map
 from lgcnet_fast.native.launcher import Launcher, check_grid
 from lgcnet_fast.native.loader import load
 from lgcnet_fast.native.operands import (
@@ -89,11 +89,11 @@ class Plan:
 @cache
 def plan(height: int, width: int, dilations: tuple[int, ...]) -> Plan | None:
     """For branches of these dilations; None where no strip fits shared memory or registers."""
-    columns = _rounded(width, GROUP)
+    columns = rounded_up(width, GROUP)
     for rows in (16, 8) if height > 8 else (8,):
         tiles = -(-(rows // TILE) * -(-width // TILE) // (THREADS // 128))
         fitting = [most for most in instances.BRANCH_TILES if tiles <= most]
-        widths = {d: _rounded(columns + 2 * d, TILE) for d in dilations}
+        widths = {d: rounded_up(columns + 2 * d, TILE) for d in dilations}
         sizes = {d: (rows + 2 * d) * widths[d] * 2 * GROUP for d in dilations}
         x_bytes = rows * columns * 2 * GROUP
         begin = STRIP_OF_X + x_bytes
@@ -209,7 +209,7 @@ def depthwise_branches_backward(
     shares = empty_floats(x, images * -(-height // found.rows), *shape)
     arguments = np.zeros(1, ARGUMENTS)
     one = arguments[0]
-    one["x"] = tensor_map(x, GROUP, _rounded(width, GROUP), found.rows)
+    one["x"] = tensor_map(x, GROUP, rounded_up(width, GROUP), found.rows)
     for place, strip in zip(one["strips"], found.strips, strict=False):
         for name in STRIP.names[1:]:
             place[name] = getattr(strip, name)
@@ -228,7 +228,3 @@ def depthwise_branches_backward(
 def _plan(dys: Sequence[Tensor], x: Tensor, dilations: Sequence[int]) -> Plan | None:
     of_maps = tuple(dilations) * (len(dys) // len(dilations))
     return plan(x.shape[2], x.shape[3], of_maps)
-
-
-def _rounded(number: int, step: int) -> int:
-    return -(-number // step) * step

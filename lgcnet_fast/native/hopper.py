@@ -72,6 +72,10 @@ def tensor_map(feature_map: Tensor, channels: int, columns: int, rows: int) -> n
     return found
 
 
+def rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
 # Of cuda.h.
 FLOAT16, BFLOAT16 = 6, 9
 NO_INTERLEAVE, PROMOTE_TO_128_BYTES, ZEROS_OUTSIDE = 0, 2, 0
