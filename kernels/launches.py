@@ -65,7 +65,7 @@ def kernel(
 ) -> Any:
     """Decorates a function that is launched: `triton.jit`, whose options it takes.
 
-    programmatic: its launches are so where kernels wait, and it waits.
+    programmatic: it begins with `wait_for_predecessor`, so that its launches may be programmatic.
     """
     if function is None:
         return partial(kernel, programmatic=programmatic, **options)

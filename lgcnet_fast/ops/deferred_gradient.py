@@ -30,9 +30,9 @@ class DeferredGradient(Tensor):
     ) -> DeferredGradient:
         """compute: gives the gradient and these others of the map, summed; like: it, NHWC.
 
+        What `compute` reads must not be freed before the gradient is, nor on another stream.
         computed_for: the map's storage, if the gradient is there already and others are added in
         its place. Maps that are summed share a gradient, which must stay as it is for them.
-        What it reads must not be freed before the gradient is, nor on another stream.
         """
         deferred: DeferredGradient = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device

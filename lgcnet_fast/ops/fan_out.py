@@ -9,6 +9,7 @@ others are added in its place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -41,7 +42,7 @@ def handed_out(x: Tensor) -> bool:
 
 def added_to(dx: Tensor, x: Tensor) -> DeferredGradient:
     """dx, a gradient of x that nobody else holds: others of x are added where it lies."""
-    return DeferredGradient(dx, lambda others: _with_others(dx, others), _storage(x))
+    return DeferredGradient(dx, partial(_with_others, dx), _storage(x))
 
 
 def _with_others(dx: Tensor, others: Sequence[Tensor]) -> Tensor:
