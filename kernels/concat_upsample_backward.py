@@ -41,7 +41,7 @@ from lgcnet_fast.kernels.rows import (
     vector_width,
 )
 
-BACKWARD = StripConfig(block=1024, rows=4, warps=4)
+BACKWARD = StripConfig(block=1024, rows=5, warps=4)
 """`block` of 16-bit storage, otherwise as many bytes: one vector of 16 bytes a thread and tap.
 `rows` + 1 intervals of output rows for `rows` rows; fewer rows where programs would be too few."""
 
