@@ -159,7 +159,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any], int]]:
         yield concat_upsample._sum_kernel, strips | {"COPIED": copied}, 4
     beside = concat_upsample_backward._LOADS_BESIDE_COPIES
     for taps, step in ((1, 1), (3, beside // 3), (4, beside // 4), (9, 1)):
-        taken = {"TAPS": taps, "STEP": step}
+        taken = {"TAPS": taps, "STEP": step, "ROWS": concat_upsample_backward.BACKWARD.rows}
         yield concat_upsample_backward._backward_kernel, strips | taken, 4
     tile = {"ACC": tl.float32, "BLOCK_P": 8, "BLOCK_C": 64, "ROWS": 8}
     for stride in (1, 2):
