@@ -109,8 +109,8 @@ def sweep(operation: str, key: str) -> Sweep:
 
 
 TILES = [
-    *(StripConfig(512, rows, 2) for rows in (1, 2, 4)),
-    *(StripConfig(1024, rows, 4) for rows in (1, 2, 4, 8)),
+    *(StripConfig(512, rows, 2) for rows in (1, 2)),
+    *(StripConfig(1024, rows, 4) for rows in (1, 2, 4, 5, 8)),
     StripConfig(2048, 4, 8),
 ]
 """Worth trying; the defaults are among them."""
