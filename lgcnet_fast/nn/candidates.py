@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from lgcnet_fast.nn.primitives import (
@@ -25,7 +26,9 @@ from lgcnet_fast.nn.primitives import (
 )
 from lgcnet_fast.nn.together import Part, together
 from lgcnet_fast.ops import Products, second_stages, separable_branches
+from lgcnet_fast.ops.maps import computed_dtype
 from lgcnet_fast.ops.products import Entry
+from lgcnet_fast.ops.recompute import Remembered, spares
 
 Run = Sequence[nn.Module]
 """A candidate, or neighbouring depthwise-separable ones, which go on as one stack."""
@@ -96,11 +99,36 @@ class _Work:
 
 def _separable(source: Source, edges: Edges, inputs: Sequence[object]) -> list[list[Entry]]:
     """Depthwise-separable candidates and pairs of them."""
+    x = source.plain()
+    if not spares(x):
+        return _branches(x, edges)
+    # Apart, as first stages are kept, and with them all that lies in the same memory.
+    pairs, others = ([_of_kind(edge, kind) for edge in edges] for kind in (True, False))
+    of_pairs, of_others = iter(_branches(source.plain(), pairs)), _branches(x, others)
+    runs = [run for edge in others for run in edge]
+    for (stack,), run in zip(of_others, runs, strict=True):
+        source.recomputable.append((cast(Tensor, stack), _again(x, _first_stages(run))))
+    rest = iter(of_others)
+    return [next(of_pairs if _is_pair(run) else rest) for edge in edges for run in edge]
+
+
+def _is_pair(run: Run) -> bool:
+    return isinstance(run[0], SeparablePair)
+
+
+def _of_kind(edge: Sequence[Run], pairs: bool) -> list[Run]:
+    return [run for run in edge if _is_pair(run) == pairs]
+
+
+def _branches(x: Tensor, edges: Edges) -> list[list[Entry]]:
+    """Of each run, from the map of the node."""
     runs = [run for edge in edges for run in edge]
+    if not runs:
+        return []
     firsts = [_first_stages(run) for run in runs]
     branches = [branch for first in firsts for branch in first]
     stacks = separable_branches(
-        source.plain(),
+        x,
         [branch.depthwise.weight for branch in branches],
         [branch.pointwise.weight for branch in branches],
         [branch.depthwise.dilation[0] for branch in branches[: len(branches) // len(edges)]],
@@ -108,9 +136,7 @@ def _separable(source: Source, edges: Edges, inputs: Sequence[object]) -> list[l
         [len(first) for first in firsts],
         [_ends_in_a_node(run) for run in edges[0] for _ in run],
     )
-    pairs = {
-        at: run[0].stages() for at, run in enumerate(runs) if isinstance(run[0], SeparablePair)
-    }
+    pairs = {at: run[0].stages() for at, run in enumerate(runs) if _is_pair(run)}
     if pairs:
         seconds = second_stages(
             [cast(list[Tensor], stacks[at]) for at in pairs],
@@ -122,6 +148,23 @@ def _separable(source: Source, edges: Edges, inputs: Sequence[object]) -> list[l
         for at, maps in zip(pairs, seconds, strict=True):
             stacks[at] = maps
     return stacks
+
+
+def _again(x: Tensor, branches: Sequence[DepthwiseSeparable]) -> Remembered:
+    """How to compute the stack of these branches of x once more."""
+    depthwise = [branch.depthwise.weight.detach() for branch in branches]
+    pointwise = [branch.pointwise.weight.detach() for branch in branches]
+    dilations = [branch.depthwise.dilation[0] for branch in branches]
+    stride = branches[0].depthwise.stride[0]
+    enabled, dtype = torch.is_autocast_enabled(x.device.type), computed_dtype(x)
+
+    @torch.no_grad()
+    def compute(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype, enabled):
+            ((stack,),) = separable_branches(x, depthwise, pointwise, dilations, stride)
+        return cast(Tensor, stack)
+
+    return Remembered(compute, x)
 
 
 def _rectifying(source: Source, edges: Edges, inputs: Sequence[object]) -> list[list[Tensor]]:

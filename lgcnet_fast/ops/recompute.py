@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lgcnet_fast.ops.backend import Implementation, Operation, current_backend, use_backend
+from lgcnet_fast.ops.maps import computed_dtype, dtype_refusal
 
 Recomputable = tuple[Tensor, Callable[[], Tensor]]
 """A map, and how to compute it again: without gradients, from tensors that are kept anyway.
@@ -86,7 +87,24 @@ def recomputes(x: Tensor) -> bool:
     return chosen
 
 
+def spares(x: Tensor) -> bool:
+    """Whether maps that readers of x compute are computed again although that takes a while.
+
+    x is as it is before autocast. So it is in half precision by the backend `cuda`: the GPUs that
+    have no other (sm_60 to sm_62) save memory by that precision, and no time.
+    """
+    chosen: bool = _spares(x)
+    return chosen
+
+
 _form = Implementation(lambda x: True, lambda x: None)
 _recomputes = Operation(
     "recomputes", lambda x: False, triton=_form, cuda=_form, tuned_as="separable_branches"
+)
+_spares = Operation(
+    "spares",
+    lambda x: False,
+    triton=Implementation(lambda x: False, lambda x: dtype_refusal("x", x)),
+    cuda=Implementation(lambda x: computed_dtype(x).itemsize == 2, lambda x: dtype_refusal("x", x)),
+    tuned_as="separable_branches",
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lgcnet_fast.nn.candidates
 import lgcnet_fast.nn.mixed
 from lgcnet_fast.nn import fusion
 from lgcnet_fast.nn.cell import SearchCell
@@ -36,6 +37,8 @@ from lgcnet_fast.ops import (
     mixed_norm_sum,
     use_backend,
 )
+from lgcnet_fast.ops.backend import current_backend
+from lgcnet_fast.ops.recompute import Remembered
 from tests.combinations import some_cases, some_combinations
 
 pytestmark = pytest.mark.usefixtures("without_tf32")
@@ -111,6 +114,63 @@ def test_search_cell_whose_dense_convolutions_read_the_map_itself(
     s0, s1 = (random_map(1, channels, *CELL_MAP, device=device) for channels in (3, 4))
     z = torch.rand(5, 8, device=device).softmax(1).requires_grad_()
     assert_same(cell, lambda cell: cell(s0, s1, z), [s0, s1, z])
+
+
+@pytest.fixture
+def sparing(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Branches come again, as they do by the backend `cuda` in half precision: their maps."""
+    made: list[torch.Size] = []
+
+    class Watched(Remembered):
+        def __call__(self) -> Tensor:
+            value = super().__call__()
+            made.append(value.shape)
+            return value
+
+    def spares(x: Tensor) -> bool:
+        return current_backend().name == "triton"
+
+    monkeypatch.setattr(lgcnet_fast.nn.candidates, "spares", spares)
+    monkeypatch.setattr(lgcnet_fast.nn.candidates, "Remembered", Watched)
+    for module in (fused_depthwise_branches, fused_second_stages):
+        monkeypatch.setattr(module, "pay", lambda *arguments: False)
+    return made
+
+
+@pytest.mark.parametrize("reduction", [False, True])
+def test_search_cell_that_spares_memory(
+    reduction: bool, sparing: list[torch.Size], device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    cell = SearchCell(3, 4, 4, reduction, reduce_first=False)
+    cell = cell.to(device, memory_format=torch.channels_last)
+    s0, s1 = (random_map(1, channels, *CELL_MAP, device=device) for channels in (3, 4))
+    z = torch.rand(5, 8, device=device).softmax(1).requires_grad_()
+    assert_same(cell, lambda cell: cell(s0, s1, z), [s0, s1, z])
+    assert len(sparing) == 5 and {shape[0] for shape in sparing} == {3}  # Of every edge, no pair.
+
+
+def test_what_is_made_again_under_autocast_is_what_was_made(
+    sparing: list[torch.Size], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backward pass has no autocast of its own."""
+    torch.manual_seed(0)
+    block = DepthwiseSeparable(4, 4, stride=1, dilation=2, affine=False)
+    edge = MixedOp({"dil3_2": block}).to(device, memory_format=torch.channels_last)
+    x = random_map(2, 4, *CELL_MAP, device=device).detach().bfloat16().requires_grad_()
+    z = torch.ones(1, device=device, requires_grad=True)
+
+    def gradients() -> tuple[Tensor, ...]:
+        with use_backend("triton"), torch.autocast(device.type, torch.bfloat16):
+            out = edge(z, x)
+        return torch.autograd.grad(out.float().square().sum(), [x, z, *edge.parameters()])
+
+    found = gradients()
+    assert len(sparing) == 1
+    monkeypatch.setattr(lgcnet_fast.nn.candidates, "spares", lambda x: False)
+    for one, wanted in zip(found, gradients(), strict=True):
+        assert torch.equal(one, wanted)
+    assert len(sparing) == 1
 
 
 def test_dense_convolutions_of_a_map(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

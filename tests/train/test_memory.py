@@ -136,6 +136,15 @@ def test_the_fused_backend_saves_less(new_run):
     assert fused.activations < 0.6 * reference.activations
 
 
+def test_half_precision_of_the_cuda_backend_makes_branches_again(new_run, monkeypatch):
+    crop = {"search__augmentation": {"crop": [129, 129]}}
+    config = new_run(**LGCNET, **crop).config.model_copy(update={"backend": "cuda"})
+    spared = step_memory(config, "search", CLASSES, "fp16", GPU)
+    monkeypatch.setattr("lgcnet_fast.nn.candidates.spares", lambda x: False)
+    kept = step_memory(config, "search", CLASSES, "fp16", GPU)
+    assert spared.activations < 0.85 * kept.activations
+
+
 @pytest.mark.parametrize("multiplied", [True, False])
 def test_depthwise_maps_inside_a_fused_operation_count(multiplied):
     x, statistics = torch.empty(2, 8, 5, 7, dtype=torch.bfloat16), torch.empty(3, 2, 8)
