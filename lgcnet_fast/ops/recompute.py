@@ -90,8 +90,8 @@ def recomputes(x: Tensor) -> bool:
 def spares(x: Tensor) -> bool:
     """Whether maps that readers of x compute are computed again although that takes a while.
 
-    x is as it is before autocast. So it is in half precision by the backend `cuda`: the GPUs that
-    have no other (sm_60 to sm_62) save memory by that precision, and no time.
+    x is as it is before autocast. So it is in half precision by the backend `cuda`: GPUs that
+    Triton does not serve (sm_60 to sm_62) save memory by that precision, and no time.
     """
     chosen: bool = _spares(x)
     return chosen

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from lgcnet_fast.config import load_config
 from lgcnet_fast.ops import upsample_cross_entropy
 from lgcnet_fast.ops.lanes import LANES
 from lgcnet_fast.space.genotype import load_genotype
@@ -143,6 +144,13 @@ def test_half_precision_of_the_cuda_backend_makes_branches_again(new_run, monkey
     monkeypatch.setattr("lgcnet_fast.nn.candidates.spares", lambda x: False)
     kept = step_memory(config, "search", CLASSES, "fp16", GPU)
     assert spared.activations < 0.85 * kept.activations
+
+
+def test_a_search_of_the_paper_fits_a_card_of_12_gb():
+    """16 images of 769x769 in fp16: 11 GiB leave room for what the allocator adds."""
+    config = load_config(preset="paper", overrides=("backend=cuda", "data.name=synthetic"))
+    assert config.search.batch_size == 16 and config.search.augmentation.crop == (769, 769)
+    assert step_memory(config, "search", CLASSES, "fp16", GPU).total < 9 * 2**30
 
 
 @pytest.mark.parametrize("multiplied", [True, False])
