@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lgcnet_fast.ops.lanes import lanes_of, side_by_side
-from lgcnet_fast.ops.recompute import Recomputable, recomputed
+from lgcnet_fast.ops.recompute import Recomputable, recomputed, spares
 
 Places = list[tuple[dict[str, Any], str]]
 """Where modules keep their parameters: a module's own ones, and a name among them."""
@@ -54,7 +54,8 @@ def together(
 ) -> list[list[Tensor]]:
     """What each part computes; the parts keep to the rules of `side_by_side`.
 
-    So do the jobs `beside` them, which have no gradients.
+    So do the jobs `beside` them, which have no gradients. Where memory is spared (see
+    ops/recompute.py) the parts follow each other in a capture, too.
     """
     if not _beside(parts):
         for job in beside:
@@ -74,7 +75,9 @@ def together(
 def _beside(parts: Sequence[Part]) -> bool:
     if len(parts) < 2 or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
-    return lanes_of(parts[0].inputs[0].device) > 1
+    first = parts[0].inputs[0]
+    # Side by side they would hold their temporaries at once, a quarter more of a search's memory.
+    return lanes_of(first.device) > 1 and not spares(first)
 
 
 class _Together(torch.autograd.Function):

@@ -203,3 +203,13 @@ def test_without_gradients_the_parts_follow_each_other(beside: pytest.MonkeyPatc
     with torch.no_grad():
         (a,), (b,) = together([Part(lambda x: [x + 1], [x]), Part(lambda x: [x + 2], [x])])
     assert a.grad_fn is None and torch.equal(b, x + 2)
+
+
+def test_where_memory_is_spared_the_parts_follow_each_other(beside: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, requires_grad=True)
+    parts = [Part(lambda x: [x + 1], [x]), Part(lambda x: [x + 2], [x])]
+    (hidden,), _ = together(parts)
+    beside.setattr(lgcnet_fast.nn.together, "spares", lambda x: x is parts[0].inputs[0])
+    (plain,), _ = together(parts)
+    assert "Together" in type(hidden.grad_fn).__name__
+    assert "Add" in type(plain.grad_fn).__name__
