@@ -41,6 +41,9 @@ ARGUMENTS = np.dtype(
 THREADS = 256
 """kPoolThreads of the kernels: the most that a block may have."""
 
+WALKS = 448
+"""Threads on a multiprocessor, each of which walks: fewer leave it waiting for memory."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -72,7 +75,7 @@ def max_pool_forward(
     y = empty_map(shape, x) if out is None else out
     if out is not None:
         check_output("out", out, shape, x)
-    tile = tile or forward_tile(x, y)
+    tile = tile or forward_tile(x, y, launcher)
     instance = instances.max_pool_forward(STORAGE[x.dtype], tile.vector, stride)
     _launch(instance, tile, x, y, None, launcher)
     return y
@@ -99,27 +102,34 @@ def max_pool_backward(
     dx = empty_map(tuple(x.shape), x) if out is None else out
     if out is not None:
         check_output("out", out, tuple(x.shape), x)
-    tile = tile or backward_tile(x, dy, dx)
+    tile = tile or backward_tile(x, dy, dx, launcher)
     instance = instances.max_pool_backward(STORAGE[x.dtype], tile.vector, stride)
     _launch(instance, tile, x, dy, dx, launcher)
     return dx
 
 
-def forward_tile(x: Tensor, y: Tensor) -> Tile:
+def forward_tile(x: Tensor, y: Tensor, launcher: Launcher | None = None) -> Tile:
     """Default division of the forward: 16 bytes of channels a thread."""
     wide, _, single = instances.vectors(STORAGE[x.dtype])
-    return Tile(widest_vector((wide, single), x, y), _rows(y), threads=256)
+    vector = widest_vector((wide, single), x, y)
+    return Tile(vector, _rows(y, vector, launcher or load()), threads=256)
 
 
-def backward_tile(x: Tensor, dy: Tensor, dx: Tensor) -> Tile:
+def backward_tile(x: Tensor, dy: Tensor, dx: Tensor, launcher: Launcher | None = None) -> Tile:
     """Default division of the backward: narrower vectors, for a thread keeps three rows."""
-    return Tile(widest_vector((4, 2, 1), x, dy, dx), _rows(dy), threads=128)
+    vector = widest_vector((4, 2, 1), x, dy, dx)
+    return Tile(vector, _rows(dy, vector, launcher or load()), threads=128)
 
 
-def _rows(y: Tensor) -> int:
-    """Long walks where they keep a GPU busy."""
-    height, width = y.shape[2:]
-    return 8 if height * width >= 4096 else 4
+def _rows(y: Tensor, vector: int, launcher: Launcher) -> int:
+    """Of a walk, which reads two to four rows more than it has windows: as many as leave a GPU
+    walks enough."""
+    images, channels, height, width = y.shape
+    threads = WALKS * launcher.processors(y.device)
+    rows = 8 if height * width >= 4096 else 4
+    while rows > 1 and images * channels // vector * width * -(-height // rows) < threads:
+        rows //= 2
+    return rows
 
 
 def _check(x: Tensor, stride: int, launcher: Launcher) -> tuple[int, int, int, int]:

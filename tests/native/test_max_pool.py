@@ -9,7 +9,13 @@ from torch import Tensor
 
 from lgcnet_fast.native import instances
 from lgcnet_fast.native.launcher import Launcher
-from lgcnet_fast.native.max_pool import Tile, max_pool_backward, max_pool_forward
+from lgcnet_fast.native.max_pool import (
+    Tile,
+    backward_tile,
+    forward_tile,
+    max_pool_backward,
+    max_pool_forward,
+)
 from lgcnet_fast.native.operands import STORAGE
 from tests.native.truth import (
     assert_canaries_live,
@@ -106,6 +112,17 @@ def test_every_tile_gives_the_same(launcher: Launcher, stride: int, dtype: torch
     for vector in vectors:
         for rows, threads in ((1, 256), (3, 40), (20, 128)):
             check(launcher, *case, stride, tile=Tile(vector, rows, threads))
+
+
+@pytest.mark.parametrize(
+    "shape, rows", [((16, 32, 64, 128), 8), ((16, 64, 32, 64), 4), ((1, 128, 49, 97), 2)]
+)
+def test_walks_are_short_where_maps_are_small(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, shape: Shape, rows: int
+) -> None:
+    monkeypatch.setattr(type(launcher), "processors", lambda self, device: 132)
+    x = nhwc(torch.empty(shape), torch.device("cpu"))
+    assert forward_tile(x, x, launcher).rows == backward_tile(x, x, x, launcher).rows == rows
 
 
 @pytest.mark.parametrize("stride", [1, 2])
