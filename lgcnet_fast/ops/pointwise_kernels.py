@@ -129,12 +129,20 @@ def _products(g: Tensor, maps: Tensor, weights: Tensor, out: Tensor, products: T
 
 
 def _weight_products(g: Tensor, maps: Tensor, products: Tensor) -> None:
-    parts = products.shape[1]
-    torch.bmm(
-        matrices(g).unflatten(1, (parts, -1)).flatten(0, 1).transpose(1, 2),
-        matrices(maps).unflatten(1, (parts, -1)).flatten(0, 1),
-        out=products.flatten(0, 1),
-    )
+    gs, xs = matrices(g), matrices(maps)
+    parts, length = cut(maps.shape[-4], gs.shape[1])
+    whole = parts * length
+    if whole == gs.shape[1]:
+        torch.bmm(
+            gs.unflatten(1, (parts, length)).flatten(0, 1).transpose(1, 2),
+            xs.unflatten(1, (parts, length)).flatten(0, 1),
+            out=products.flatten(0, 1),
+        )
+        return
+    for one, x, found in zip(gs, xs, products, strict=True):
+        ones, several = (matrix[:whole].unflatten(0, (parts, length)) for matrix in (one, x))
+        torch.bmm(ones.transpose(1, 2), several, out=found[:parts])
+        torch.mm(one[whole:].t(), x[whole:], out=found[parts])
 
 
 def product_by_library(x: Tensor, weight: Tensor) -> Tensor:
@@ -163,16 +171,24 @@ def matrices(stack: Tensor) -> Tensor:
 
 
 def _parts(maps: Tensor) -> int:
+    """Products of a branch that `_weight_products` leaves to be added."""
     images, _, height, width = maps.shape[-4:]
-    return equal_parts(images, images * height * width)
+    parts, length = cut(images, images * height * width)
+    return parts + (parts * length < images * height * width)
 
 
 @cache
-def equal_parts(images: int, positions: int) -> int:
-    """Into how many the positions of all images are cut: one an image, or as many as leave each at
-    least POSITIONS_A_PART of them."""
+def cut(images: int, positions: int) -> tuple[int, int]:
+    """Parts into which the positions of all images are cut, and how many each has.
+
+    One an image, or as many as leave each at least POSITIONS_A_PART. They hold all positions if
+    that takes no more than halving their number; else a few are left over, as of 193 x 193, which
+    only 193 divides.
+    """
     most = max(images, positions // POSITIONS_A_PART)
-    return next(parts for parts in range(most, 0, -1) if positions % parts == 0)
+    equal = next(parts for parts in range(most, 0, -1) if positions % parts == 0)
+    parts = equal if 2 * equal > most else most
+    return parts, positions // parts
 
 
 POSITIONS_A_PART = 1024

@@ -18,7 +18,7 @@ from lgcnet_fast.ops.fused_separable_branches import (
     stacked_matrices,
     stacked_windows,
 )
-from lgcnet_fast.ops.pointwise_kernels import equal_parts
+from lgcnet_fast.ops.pointwise_kernels import cut, pointwise_gradients, product_gradients_by_library
 from tests.combinations import some_cases
 
 CPU = not torch.cuda.is_available()
@@ -251,13 +251,41 @@ def test_products_of_a_library_do_as_well(
         (1, 193, 385, 55),
         (2, 49, 97, 7),
         (3, 1, 1, 3),
-        (1, 1, 2053, 1),
+        (1, 193, 193, 36),
+        (1, 97, 193, 18),
+        (1, 1, 2053, 2),
+        (1, 1, 1031, 1),
     ],
 )
-def test_parts_of_a_weight_gradient_are_long_and_equal(
+def test_parts_of_a_weight_gradient_are_long_and_many(
     images: int, height: int, width: int, parts: int
 ) -> None:
-    assert equal_parts(images, images * height * width) == parts
+    found, length = cut(images, images * height * width)
+    left_over = images * height * width - found * length
+    assert found == parts and 0 <= left_over < parts and length >= min(1024, height * width)
+
+
+@pytest.mark.parametrize("branches", [1, 3])
+def test_positions_that_no_number_divides_all_count(branches: int) -> None:
+    torch.manual_seed(0)
+    size = (2, 1, 5003)
+    g, maps = (
+        torch.randn(branches, *size, channels, dtype=torch.float64).movedim(-1, 2)
+        for channels in (3, 5)
+    )
+    weights, kept = torch.randn(branches, 3, 5, dtype=torch.float64), maps.clone()
+    d_weights = pointwise_gradients("cuda", [g], maps, weights)()
+    torch.testing.assert_close(d_weights, torch.einsum("bnohw,bnchw->boc", g, kept))
+    torch.testing.assert_close(maps, torch.einsum("bnohw,boc->bnchw", g, weights))
+
+
+def test_the_weight_gradient_of_one_product_counts_what_is_left_over() -> None:
+    torch.manual_seed(0)
+    g, x = (torch.randn(3, 1, 5003, c, dtype=torch.float64).movedim(-1, 1) for c in (4, 5))
+    weight = torch.randn(4, 5, dtype=torch.float64)
+    dx, dw = product_gradients_by_library(g, x, weight)
+    torch.testing.assert_close(dw, torch.einsum("nohw,nchw->oc", g, x))
+    torch.testing.assert_close(dx, torch.einsum("nohw,oc->nchw", g, weight))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
