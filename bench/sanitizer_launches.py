@@ -121,6 +121,20 @@ def depthwise_kernels(inputs: Inputs) -> Results:
             )
 
 
+def branches_of_a_map(inputs: Inputs) -> Results:
+    """Several in a launch of the kernels above, by their default tiles."""
+    dilations, channels = [1, 2, 5, 4], _channels(4)
+    x, weights = inputs.map(channels), [inputs.floats(3, 3, channels) for _ in dilations]
+    for stride in (1, 2):
+        options = {"stride": stride, "relu": True, "launcher": inputs.launcher}
+        size = -(-HEIGHT // stride), -(-WIDTH // stride)
+        maps = [inputs.map(channels, *size).movedim(1, -1) for _ in dilations]
+        ys = torch.stack(maps).movedim(-1, 2)
+        yield from depthwise.branches_backward(x, weights, dilations, ys, **options)
+        depthwise.branches_forward(x, weights, dilations, ys, **options)
+        yield ys
+
+
 def max_pool_kernels(inputs: Inputs) -> Results:
     launcher = inputs.launcher
     for vector, stride in inputs.numbers("max_pool_forward"):
@@ -231,6 +245,7 @@ def concat_product_kernels(inputs: Inputs) -> Results:
 
 FAMILIES: tuple[Callable[[Inputs], Results], ...] = (
     depthwise_kernels,
+    branches_of_a_map,
     max_pool_kernels,
     resizing_kernels,
     mixed_node_kernels,

@@ -7,6 +7,9 @@
 // need (S (R - 1) + 3) (S (C - 1) + 3) loads instead of 9 R C. Walks of different phases interleave,
 // so that neighbouring threads touch neighbouring pixels whatever d is.
 //
+// A launch serves several branches, convolutions of one x by windows of their own and dilations of
+// their own: of small maps a launch each would leave most of a GPU idle.
+//
 // Blocks are (channel vectors, columns). No atomics: the weight gradient is summed over a thread's
 // own outputs, over the columns of its block in shared memory, and over blocks by sum_partials of
 // sums.cuh.
@@ -21,38 +24,51 @@ namespace lgcnet {
 template <typename T, int V>
 constexpr int kForwardThreads = V * sizeof(T) > 8 ? 256 : 512;
 constexpr int kBackwardThreads = 256;
+constexpr int kBranchesALaunch = 16;
 
 struct DepthwiseForwardArguments {
-  View x;               // T (images, in_height, in_width, channels)
-  View y;               // T (images, out_height, out_width, channels)
-  const float* weight;  // (3, 3, channels)
-  int channels;
-  int in_height;
-  int in_width;
-  int out_height;
-  int out_width;
-  int dilation;
-  int relu;
-  int channel_tiles;
-};
-
-struct DepthwiseBackwardArguments {
-  View x;               // T (images, in_height, in_width, channels)
-  View dy;              // T (images, out_height, out_width, channels)
-  View dx;              // T, as x
-  const float* weight;  // (3, 3, channels)
-  float* partial;       // (gridDim.y, gridDim.x, 3, 3, channels)
+  View x;                              // T (images, in_height, in_width, channels)
+  View y;                              // T (images, out_height, out_width, channels) of a branch
+  void* ys[kBranchesALaunch];             // where the y of each branch is
+  const float* weight[kBranchesALaunch];  // (3, 3, channels)
+  int dilation[kBranchesALaunch];
   int images;
   int channels;
   int in_height;
   int in_width;
   int out_height;
   int out_width;
-  int dilation;
   int relu;
-  int accumulate;  // add to what dx holds
-  int row_groups;
+  int channel_tiles;
 };
+
+struct DepthwiseBackwardArguments {
+  View x;                              // T (images, in_height, in_width, channels)
+  View dy;                             // T (images, out_height, out_width, channels) of a branch
+  View dx;                             // T, as x
+  void* dys[kBranchesALaunch];            // where the dy of each branch is
+  void* dxs[kBranchesALaunch];            // and where the gradient of x that comes from it goes
+  const float* weight[kBranchesALaunch];  // (3, 3, channels)
+  float* partial;                      // (branches, gridDim.y, gridDim.x, 3, 3, channels)
+  int dilation[kBranchesALaunch];
+  int row_groups[kBranchesALaunch];
+  int images;
+  int channels;
+  int in_height;
+  int in_width;
+  int out_height;
+  int out_width;
+  int relu;
+  int accumulate;  // add to what the dxs hold
+  int channel_tiles;
+};
+
+// A branch's map of several that lie alike.
+__device__ __forceinline__ View view_at(const View& like, void* data) {
+  View view = like;
+  view.data = data;
+  return view;
+}
 
 template <int V>
 __device__ __forceinline__ void load_weights(const float* weight, int channels, int channel,
@@ -63,21 +79,26 @@ __device__ __forceinline__ void load_weights(const float* weight, int channels, 
   }
 }
 
-// Grid: x column tiles, y row walks, z images x channel tiles.
+// Grid: x column tiles, y row walks, z branches x images x channel tiles; walks that a branch has
+// not are idle.
 template <typename T, int V, int S, int Columns, int Rows>
 __global__ void __launch_bounds__(kForwardThreads<T, V>)
     depthwise_forward(const DepthwiseForwardArguments a) {
   constexpr int kInColumns = S * (Columns - 1) + 3;
   constexpr int kInRows = S * (Rows - 1) + 3;
-  const int d = a.dilation;
-  const int image = blockIdx.z / a.channel_tiles;
+  const int map = blockIdx.z / a.channel_tiles;
+  const int branch = map / a.images;
+  const int image = map - branch * a.images;
+  const int d = a.dilation[branch];
   const int channel = (blockIdx.z % a.channel_tiles * blockDim.x + threadIdx.x) * V;
   const int ox = walk_start(blockIdx.x * blockDim.y + threadIdx.y, Columns, d, a.out_width);
   const int oy = walk_start(blockIdx.y, Rows, d, a.out_height);
   if (channel >= a.channels || ox >= a.out_width || oy >= a.out_height) return;
 
   float w[9][V];
-  load_weights(a.weight, a.channels, channel, true, w);
+  load_weights(a.weight[branch], a.channels, channel, true, w);
+  const T* x = pixel_row<const T>(a.x, image, 0) + channel;
+  T* y = static_cast<T*>(a.ys[branch]) + image * a.y.image_stride + channel;
   const float bound = relu_bound(a.relu);
   const int x_pixel = static_cast<int>(a.x.pixel_stride);
   const int y_pixel = static_cast<int>(a.y.pixel_stride);
@@ -87,7 +108,7 @@ __global__ void __launch_bounds__(kForwardThreads<T, V>)
   for (int j = 0; j < kInRows; ++j) {
     const int iy = S * oy + (j - 1) * d;
     const bool row_inside = static_cast<unsigned>(iy) < static_cast<unsigned>(a.in_height);
-    const T* row = pixel_row<const T>(a.x, image, iy) + channel;
+    const T* row = x + iy * a.x.row_stride;
     float in[kInColumns][V];
 #pragma unroll
     for (int i = 0; i < kInColumns; ++i) {
@@ -111,7 +132,7 @@ __global__ void __launch_bounds__(kForwardThreads<T, V>)
         }
       }
       if (ky < 2 || oy + t * d >= a.out_height) continue;
-      T* out = pixel_row<T>(a.y, image, oy + t * d) + channel;
+      T* out = y + (oy + t * d) * a.y.row_stride;
 #pragma unroll
       for (int i = 0; i < Columns; ++i) {
         if (ox + i * d < a.out_width) store<T, V>(out + (ox + i * d) * y_pixel, sum[t][i]);
@@ -129,7 +150,8 @@ __device__ __forceinline__ void write_partial(const DepthwiseBackwardArguments& 
   const int across = blockDim.x;
   const int threads = across * blockDim.y;
   const int thread = threadIdx.y * across + threadIdx.x;
-  const long long block = static_cast<long long>(blockIdx.y) * gridDim.x + blockIdx.x;
+  const long long branch = blockIdx.z / a.channel_tiles;
+  const long long block = (branch * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
 #pragma unroll
   for (int ky = 0; ky < 3; ++ky) {
 #pragma unroll
@@ -139,7 +161,7 @@ __device__ __forceinline__ void write_partial(const DepthwiseBackwardArguments& 
     for (int item = thread; item < 3 * V * across; item += threads) {
       const int value = item / across;
       const int vector = item % across;
-      const int channel = (blockIdx.z * across + vector) * V + value % V;
+      const int channel = (blockIdx.z % a.channel_tiles * across + vector) * V + value % V;
       if (channel >= a.channels) continue;
       float total = 0.0f;
       for (int first = vector; first < threads; first += across) total += shared[value][first];
@@ -164,27 +186,32 @@ __device__ __forceinline__ void store_gradient(const DepthwiseBackwardArguments&
 //
 //   dx[p] = [x[p] > 0] sum_k w[k] dy[p - (k - 1) d]       dw[k] = sum_p r[p] dy[p - (k - 1) d]
 //
-// Grid: x column tiles, y workers that take (image, row walk) pairs in turn, z channel tiles.
+// Grid: x column tiles, y workers that take (image, row walk) pairs in turn, z branches x channel
+// tiles.
 template <typename T, int V, int Columns, int Rows>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     depthwise_backward(const DepthwiseBackwardArguments a) {
-  const int d = a.dilation;
-  const int channel = (blockIdx.z * blockDim.x + threadIdx.x) * V;
+  const int branch = blockIdx.z / a.channel_tiles;
+  const int d = a.dilation[branch];
+  const int channel = (blockIdx.z % a.channel_tiles * blockDim.x + threadIdx.x) * V;
   const int ix = walk_start(blockIdx.x * blockDim.y + threadIdx.y, Columns, d, a.in_width);
   const bool active = channel < a.channels && ix < a.in_width;
 
   float w[9][V];
-  load_weights(a.weight, a.channels, channel, active, w);
+  load_weights(a.weight[branch], a.channels, channel, active, w);
   float dw[9][V] = {};
   const float bound = relu_bound(a.relu);
   const int x_pixel = static_cast<int>(a.x.pixel_stride);
   const int dy_pixel = static_cast<int>(a.dy.pixel_stride);
   const int dx_pixel = static_cast<int>(a.dx.pixel_stride);
-  const int units = active ? a.images * a.row_groups : 0;
+  const View dy = view_at(a.dy, a.dys[branch]);
+  const View dx = view_at(a.dx, a.dxs[branch]);
+  const int row_groups = a.row_groups[branch];
+  const int units = active ? a.images * row_groups : 0;
 
   for (int unit = blockIdx.y; unit < units; unit += gridDim.y) {
-    const int image = unit / a.row_groups;
-    const int iy = walk_start(unit % a.row_groups, Rows, d, a.in_height);
+    const int image = unit / row_groups;
+    const int iy = walk_start(unit % row_groups, Rows, d, a.in_height);
     if (iy >= a.in_height) continue;
     float r[Rows][Columns][V];
     float sum[Rows][Columns][V] = {};
@@ -201,7 +228,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       }
       const int oy = iy + (j - 1) * d;
       const bool row_inside = static_cast<unsigned>(oy) < static_cast<unsigned>(a.out_height);
-      const T* row = pixel_row<const T>(a.dy, image, oy) + channel;
+      const T* row = pixel_row<const T>(dy, image, oy) + channel;
       float g[Columns + 2][V];
 #pragma unroll
       for (int i = 0; i < Columns + 2; ++i) {
@@ -227,7 +254,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
           }
         }
         if (ky > 0 || iy + t * d >= a.in_height) continue;
-        T* out = pixel_row<T>(a.dx, image, iy + t * d) + channel;
+        T* out = pixel_row<T>(dx, image, iy + t * d) + channel;
 #pragma unroll
         for (int i = 0; i < Columns; ++i) {
           if (ix + i * d >= a.in_width) continue;
@@ -248,20 +275,25 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 template <typename T, int V>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     depthwise_backward_stride2(const DepthwiseBackwardArguments a) {
-  const int channel = (blockIdx.z * blockDim.x + threadIdx.x) * V;
+  const int branch = blockIdx.z / a.channel_tiles;
+  const int d = a.dilation[branch];
+  const int channel = (blockIdx.z % a.channel_tiles * blockDim.x + threadIdx.x) * V;
   const int qx = blockIdx.x * blockDim.y + threadIdx.y;
   const bool active = channel < a.channels && 2 * qx < a.in_width;
 
   float w[9][V];
-  load_weights(a.weight, a.channels, channel, active, w);
+  load_weights(a.weight[branch], a.channels, channel, active, w);
   float dw[9][V] = {};
   const float bound = relu_bound(a.relu);
-  const int offset[3] = {(a.dilation + 1) / 2, 0, -((a.dilation - 1) / 2)};
-  const int units = active ? a.images * a.row_groups : 0;
+  const int offset[3] = {(d + 1) / 2, 0, -((d - 1) / 2)};
+  const View dy = view_at(a.dy, a.dys[branch]);
+  const View dx = view_at(a.dx, a.dxs[branch]);
+  const int row_groups = a.row_groups[branch];
+  const int units = active ? a.images * row_groups : 0;
 
   for (int unit = blockIdx.y; unit < units; unit += gridDim.y) {
-    const int image = unit / a.row_groups;
-    const int qy = unit % a.row_groups;
+    const int image = unit / row_groups;
+    const int qy = unit % row_groups;
 #pragma unroll
     for (int odd_y = 0; odd_y < 2; ++odd_y) {
 #pragma unroll
@@ -284,7 +316,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
                 static_cast<unsigned>(ox) < static_cast<unsigned>(a.out_width);
             float g[V];
             load<T, V>(
-                pixel_row<const T>(a.dy, image, oy) + ox * a.dy.pixel_stride + channel, inside, g);
+                pixel_row<const T>(dy, image, oy) + ox * dy.pixel_stride + channel, inside, g);
 #pragma unroll
             for (int v = 0; v < V; ++v) {
               sum[v] = fmaf(w[3 * ky + kx][v], g[v], sum[v]);
@@ -293,7 +325,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
           }
         }
         store_gradient<T, V>(
-            a, pixel_row<T>(a.dx, image, iy) + ix * a.dx.pixel_stride + channel, r, sum);
+            a, pixel_row<T>(dx, image, iy) + ix * dx.pixel_stride + channel, r, sum);
       }
     }
   }

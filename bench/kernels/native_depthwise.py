@@ -85,7 +85,7 @@ def tiles(case: Case, gradients: bool) -> Iterator[Tile]:
     i = make_inputs(case)
     stride = 2 if case.stride == 2 and case.dilations[0] % 2 else 1  # the kernel's own
     dy = i.dy[0, 0]
-    yield backward_tile(i.x, dy, i.x, stride) if gradients else forward_tile(i.x, dy)
+    yield backward_tile(i.x, dy, stride=stride) if gradients else forward_tile(i.x, dy)
     for one in instances.all_instances():
         if not one.kernel.startswith("depthwise") or STORAGE[case.dtype] not in one.parameters[0]:
             continue

@@ -5,6 +5,7 @@ Reading and writing each map once is the floor: x + y forward, x + dy + dx backw
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,16 +30,25 @@ from lgcnet_fast.native.operands import (
 )
 from lgcnet_fast.native.sums import sum_partials
 
+BRANCHES_A_LAUNCH = 16
+"""kBranchesALaunch of the kernels."""
+APART = 2**21
+"""Values of a map up to which branches give a gradient of x each, which are added up then: a launch
+for each branch, which adds to what the others gave, would leave most of a GPU idle."""
+
 _SIZES = [(f"{side}_{axis}", "i4") for side in ("in", "out") for axis in ("height", "width")]
+_BRANCHES = (BRANCHES_A_LAUNCH,)
 
 FORWARD_ARGUMENTS = np.dtype(
     [
         ("x", VIEW),
         ("y", VIEW),
-        ("weight", "u8"),
+        ("ys", "u8", _BRANCHES),
+        ("weight", "u8", _BRANCHES),
+        ("dilation", "i4", _BRANCHES),
+        ("images", "i4"),
         ("channels", "i4"),
         *_SIZES,
-        ("dilation", "i4"),
         ("relu", "i4"),
         ("channel_tiles", "i4"),
     ],
@@ -50,15 +60,18 @@ BACKWARD_ARGUMENTS = np.dtype(
         ("x", VIEW),
         ("dy", VIEW),
         ("dx", VIEW),
-        ("weight", "u8"),
+        ("dys", "u8", _BRANCHES),
+        ("dxs", "u8", _BRANCHES),
+        ("weight", "u8", _BRANCHES),
         ("partial", "u8"),
+        ("dilation", "i4", _BRANCHES),
+        ("row_groups", "i4", _BRANCHES),
         ("images", "i4"),
         ("channels", "i4"),
         *_SIZES,
-        ("dilation", "i4"),
         ("relu", "i4"),
         ("accumulate", "i4"),
-        ("row_groups", "i4"),
+        ("channel_tiles", "i4"),
     ],
     align=True,
 )
@@ -104,28 +117,31 @@ def depthwise_forward(
     y = empty_map(shape, x) if out is None else out
     if out is not None:
         check_output("out", out, shape, x)
-    seen, dilation, stride = even_pixels(x, dilation, stride)
-    tile = tile or forward_tile(seen, y)
-    instance = instances.depthwise_forward(
-        STORAGE[x.dtype], tile.vector, stride, tile.columns, tile.rows
-    )
-    _check_tile(tile, instance, _forward_threads(x.dtype, tile.vector), seen, y)
-
-    images, channels, out_height, out_width = shape
-    across, pixels, tiles = block_of(channels // tile.vector, tile.threads)
-    grid = (
-        -(-walks(out_width, dilation, tile.columns) // pixels),
-        walks(out_height, dilation, tile.rows),
-        images * tiles,
-    )
-    check_grid("depthwise_forward", grid)
-    fields = (
-        *(view_of(seen), view_of(y), weight.data_ptr(), channels),
-        *(*seen.shape[2:], out_height, out_width, dilation, int(relu), tiles),
-    )
-    arguments = pack(FORWARD_ARGUMENTS, fields)
-    launcher.launch(instance, grid, (across, pixels, 1), arguments, x.device)
+    _forward(x, [weight], [dilation], [y], stride, relu, launcher, tile)
     return y
+
+
+def branches_forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    out: Tensor,
+    *,
+    stride: int = 1,
+    relu: bool = False,
+    launcher: Launcher | None = None,
+) -> None:
+    """`depthwise_forward` of x by B windows, in as few launches as their dilations allow.
+
+    out: the results, (B, N, C, H', W'), each NHWC. Raises as `depthwise_forward`.
+    """
+    launcher = launcher or load()
+    _check_branches(weights, dilations, out=out)
+    for weight, dilation, y in zip(weights, dilations, out, strict=True):
+        check_output("out", y, _check(x, weight, dilation, stride, launcher), x)
+    for group in _groups(dilations, stride):
+        some = ([of_all[at] for at in group] for of_all in (weights, dilations, out))
+        _forward(x, *some, stride, relu, launcher)
 
 
 def depthwise_backward(
@@ -149,53 +165,176 @@ def depthwise_backward(
     """
     launcher = launcher or load()
     shape = _check(x, weight, dilation, stride, launcher)
-    check_map("dy", dy, launcher)
-    check_same("dy", dy, shape, x.dtype, x.device)
+    _check_gradient(dy, shape, x, launcher)
     if out is None and accumulate:
         raise ValueError("accumulate: there is no `out` to add to")
     dx = empty_map(tuple(x.shape), x) if out is None else out
     if out is not None:
         check_output("out", out, tuple(x.shape), x)
-    seen, dilation_seen, stride_seen = even_pixels(x, dilation, stride)
-    written = dx
-    if stride_seen != stride:  # the other pixels have no gradient
-        written = (dx if accumulate else dx.zero_())[:, :, ::2, ::2]
-    tile = tile or backward_tile(seen, dy, written, stride_seen)
-    instance = _backward_instance(STORAGE[x.dtype], tile, stride_seen)
-    _check_tile(tile, instance, BACKWARD_THREADS, seen, dy, written)
+    dw = _backward(
+        x,
+        [weight],
+        [dilation],
+        [dy],
+        [dx],
+        stride,
+        relu,
+        launcher,
+        accumulate=accumulate,
+        tile=tile,
+    )
+    return dx, dw[0]
+
+
+def branches_backward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    dys: Tensor,
+    *,
+    stride: int = 1,
+    relu: bool = False,
+    launcher: Launcher | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `branches_forward` to x and to the windows, (B, 3, 3, C) float32.
+
+    dys: as `out` there. That of x is rounded to its dtype for each branch. Raises as
+    `depthwise_forward`.
+    """
+    launcher = launcher or load()
+    _check_branches(weights, dilations, dys=dys)
+    for weight, dilation, dy in zip(weights, dilations, dys, strict=True):
+        _check_gradient(dy, _check(x, weight, dilation, stride, launcher), x, launcher)
+    dx = empty_map(tuple(x.shape), x)
+    geometry = (stride, relu, launcher)
+    if stride == 1 and 1 < len(weights) and x.numel() <= APART:
+        images, channels, height, width = x.shape
+        memory = x.new_empty(len(weights), images, height, width, channels)
+        dws = [
+            _backward(
+                *(x, weights[some], dilations[some], dys[some]),
+                *(memory[some].movedim(-1, 2), *geometry),
+            )
+            for some in _chunks(len(weights))
+        ]
+        torch.sum(memory, 0, out=dx.movedim(1, -1))
+        return dx, torch.cat(dws)
+    dws = []
+    for weight, dilation, dy in zip(weights, dilations, dys, strict=True):
+        accumulate = bool(dws)
+        dws.append(_backward(x, [weight], [dilation], [dy], [dx], *geometry, accumulate=accumulate))
+    return dx, torch.cat(dws)
+
+
+def _forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    ys: Sequence[Tensor],
+    stride: int,
+    relu: bool,
+    launcher: Launcher,
+    tile: Tile | None = None,
+) -> None:
+    """One launch, for dilations that are all even where the stride is 2, or all odd."""
+    seen, _, kernel_stride = even_pixels(x, dilations[0], stride)
+    if kernel_stride != stride:
+        dilations = [dilation // 2 for dilation in dilations]
+    tile = tile or forward_tile(seen, *ys)
+    instance = instances.depthwise_forward(
+        STORAGE[x.dtype], tile.vector, kernel_stride, tile.columns, tile.rows
+    )
+    _check_tile(tile, instance, _forward_threads(x.dtype, tile.vector), seen, *ys)
+
+    images, channels, height, width = ys[0].shape
+    across, pixels, tiles = block_of(channels // tile.vector, tile.threads)
+    grid = (
+        -(-max(walks(width, dilation, tile.columns) for dilation in dilations) // pixels),
+        max(walks(height, dilation, tile.rows) for dilation in dilations),
+        len(ys) * images * tiles,
+    )
+    check_grid("depthwise_forward", grid)
+    fields = (
+        *(view_of(seen), view_of(ys[0]), _of_branches(y.data_ptr() for y in ys)),
+        *(_of_branches(weight.data_ptr() for weight in weights), _of_branches(dilations)),
+        *(images, channels, *seen.shape[2:], height, width, int(relu), tiles),
+    )
+    arguments = pack(FORWARD_ARGUMENTS, fields)
+    launcher.launch(instance, grid, (across, pixels, 1), arguments, x.device)
+
+
+def _backward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    dys: Sequence[Tensor],
+    dxs: Sequence[Tensor],
+    stride: int,
+    relu: bool,
+    launcher: Launcher,
+    accumulate: bool = False,
+    tile: Tile | None = None,
+) -> Tensor:
+    """One launch: the gradients of x to `dxs`, those of the windows, (B, 3, 3, C), returned."""
+    seen, _, kernel_stride = even_pixels(x, dilations[0], stride)
+    written = list(dxs)
+    if kernel_stride != stride:  # the other pixels have no gradient
+        dilations = [dilation // 2 for dilation in dilations]
+        written = [(dx if accumulate else dx.zero_())[:, :, ::2, ::2] for dx in dxs]
+    tile = tile or backward_tile(seen, *dys, *written, stride=kernel_stride)
+    instance = _backward_instance(STORAGE[x.dtype], tile, kernel_stride)
+    _check_tile(tile, instance, BACKWARD_THREADS, seen, *dys, *written)
 
     images, channels, height, width = seen.shape
-    if stride_seen == 2:  # walks of one 2 x 2 square
-        columns, rows = -(-width // 2), -(-height // 2)
+    if kernel_stride == 2:  # walks of one 2 x 2 square
+        columns, rows = -(-width // 2), [-(-height // 2)] * len(dys)
     else:
-        columns = walks(width, dilation_seen, tile.columns)
-        rows = walks(height, dilation_seen, tile.rows)
+        columns = max(walks(width, dilation, tile.columns) for dilation in dilations)
+        rows = [walks(height, dilation, tile.rows) for dilation in dilations]
     across, pixels, tiles = block_of(channels // tile.vector, tile.threads)
     column_blocks = -(-columns // pixels)
-    wanted = -(-launcher.processors(x.device) * tile.blocks // (column_blocks * tiles))
-    workers = min(wanted, images * rows)
-    grid = (column_blocks, workers, tiles)
+    # Several branches: more of them, so that the last ones leave little of the GPU idle.
+    blocks = launcher.processors(x.device) * tile.blocks * min(len(dys), 4)
+    workers = min(-(-blocks // (column_blocks * tiles * len(dys))), images * max(rows))
+    grid = (column_blocks, workers, tiles * len(dys))
     check_grid("depthwise_backward", grid)
-    partial = weight.new_empty(workers * column_blocks, 3, 3, channels)
+    partial = weights[0].new_empty(len(dys), workers * column_blocks, 3, 3, channels)
     fields = (
-        *(view_of(seen), view_of(dy), view_of(written), weight.data_ptr(), partial.data_ptr()),
-        *(images, channels, height, width, *shape[2:], dilation_seen, int(relu)),
-        *(int(accumulate), rows),
+        *(view_of(seen), view_of(dys[0]), view_of(written[0])),
+        *(_of_branches(one.data_ptr() for one in several) for several in (dys, written, weights)),
+        *(partial.data_ptr(), _of_branches(dilations), _of_branches(rows)),
+        *(images, channels, height, width, *dys[0].shape[2:], int(relu), int(accumulate), tiles),
     )
     arguments = pack(BACKWARD_ARGUMENTS, fields)
     launcher.launch(instance, grid, (across, pixels, 1), arguments, x.device)
-    return dx, sum_partials(partial, launcher)
+    return sum_partials(partial, launcher, groups=True)
 
 
-def forward_tile(x: Tensor, y: Tensor) -> Tile:
+def _of_branches(numbers: Iterable[int]) -> list[int]:
+    found = list(numbers)
+    return found + [0] * (BRANCHES_A_LAUNCH - len(found))
+
+
+def _groups(dilations: Sequence[int], stride: int) -> Iterator[list[int]]:
+    """Places of branches that one launch of the forward serves."""
+    for odd in (0, 1) if stride == 2 else (None,):
+        places = [at for at, one in enumerate(dilations) if odd in (None, one % 2)]
+        yield from (places[some] for some in _chunks(len(places)))
+
+
+def _chunks(count: int) -> list[slice]:
+    return [slice(first, first + BRANCHES_A_LAUNCH) for first in range(0, count, BRANCHES_A_LAUNCH)]
+
+
+def forward_tile(x: Tensor, *ys: Tensor) -> Tile:
     """Default division of the forward: 8 bytes of channels a thread, 4 x 2 outputs a walk."""
     _, narrow, single = instances.vectors(STORAGE[x.dtype])
-    return Tile(widest_vector((narrow, single), x, y), columns=2, rows=4, threads=256)
+    return Tile(widest_vector((narrow, single), x, *ys), columns=2, rows=4, threads=256)
 
 
-def backward_tile(x: Tensor, dy: Tensor, dx: Tensor, stride: int) -> Tile:
+def backward_tile(x: Tensor, *maps: Tensor, stride: int) -> Tile:
     """Default division of the backward: narrower vectors, for it holds 18 numbers a channel."""
-    vector = widest_vector((2, 1), x, dy, dx)
+    vector = widest_vector((2, 1), x, *maps)
     return Tile(vector, columns=1 if stride == 2 else 2, rows=4, threads=128)
 
 
@@ -213,6 +352,24 @@ def _check(
     if not 1 <= dilation < 2**15:
         raise ValueError(f"dilation: {dilation} is not between 1 and {2**15 - 1}")
     return images, channels, -(-height // stride), -(-width // stride)
+
+
+def _check_gradient(
+    dy: Tensor, shape: tuple[int, int, int, int], x: Tensor, launcher: Launcher
+) -> None:
+    check_map("dy", dy, launcher)
+    check_same("dy", dy, shape, x.dtype, x.device)
+
+
+def _check_branches(weights: Sequence[Tensor], dilations: Sequence[int], **maps: Tensor) -> None:
+    """maps: by name, a stack of one map a branch."""
+    ((name, stack),) = maps.items()
+    if stack.ndim != 5:
+        raise ValueError(f"{name}: shape {tuple(stack.shape)}, need maps (B, N, C, H, W)")
+    if not len(weights) == len(dilations) == len(stack) > 0:
+        raise ValueError(
+            f"{name}: {len(stack)} maps for {len(weights)} weights and {len(dilations)} dilations"
+        )
 
 
 def _forward_threads(dtype: torch.dtype, vector: int) -> int:

@@ -1,18 +1,17 @@
 """The depthwise launchers of both backends under one signature, Triton's with tuned tiles.
 
-Triton's kernels serve all dilations of an input in one launch; the CUDA ones serve one branch a
-launch. On GPUs of sm_90 `triton` takes both gradients of several branches from one launch of
-csrc/depthwise_branches.cuh where the extension was compiled: Triton cannot multiply maps where they
-lie in shared memory, shifted, by the matrix units.
+Both serve all dilations of an input in one launch, but for gradients of large maps by `cuda`, which
+take one a branch. On GPUs of sm_90 `triton` takes both gradients of several branches from one
+launch of csrc/depthwise_branches.cuh where the extension was compiled: Triton cannot multiply maps
+where they lie in shared memory, shifted, by the matrix units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lgcnet_fast.ops.lanes import side_by_side
@@ -32,11 +31,11 @@ def filtered_maps(
     x: (N, C, H, W), NHWC; windows: (edges, B, 3, 3, C); dilations: B of them.
     """
     if backend == "cuda":
-        from lgcnet_fast.native.depthwise import depthwise_forward
+        from lgcnet_fast.native.depthwise import branches_forward
 
         y = empty_nhwc(x, _shape(x, windows, stride))
-        for out, window, dilation in _branches(y, windows, dilations):
-            depthwise_forward(x, window, dilation=dilation, stride=stride, relu=True, out=out)
+        branches = *_branches(windows, dilations), y.flatten(0, 1)
+        branches_forward(x, *branches, stride=stride, relu=True)
         return y
     from lgcnet_fast.kernels.depthwise import ForwardConfig, depthwise_multi
 
@@ -223,25 +222,18 @@ def _summed(
 def _cuda_gradients(
     dy: Tensor, x: Tensor, windows: Tensor, dilations: Sequence[int], stride: int
 ) -> tuple[Tensor, Tensor]:
-    from lgcnet_fast.native.depthwise import depthwise_backward
+    from lgcnet_fast.native.depthwise import branches_backward
 
-    dx, dws = None, []
-    for g, window, dilation in _branches(dy, windows, dilations):
-        settings: dict[str, Any] = {"dilation": dilation, "stride": stride, "relu": True}
-        dx, dw = depthwise_backward(x, window, g, out=dx, accumulate=dx is not None, **settings)
-        dws.append(dw)
-    assert dx is not None
-    return dx, torch.stack(dws).view_as(windows)
+    branches = *_branches(windows, dilations), dy.flatten(0, 1)
+    dx, dw = branches_backward(x, *branches, stride=stride, relu=True)
+    return dx, dw.view_as(windows)
 
 
-def _branches(
-    maps: Tensor, windows: Tensor, dilations: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Map, window and dilation of each branch; CUDA kernels read aligned float32 windows."""
-    every = zip(maps.flatten(0, 1), windows.float().flatten(0, 1), strict=True)
-    for branch, (branch_map, window) in enumerate(every):
-        aligned = window if window.data_ptr() % 16 == 0 else window.clone()
-        yield branch_map, aligned, dilations[branch % len(dilations)]
+def _branches(windows: Tensor, dilations: Sequence[int]) -> tuple[list[Tensor], list[int]]:
+    """Window and dilation of each branch; CUDA kernels read aligned float32 windows."""
+    each = windows.float().flatten(0, 1).unbind()
+    aligned = [window if window.data_ptr() % 16 == 0 else window.clone() for window in each]
+    return aligned, list(dilations) * len(windows)
 
 
 def _shape(x: Tensor, windows: Tensor, stride: int) -> tuple[int, ...]:

@@ -9,11 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lgcnet_fast.native import instances
-from lgcnet_fast.native.depthwise import Tile, depthwise_backward, depthwise_forward
+from lgcnet_fast.native import depthwise, instances
+from lgcnet_fast.native.depthwise import (
+    Tile,
+    branches_backward,
+    branches_forward,
+    depthwise_backward,
+    depthwise_forward,
+)
 from lgcnet_fast.native.launcher import Launcher
 from lgcnet_fast.native.operands import STORAGE
-from tests.native.truth import assert_canaries_live, assert_close, poisoned
+from tests.native.truth import ROUNDING, assert_canaries_live, assert_close, poisoned
 
 SHAPES = [(2, 8, 9, 13), (1, 3, 5, 3), (1, 17, 1, 1), (2, 16, 12, 11), (1, 1, 4, 1)]
 LARGE = [(4, 48, 49, 97), (1, 255, 33, 7), (2, 64, 97, 193), (16, 32, 64, 128)]
@@ -208,6 +214,64 @@ def test_gradients_of_branches_add_up(
     assert_canaries_live(dx)
     with pytest.raises(ValueError, match="accumulate: there is no"):
         depthwise_backward(*backward, **geometry, accumulate=True, launcher=launcher)
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize(
+    "dilations, stride", [((1, 2, 4, 8) * 2, 1), ((1, 2, 4, 3, 2), 2), ((2,), 2), ((1, 3) * 9, 1)]
+)
+def test_branches_of_one_map(
+    launcher: Launcher,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    dilations: tuple[int, ...],
+    stride: int,
+    apart: bool,
+    dtype: torch.dtype,
+) -> None:
+    """In launches together, of the gradients too where maps are small."""
+    monkeypatch.setattr(depthwise, "APART", 2**21 if apart else 0)
+    shape, geometry = (2, 8, 9, 7), {"stride": stride, "relu": True}
+    cases = [truth(shape, dtype, device, dilation=d, **geometry) for d in dilations]
+    x, dy = cases[0].x, torch.stack([case.dy for case in cases])
+    weights = [torch.randn(3, 3, 8).to(device) for _ in dilations]
+    y = torch.full_like(dy, float("nan"))
+    branches = weights, list(dilations)
+    branches_forward(x, *branches, y, **geometry, launcher=launcher)
+    dx, dw = branches_backward(x, *branches, dy, **geometry, launcher=launcher)
+    again = branches_backward(x, *branches, dy, **geometry, launcher=launcher)
+    exact_x = x.double().requires_grad_()
+    exact_w = [weight.double().requires_grad_() for weight in weights]
+    exact = torch.stack(
+        [
+            F.conv2d(
+                exact_x.relu(), w.permute(2, 0, 1)[:, None], None, stride, d, d, groups=shape[1]
+            )
+            for w, d in zip(exact_w, dilations, strict=True)
+        ]
+    )
+    wanted, *of_windows = torch.autograd.grad(exact, [exact_x, *exact_w], dy.double())
+    assert_close(y, exact.detach(), dtype)
+    assert_close(dx, wanted, dtype, len(dilations), slack=ROUNDING[dtype] / ROUNDING[torch.float32])
+    assert_close(dw, torch.stack(of_windows), torch.float32, dy[0].numel() // shape[1])
+    assert torch.equal(dx, again[0]) and torch.equal(dw, again[1])
+
+
+def test_branches_that_do_not_match_are_named(emulated: Launcher) -> None:
+    x, weights = good()["x"], [torch.zeros(3, 3, 4)] * 2
+    y = torch.zeros(2, 1, 5, 6, 4).movedim(-1, 2)
+    bad = {
+        "out: shape .*, need maps": (weights, [1, 2], y[0]),
+        "out: 2 maps for 2 weights and 1 dilations": (weights, [1], y),
+        "out: shape": (weights, [1, 2], y[:, :, :2]),
+        "dilation: 0": (weights, [1, 0], y),
+    }
+    for message, arguments in bad.items():
+        with pytest.raises(ValueError, match=message):
+            branches_forward(x, *arguments, launcher=emulated)
+    with pytest.raises(ValueError, match="dys: 1 maps for 2 weights"):
+        branches_backward(x, weights, [1, 2], y[:1], launcher=emulated)
 
 
 def test_the_same_inputs_give_the_same_bits(launcher: Launcher, device: torch.device) -> None:
