@@ -5,8 +5,9 @@ Reading and writing each map once is the floor: x + y forward, x + dy + dx backw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -95,6 +96,25 @@ class Tile:
     """Backward: blocks a multiprocessor; each block writes one partial weight gradient."""
 
 
+class _Branches(NamedTuple):
+    """Convolutions of one map."""
+
+    weights: Sequence[Tensor]
+    dilations: Sequence[int]
+    stride: int
+    relu: bool
+
+    def some(self, places: Sequence[int]) -> _Branches:
+        weights, dilations = ([every[at] for at in places] for every in self[:2])
+        return self._replace(weights=weights, dilations=dilations)
+
+    def seen(self, x: Tensor) -> tuple[Tensor, list[int], int]:
+        """x, dilations and stride for the kernels; the dilations all even at stride 2, or odd."""
+        seen, _, stride = even_pixels(x, self.dilations[0], self.stride)
+        halved = 2 if stride != self.stride else 1
+        return seen, [dilation // halved for dilation in self.dilations], stride
+
+
 def depthwise_forward(
     x: Tensor,
     weight: Tensor,
@@ -117,7 +137,7 @@ def depthwise_forward(
     y = empty_map(shape, x) if out is None else out
     if out is not None:
         check_output("out", out, shape, x)
-    _forward(x, [weight], [dilation], [y], stride, relu, launcher, tile)
+    _forward(x, _Branches([weight], [dilation], stride, relu), [y], launcher, tile)
     return y
 
 
@@ -139,9 +159,9 @@ def branches_forward(
     _check_branches(weights, dilations, out=out)
     for weight, dilation, y in zip(weights, dilations, out, strict=True):
         check_output("out", y, _check(x, weight, dilation, stride, launcher), x)
-    for group in _groups(dilations, stride):
-        some = ([of_all[at] for at in group] for of_all in (weights, dilations, out))
-        _forward(x, *some, stride, relu, launcher)
+    branches = _Branches(weights, dilations, stride, relu)
+    for places in _launches(dilations, stride):
+        _forward(x, branches.some(places), [out[at] for at in places], launcher)
 
 
 def depthwise_backward(
@@ -171,18 +191,8 @@ def depthwise_backward(
     dx = empty_map(tuple(x.shape), x) if out is None else out
     if out is not None:
         check_output("out", out, tuple(x.shape), x)
-    dw = _backward(
-        x,
-        [weight],
-        [dilation],
-        [dy],
-        [dx],
-        stride,
-        relu,
-        launcher,
-        accumulate=accumulate,
-        tile=tile,
-    )
+    branches = _Branches([weight], [dilation], stride, relu)
+    dw = _backward(x, branches, [dy], [dx], launcher, accumulate, tile)
     return dx, dw[0]
 
 
@@ -206,43 +216,36 @@ def branches_backward(
     for weight, dilation, dy in zip(weights, dilations, dys, strict=True):
         _check_gradient(dy, _check(x, weight, dilation, stride, launcher), x, launcher)
     dx = empty_map(tuple(x.shape), x)
-    geometry = (stride, relu, launcher)
+    branches = _Branches(weights, dilations, stride, relu)
     if stride == 1 and 1 < len(weights) and x.numel() <= APART:
         images, channels, height, width = x.shape
         memory = x.new_empty(len(weights), images, height, width, channels)
-        dws = [
-            _backward(
-                *(x, weights[some], dilations[some], dys[some]),
-                *(memory[some].movedim(-1, 2), *geometry),
-            )
-            for some in _chunks(len(weights))
-        ]
+        dxs = memory.movedim(-1, 2)
+        dws = []
+        for places in _launches(dilations, stride):
+            maps = ([every[at] for at in places] for every in (dys, dxs))
+            dws.append(_backward(x, branches.some(places), *maps, launcher))
         torch.sum(memory, 0, out=dx.movedim(1, -1))
-        return dx, torch.cat(dws)
-    dws = []
-    for weight, dilation, dy in zip(weights, dilations, dys, strict=True):
-        accumulate = bool(dws)
-        dws.append(_backward(x, [weight], [dilation], [dy], [dx], *geometry, accumulate=accumulate))
+    else:
+        dws = [
+            _backward(x, branches.some([at]), [dy], [dx], launcher, accumulate=at > 0)
+            for at, dy in enumerate(dys)
+        ]
     return dx, torch.cat(dws)
 
 
 def _forward(
     x: Tensor,
-    weights: Sequence[Tensor],
-    dilations: Sequence[int],
+    branches: _Branches,
     ys: Sequence[Tensor],
-    stride: int,
-    relu: bool,
     launcher: Launcher,
     tile: Tile | None = None,
 ) -> None:
-    """One launch, for dilations that are all even where the stride is 2, or all odd."""
-    seen, _, kernel_stride = even_pixels(x, dilations[0], stride)
-    if kernel_stride != stride:
-        dilations = [dilation // 2 for dilation in dilations]
+    """One launch, to `ys`."""
+    seen, dilations, stride = branches.seen(x)
     tile = tile or forward_tile(seen, *ys)
     instance = instances.depthwise_forward(
-        STORAGE[x.dtype], tile.vector, kernel_stride, tile.columns, tile.rows
+        STORAGE[x.dtype], tile.vector, stride, tile.columns, tile.rows
     )
     _check_tile(tile, instance, _forward_threads(x.dtype, tile.vector), seen, *ys)
 
@@ -256,8 +259,8 @@ def _forward(
     check_grid("depthwise_forward", grid)
     fields = (
         *(view_of(seen), view_of(ys[0]), _of_branches(y.data_ptr() for y in ys)),
-        *(_of_branches(weight.data_ptr() for weight in weights), _of_branches(dilations)),
-        *(images, channels, *seen.shape[2:], height, width, int(relu), tiles),
+        *(_of_branches(weight.data_ptr() for weight in branches.weights), _of_branches(dilations)),
+        *(images, channels, *seen.shape[2:], height, width, int(branches.relu), tiles),
     )
     arguments = pack(FORWARD_ARGUMENTS, fields)
     launcher.launch(instance, grid, (across, pixels, 1), arguments, x.device)
@@ -265,28 +268,24 @@ def _forward(
 
 def _backward(
     x: Tensor,
-    weights: Sequence[Tensor],
-    dilations: Sequence[int],
+    branches: _Branches,
     dys: Sequence[Tensor],
     dxs: Sequence[Tensor],
-    stride: int,
-    relu: bool,
     launcher: Launcher,
     accumulate: bool = False,
     tile: Tile | None = None,
 ) -> Tensor:
     """One launch: the gradients of x to `dxs`, those of the windows, (B, 3, 3, C), returned."""
-    seen, _, kernel_stride = even_pixels(x, dilations[0], stride)
+    seen, dilations, stride = branches.seen(x)
     written = list(dxs)
-    if kernel_stride != stride:  # the other pixels have no gradient
-        dilations = [dilation // 2 for dilation in dilations]
+    if stride != branches.stride:  # the other pixels have no gradient
         written = [(dx if accumulate else dx.zero_())[:, :, ::2, ::2] for dx in dxs]
-    tile = tile or backward_tile(seen, *dys, *written, stride=kernel_stride)
-    instance = _backward_instance(STORAGE[x.dtype], tile, kernel_stride)
+    tile = tile or backward_tile(seen, *dys, *written, stride=stride)
+    instance = _backward_instance(STORAGE[x.dtype], tile, stride)
     _check_tile(tile, instance, BACKWARD_THREADS, seen, *dys, *written)
 
     images, channels, height, width = seen.shape
-    if kernel_stride == 2:  # walks of one 2 x 2 square
+    if stride == 2:  # walks of one 2 x 2 square
         columns, rows = -(-width // 2), [-(-height // 2)] * len(dys)
     else:
         columns = max(walks(width, dilation, tile.columns) for dilation in dilations)
@@ -298,12 +297,14 @@ def _backward(
     workers = min(-(-blocks // (column_blocks * tiles * len(dys))), images * max(rows))
     grid = (column_blocks, workers, tiles * len(dys))
     check_grid("depthwise_backward", grid)
+    weights = branches.weights
     partial = weights[0].new_empty(len(dys), workers * column_blocks, 3, 3, channels)
+    flags = int(branches.relu), int(accumulate)
     fields = (
         *(view_of(seen), view_of(dys[0]), view_of(written[0])),
         *(_of_branches(one.data_ptr() for one in several) for several in (dys, written, weights)),
         *(partial.data_ptr(), _of_branches(dilations), _of_branches(rows)),
-        *(images, channels, height, width, *dys[0].shape[2:], int(relu), int(accumulate), tiles),
+        *(images, channels, height, width, *dys[0].shape[2:], *flags, tiles),
     )
     arguments = pack(BACKWARD_ARGUMENTS, fields)
     launcher.launch(instance, grid, (across, pixels, 1), arguments, x.device)
@@ -315,15 +316,17 @@ def _of_branches(numbers: Iterable[int]) -> list[int]:
     return found + [0] * (BRANCHES_A_LAUNCH - len(found))
 
 
-def _groups(dilations: Sequence[int], stride: int) -> Iterator[list[int]]:
-    """Places of branches that one launch of the forward serves."""
-    for odd in (0, 1) if stride == 2 else (None,):
-        places = [at for at, one in enumerate(dilations) if odd in (None, one % 2)]
-        yield from (places[some] for some in _chunks(len(places)))
-
-
-def _chunks(count: int) -> list[slice]:
-    return [slice(first, first + BRANCHES_A_LAUNCH) for first in range(0, count, BRANCHES_A_LAUNCH)]
+def _launches(dilations: Sequence[int], stride: int) -> list[Sequence[int]]:
+    """Places of the branches that one launch serves: in their order at stride 1."""
+    places = range(len(dilations))
+    alike: list[Sequence[int]] = [places]
+    if stride == 2:
+        alike = [[at for at in places if dilations[at] % 2 == odd] for odd in (0, 1)]
+    return [
+        some[first : first + BRANCHES_A_LAUNCH]
+        for some in alike
+        for first in range(0, len(some), BRANCHES_A_LAUNCH)
+    ]
 
 
 def forward_tile(x: Tensor, *ys: Tensor) -> Tile:
