@@ -23,6 +23,7 @@ from lgcnet_fast.native import depthwise, max_pool, separable
 from lgcnet_fast.native.concat_product import concat_product_backward, concat_product_forward
 from lgcnet_fast.native.conv3_weight_gradient import conv3_weight_gradient
 from lgcnet_fast.native.depthwise_branches import depthwise_branches_backward
+from lgcnet_fast.native.gradient_sum import gradient_sum
 from lgcnet_fast.native.instances import Instance, all_instances
 from lgcnet_fast.native.launcher import Extent, Launcher
 from lgcnet_fast.native.loader import load
@@ -133,6 +134,13 @@ def branches_of_a_map(inputs: Inputs) -> Results:
         yield from depthwise.branches_backward(x, weights, dilations, ys, **options)
         depthwise.branches_forward(x, weights, dilations, ys, **options)
         yield ys
+
+
+def gradient_sums(inputs: Inputs) -> Results:
+    for (vector,) in inputs.numbers("gradient_sum"):
+        x, *gradients = (inputs.map(_channels(vector)) for _ in range(4))
+        for relu in (False, True):
+            yield gradient_sum(gradients, x, relu, launcher=inputs.launcher)
 
 
 def max_pool_kernels(inputs: Inputs) -> Results:
@@ -246,6 +254,7 @@ def concat_product_kernels(inputs: Inputs) -> Results:
 FAMILIES: tuple[Callable[[Inputs], Results], ...] = (
     depthwise_kernels,
     branches_of_a_map,
+    gradient_sums,
     max_pool_kernels,
     resizing_kernels,
     mixed_node_kernels,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.native import instances
+from lgcnet_fast.native.gradient_sum import MOST_GRADIENTS, gradient_sum
 from lgcnet_fast.native.instances import Instance
 from lgcnet_fast.native.launcher import Launcher, check_grid
 from lgcnet_fast.native.loader import load
@@ -225,13 +226,15 @@ def branches_backward(
         for places in _launches(dilations, stride):
             maps = ([every[at] for at in places] for every in (dys, dxs))
             dws.append(_backward(x, branches.some(places), *maps, launcher))
-        torch.sum(memory, 0, out=dx.movedim(1, -1))
+        gradient_sum(dxs[:MOST_GRADIENTS], dx, relu=False, out=dx, launcher=launcher)
+        for one in dxs[MOST_GRADIENTS:]:
+            dx += one
     else:
         dws = [
             _backward(x, branches.some([at]), [dy], [dx], launcher, accumulate=at > 0)
             for at, dy in enumerate(dys)
         ]
-    return dx, torch.cat(dws)
+    return dx, torch.cat(dws) if len(dws) > 1 else dws[0]
 
 
 def _forward(

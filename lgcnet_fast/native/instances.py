@@ -58,6 +58,11 @@ def conv3_weight_gradient(storage: str, out_block: int) -> Instance:
     return _instance("conv3_weight_gradient.cuh", "conv3_weight_gradient", storage, out_block)
 
 
+def gradient_sum(storage: str, vector: int) -> Instance:
+    """`vector` numbers that a thread reads at once."""
+    return _instance("gradient_sum.cuh", "gradient_sum", storage, vector)
+
+
 def sum_partials() -> Instance:
     return _instance("sums.cuh", "sum_partials", SUM_LANES)
 
@@ -204,6 +209,7 @@ def all_instances() -> dict[Instance, None]:
         for vector in (wide, single):
             found += [upsample_forward(storage, vector), upsample_backward(storage, vector)]
             found += [tile_statistics(storage, vector), mixed_sum(storage, vector)]
+            found.append(gradient_sum(storage, vector))
             found += [gradient_sums(storage, vector), mixed_sum_gradients(storage, vector)]
             found += [max_pool_forward(storage, vector, stride) for stride in (1, 2)]
         for vector in (4, 2, single):

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from lgcnet_fast.ops.backend import Implementation, Operation
-from lgcnet_fast.ops.fan_out import pairwise_sum
-from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
+from lgcnet_fast.ops.fan_out import gradient_sum
+from lgcnet_fast.ops.maps import empty_nhwc, nhwc, refusal_by
 from lgcnet_fast.ops.operands import check_beside, check_map, check_shape
 
 
@@ -38,11 +38,11 @@ def check_pair(first: Tensor, second: Tensor) -> None:
     check_beside("second", second, "first", first)
 
 
-def refuse_pair(first: Tensor, second: Tensor) -> str | None:
-    """Why no kernel can concatenate these maps."""
+def refuse_pair(backend: str, first: Tensor, second: Tensor) -> str | None:
+    """Why the kernels of `backend` cannot concatenate these maps."""
     if first.dtype != second.dtype:
         return f"second is {second.dtype}, first is {first.dtype}"
-    return dtype_refusal("first", first)
+    return refusal_by(backend, "first", first)
 
 
 class _ConcatPair(torch.autograd.Function):
@@ -75,7 +75,7 @@ def taken_apart(gradients: list[Tensor], y: Tensor, relu: bool, backend: str) ->
         return _taken_apart(gradients, y, relu)
     total = gradients[0]
     if relu or len(gradients) > 1:
-        total = pairwise_sum(gradients, y, relu)
+        total = gradient_sum(gradients, y, relu, backend)
     pairs = total.movedim(1, -1).unflatten(-1, (2, -1))
     return pairs.movedim(-2, 0).contiguous().movedim(-1, 2).unbind()
 
@@ -119,7 +119,7 @@ _operation = Operation(
     "concat_pair",
     _reference,
     **{
-        backend: Implementation(partial(_run, backend), refuse_pair)
+        backend: Implementation(partial(_run, backend), partial(refuse_pair, backend))
         for backend in ("triton", "cuda")
     },
     tuned_as="separable_branches",

@@ -54,9 +54,9 @@ def _with_others(dx: Tensor, others: Sequence[Tensor]) -> Tensor:
 @custom_op("lgcnet_fast::add_gradients", mutates_args=("dx",))
 def add_gradients(dx: Tensor, others: list[Tensor]) -> None:
     """Others, like dx, to dx: NHWC."""
-    from lgcnet_fast.kernels.gradient_sum import gradient_sum
+    from lgcnet_fast.kernels import gradient_sum as kernel
 
-    gradient_sum([dx, *others], dx, relu=False, out=dx)
+    kernel.gradient_sum([dx, *others], dx, relu=False, out=dx)
 
 
 @add_gradients.register_fake
@@ -87,7 +87,7 @@ class _FanOut(torch.autograd.Function):
             others = [nhwc(g) for g in arrived if g is not deferred]
             return deferred.plus(others), None, None, None
         arrived = [nhwc(g) for g in arrived]
-        return _gradient_sum(arrived, nhwc(x), ctx.relu, ctx.backend), None, None, None
+        return gradient_sum(arrived, nhwc(x), ctx.relu, ctx.backend), None, None, None
 
 
 def _deferred(gradients: Sequence[Tensor], x: Tensor) -> DeferredGradient | None:
@@ -103,23 +103,17 @@ def _storage(x: Tensor) -> int:
 
 
 @custom_op("lgcnet_fast::gradient_sum", mutates_args=())
-def _gradient_sum(gradients: list[Tensor], x: Tensor, relu: bool, backend: str) -> Tensor:
+def gradient_sum(gradients: list[Tensor], x: Tensor, relu: bool, backend: str) -> Tensor:
     """Gradient of x from those of its readers or, with `relu`, of the readers of relu(x)."""
     if backend == "cuda":
-        return pairwise_sum(gradients, x, relu)
-    from lgcnet_fast.kernels.gradient_sum import gradient_sum
+        from lgcnet_fast.native import gradient_sum as native
 
-    return gradient_sum(gradients, x, relu)
+        return native.gradient_sum(gradients, x, relu)
+    from lgcnet_fast.kernels import gradient_sum as kernel
+
+    return kernel.gradient_sum(gradients, x, relu)
 
 
-@_gradient_sum.register_fake
+@gradient_sum.register_fake
 def _(gradients: list[Tensor], x: Tensor, relu: bool, backend: str) -> Tensor:
     return empty_nhwc(x, x.shape)
-
-
-def pairwise_sum(gradients: Sequence[Tensor], x: Tensor, relu: bool) -> Tensor:
-    """By PyTorch's own kernels: the extension has none for it."""
-    total = gradients[0].clone() if len(gradients) == 1 else gradients[0] + gradients[1]
-    for g in gradients[2:]:
-        total += g
-    return torch.ops.aten.threshold_backward(total, x, 0) if relu else total

@@ -32,7 +32,7 @@ from lgcnet_fast.ops.depthwise_kernels import (
 )
 from lgcnet_fast.ops.fan_out import added_to, handed_out
 from lgcnet_fast.ops.lanes import keep_until_joined, settle, side_by_side
-from lgcnet_fast.ops.maps import accumulator, computed_dtype, dtype_refusal, empty_nhwc, nhwc
+from lgcnet_fast.ops.maps import accumulator, computed_dtype, empty_nhwc, nhwc, refusal_by
 from lgcnet_fast.ops.packed_weights import packed
 from lgcnet_fast.ops.pointwise_kernels import matrices, pointwise_gradients
 from lgcnet_fast.ops.products import SMALLEST
@@ -59,9 +59,7 @@ def refuse(
     stacks: Sequence[int],
 ) -> str | None:
     """Why the kernels of `backend` cannot serve these arguments of `separable_branches`."""
-    if backend == "cuda" and x.dtype == torch.float64:
-        return "its kernels have no float64"
-    return dtype_refusal("x", x)
+    return refusal_by(backend, "x", x)
 
 
 def run(

@@ -60,6 +60,13 @@ def dtype_refusal(name: str, x: Tensor) -> str | None:
     return f"{name} is {x.dtype}, kernels take {', '.join(map(str, STORAGE))}"
 
 
+def refusal_by(backend: str, name: str, x: Tensor) -> str | None:
+    """As `dtype_refusal`; the kernels of `cuda` take no float64 either."""
+    if backend == "cuda" and x.dtype == torch.float64:
+        return "its kernels have no float64"
+    return dtype_refusal(name, x)
+
+
 def computed_dtype(x: Tensor) -> torch.dtype:
     """That of the products of x: autocast's where it is enabled."""
     if torch.is_autocast_enabled(x.device.type):

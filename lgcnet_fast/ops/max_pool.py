@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lgcnet_fast.errors import OperandError
 from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.fan_out import AT_ONCE
-from lgcnet_fast.ops.maps import dtype_refusal, empty_nhwc, nhwc
+from lgcnet_fast.ops.maps import empty_nhwc, nhwc, refusal_by
 from lgcnet_fast.ops.operands import check_map
 from lgcnet_fast.ops.recompute import Remembered, recomputable
 from lgcnet_fast.ops.tuning import shape_key, tuned
@@ -80,9 +80,7 @@ def _run_for_readers(backend: str, x: Tensor, stride: int) -> tuple[list[Tensor]
 
 
 def _refuse(backend: str, x: Tensor, stride: int) -> str | None:
-    if backend == "cuda" and x.dtype == torch.float64:
-        return "its kernels have no float64"
-    return dtype_refusal("x", x)
+    return refusal_by(backend, "x", x)
 
 
 class _MaxPool(torch.autograd.Function):
@@ -152,9 +150,11 @@ def _max_pool_backward(
     """
     gradient = gradients[0]
     if backend == "cuda":
-        from lgcnet_fast.native import max_pool as native
+        from lgcnet_fast.native import gradient_sum, max_pool
 
-        return native.max_pool_backward(kept, sum(gradients[1:], start=gradient), stride)
+        if len(gradients) > 1:
+            gradient = gradient_sum.gradient_sum(gradients, gradient, relu=False)
+        return max_pool.max_pool_backward(kept, gradient, stride)
     from lgcnet_fast.kernels.max_pool import PoolConfig, max_pool_backward
 
     default = PoolConfig.backward(tuple(gradient.shape))

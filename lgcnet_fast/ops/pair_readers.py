@@ -80,7 +80,7 @@ _rectified_pair = Operation(
     "rectified_pair",
     _reference,
     **{
-        backend: Implementation(partial(RectifiedPair, backend), refuse_pair)
+        backend: Implementation(partial(RectifiedPair, backend), partial(refuse_pair, backend))
         for backend in ("triton", "cuda")
     },
     tuned_as="separable_branches",

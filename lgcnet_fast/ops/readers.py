@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lgcnet_fast.ops.backend import Implementation, Operation
 from lgcnet_fast.ops.fan_out import aliases, rectified_aliases
-from lgcnet_fast.ops.maps import dtype_refusal
+from lgcnet_fast.ops.maps import refusal_by
 from lgcnet_fast.ops.recompute import Recomputable, Remembered, recomputed
 from lgcnet_fast.ops.rectified_convolutions import fuses
 from lgcnet_fast.ops.strided_convolutions import fuses as fuses_strided
@@ -114,13 +114,15 @@ def readers(x: Tensor, only_rectified: bool = False) -> Readers:
     return chosen
 
 
+def _refuse(backend: str, x: Tensor, only_rectified: bool) -> str | None:
+    return refusal_by(backend, "x", x)
+
+
 _readers = Operation(
     "readers",
     Readers,
     **{
-        backend: Implementation(
-            partial(SummedReaders, backend), lambda x, only_rectified: dtype_refusal("x", x)
-        )
+        backend: Implementation(partial(SummedReaders, backend), partial(_refuse, backend))
         for backend in ("triton", "cuda")
     },
     tuned_as="separable_branches",

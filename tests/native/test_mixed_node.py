@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lgcnet_fast.errors import BackendError
-from lgcnet_fast.native import depthwise, max_pool, mixed_sum, mixed_sum_backward
+from lgcnet_fast.native import depthwise, gradient_sum, max_pool, mixed_sum, mixed_sum_backward
 from lgcnet_fast.native.launcher import Launcher
 from lgcnet_fast.nn.cell import SearchCell
 from lgcnet_fast.ops import backend, separable_branches, use_backend
@@ -19,7 +19,7 @@ from lgcnet_fast.ops import max_pool as pooled
 @pytest.fixture(autouse=True)
 def route(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every launch of the backend `cuda` takes the route of the test."""
-    for module in (depthwise, max_pool, mixed_sum, mixed_sum_backward):
+    for module in (depthwise, gradient_sum, max_pool, mixed_sum, mixed_sum_backward):
         monkeypatch.setattr(module, "load", lambda: launcher)
     monkeypatch.setattr(backend, "why_not", lambda name, device: None)
 

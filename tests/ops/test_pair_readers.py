@@ -101,7 +101,6 @@ def test_one_half_without_gradient(device: torch.device) -> None:
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
 def test_forms_agree_and_round_once(count: int, relu: bool, device: torch.device) -> None:
-    """The one of PyTorch's kernels adds pair by pair."""
     torch.manual_seed(0)
     pair = [x.detach() for x in pair_of((2, 3, 5, 7), device, torch.float16)]
     pair[0][0, 0, 0, :3] = torch.tensor([0.0, -0.0, float("nan")])
@@ -114,9 +113,6 @@ def test_forms_agree_and_round_once(count: int, relu: bool, device: torch.device
     wanted = list(total.half().chunk(2, dim=1))
     found = taken_apart(gradients, y, relu, "triton")
     torch.testing.assert_close(found, wanted, atol=0, rtol=0)
-    pairwise = list(taken_apart(gradients, y, relu, "cuda"))
-    torch.testing.assert_close(pairwise, wanted, atol=0.01, rtol=0.01)
-    assert all(half.is_contiguous(memory_format=torch.channels_last) for half in pairwise)
 
 
 @pytest.mark.parametrize("relu", [False, True])

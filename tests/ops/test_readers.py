@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from lgcnet_fast.ops import readers, use_backend
-from lgcnet_fast.ops.fan_out import AT_ONCE, _gradient_sum
+from lgcnet_fast.ops.fan_out import AT_ONCE, gradient_sum
 
 
 def random_map(device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -78,20 +78,18 @@ def test_sum_is_rounded_once(relu: bool, device: torch.device) -> None:
     torch.manual_seed(0)
     x, *gradients = (random_map(device, torch.float16).detach() for _ in range(5))
     x[0, 0, 0, :3] = torch.tensor([0.0, -0.0, float("nan")])
-    found = _gradient_sum(gradients, x, relu, "triton")
+    found = gradient_sum(gradients, x, relu, "triton")
     wanted = torch.stack(gradients).float().sum(0)
     if relu:
         wanted = torch.ops.aten.threshold_backward(wanted, x.float(), 0)
     torch.testing.assert_close(found, wanted.half(), atol=0, rtol=0, equal_nan=True)
-    pairwise = _gradient_sum(gradients, x, relu, "cuda")
-    torch.testing.assert_close(pairwise, found, atol=0.01, rtol=0.01, equal_nan=True)
 
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
 def test_registration(count: int, relu: bool, device: torch.device) -> None:
     x, *gradients = (random_map(device).detach() for _ in range(1 + count))
-    torch.library.opcheck(_gradient_sum, (gradients, x, relu, "triton"))
+    torch.library.opcheck(gradient_sum, (gradients, x, relu, "triton"))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -7,6 +7,7 @@
 #include "conv3_weight_gradient.cuh"
 #include "depthwise.cuh"
 #include "depthwise_branches.cuh"
+#include "gradient_sum.cuh"
 #include "max_pool.cuh"
 #include "mixed_sum.cuh"
 #include "order_statistic.cuh"
