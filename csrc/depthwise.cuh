@@ -27,8 +27,8 @@ constexpr int kBackwardThreads = 256;
 constexpr int kBranchesALaunch = 16;
 
 struct DepthwiseForwardArguments {
-  View x;                              // T (images, in_height, in_width, channels)
-  View y;                              // T (images, out_height, out_width, channels) of a branch
+  View x;                                 // T (images, in_height, in_width, channels)
+  View y;                                 // T (images, out_height, out_width, channels) of a branch
   void* ys[kBranchesALaunch];             // where the y of each branch is
   const float* weight[kBranchesALaunch];  // (3, 3, channels)
   int dilation[kBranchesALaunch];
@@ -43,13 +43,13 @@ struct DepthwiseForwardArguments {
 };
 
 struct DepthwiseBackwardArguments {
-  View x;                              // T (images, in_height, in_width, channels)
-  View dy;                             // T (images, out_height, out_width, channels) of a branch
-  View dx;                             // T, as x
+  View x;                                 // T (images, in_height, in_width, channels)
+  View dy;                                // T (images, out_height, out_width, channels) of a branch
+  View dx;                                // T, as x
   void* dys[kBranchesALaunch];            // where the dy of each branch is
   void* dxs[kBranchesALaunch];            // and where the gradient of x that comes from it goes
   const float* weight[kBranchesALaunch];  // (3, 3, channels)
-  float* partial;                      // (branches, gridDim.y, gridDim.x, 3, 3, channels)
+  float* partial;                         // (branches, gridDim.y, gridDim.x, 3, 3, channels)
   int dilation[kBranchesALaunch];
   int row_groups[kBranchesALaunch];
   int images;
