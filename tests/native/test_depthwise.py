@@ -232,10 +232,12 @@ def test_branches_of_one_map(
 ) -> None:
     """In launches together, of the gradients too where maps are small."""
     monkeypatch.setattr(depthwise, "APART", 2**21 if apart else 0)
-    shape, geometry = (2, 8, 9, 7), {"stride": stride, "relu": True}
-    cases = [truth(shape, dtype, device, dilation=d, **geometry) for d in dilations]
-    x, dy = cases[0].x, torch.stack([case.dy for case in cases])
-    weights = [torch.randn(3, 3, 8).to(device) for _ in dilations]
+    torch.manual_seed(0)
+    channels, geometry = 8, {"stride": stride, "relu": True}
+    x = torch.randn(2, 9, 7, channels).to(dtype).to(device).movedim(-1, 1)
+    size = -(-9 // stride), -(-7 // stride)
+    dy = torch.randn(len(dilations), 2, *size, channels).to(dtype).to(device).movedim(-1, 2)
+    weights = [torch.randn(3, 3, channels).to(device) for _ in dilations]
     y = torch.full_like(dy, float("nan"))
     branches = weights, list(dilations)
     branches_forward(x, *branches, y, **geometry, launcher=launcher)
@@ -246,7 +248,7 @@ def test_branches_of_one_map(
     exact = torch.stack(
         [
             F.conv2d(
-                exact_x.relu(), w.permute(2, 0, 1)[:, None], None, stride, d, d, groups=shape[1]
+                exact_x.relu(), w.permute(2, 0, 1)[:, None], None, stride, d, d, groups=channels
             )
             for w, d in zip(exact_w, dilations, strict=True)
         ]
@@ -254,7 +256,7 @@ def test_branches_of_one_map(
     wanted, *of_windows = torch.autograd.grad(exact, [exact_x, *exact_w], dy.double())
     assert_close(y, exact.detach(), dtype)
     assert_close(dx, wanted, dtype, len(dilations), slack=ROUNDING[dtype] / ROUNDING[torch.float32])
-    assert_close(dw, torch.stack(of_windows), torch.float32, dy[0].numel() // shape[1])
+    assert_close(dw, torch.stack(of_windows), torch.float32, dy[0].numel() // channels)
     assert torch.equal(dx, again[0]) and torch.equal(dw, again[1])
 
 

@@ -43,7 +43,7 @@ def test_sum_is_rounded_once(
     count: int,
 ) -> None:
     x, *gradients = some(1 + count, shape, dtype)
-    x.flatten()[:3] = torch.tensor([0.0, -0.0, float("nan")])
+    x.movedim(1, -1).view(-1)[:3] = torch.tensor([0.0, -0.0, float("nan")])
     there = [one.to(device) for one in (x, *gradients)]
     with poisoned_memory():
         found = gradient_sum(there[1:], there[0], relu, launcher=launcher)
