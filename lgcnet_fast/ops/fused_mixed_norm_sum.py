@@ -20,7 +20,7 @@ from torch.library import custom_op
 
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.constants import constant
-from lgcnet_fast.ops.maps import accumulator, dtype_refusal, empty_nhwc, nhwc, unstacked
+from lgcnet_fast.ops.maps import accumulator, empty_nhwc, nhwc, refusal_by, unstacked
 from lgcnet_fast.ops.products import grouped, with_own
 from lgcnet_fast.ops.recompute import recomputed
 from lgcnet_fast.ops.running_statistics import update_running_statistics
@@ -37,12 +37,10 @@ def refuse(
     options: Sequence[int],
 ) -> str | None:
     """Why the kernels of `backend` cannot serve these arguments of `mixed_norm_sum`."""
-    if backend == "cuda" and ys[0].dtype == torch.float64:
-        return "its kernels have no float64"
     for index, y in enumerate(ys):
         if y.dtype != ys[0].dtype:
             return f"ys[{index}] is {y.dtype}, ys[0] is {ys[0].dtype}"
-        refusal = dtype_refusal(f"ys[{index}]", y)
+        refusal = refusal_by(backend, f"ys[{index}]", y)
         if refusal is not None:
             return refusal
     if all(norm is None for norm in norms):
