@@ -8,7 +8,7 @@
 // so that neighbouring threads touch neighbouring pixels whatever d is.
 //
 // A launch serves several branches, convolutions of one x by windows of their own and dilations of
-// their own: of small maps a launch each would leave most of a GPU idle.
+// their own, so that small maps take one launch instead of many short ones.
 //
 // Blocks are (channel vectors, columns). No atomics: the weight gradient is summed over a thread's
 // own outputs, over the columns of its block in shared memory, and over blocks by sum_partials of

@@ -42,7 +42,7 @@ THREADS = 256
 """kPoolThreads of the kernels: the most that a block may have."""
 
 WALKS = 448
-"""Threads on a multiprocessor, each of which walks: fewer leave it waiting for memory."""
+"""Threads on a multiprocessor, each of which walks: enough to work while others wait for memory."""
 
 
 @dataclass(frozen=True)
