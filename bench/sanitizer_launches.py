@@ -21,7 +21,9 @@ from torch import Tensor
 from bench.results_file import write_json
 from lgcnet_fast.native import depthwise, max_pool, separable
 from lgcnet_fast.native.concat_product import concat_product_backward, concat_product_forward
+from lgcnet_fast.native.conv3 import conv3, conv3_map_gradient
 from lgcnet_fast.native.conv3_weight_gradient import conv3_weight_gradient
+from lgcnet_fast.native.conv3_weight_sums import conv3_weight_sums
 from lgcnet_fast.native.depthwise_branches import depthwise_branches_backward
 from lgcnet_fast.native.gradient_sum import gradient_sum
 from lgcnet_fast.native.instances import Instance, all_instances
@@ -236,6 +238,18 @@ def conv3_kernels(inputs: Inputs) -> Results:
         yield conv3_weight_gradient(dys, xs, relu=True, launcher=inputs.launcher)
 
 
+def float_conv3_kernels(inputs: Inputs) -> Results:
+    if inputs.dtype != torch.float32:
+        return
+    launcher = inputs.launcher
+    for channels in (64, 32, 48):  # each of another instantiation
+        x, weight = inputs.map(channels, 9, 20), inputs.floats(2, 3, 3, channels, channels)
+        dys = [inputs.map(channels, 9, 20) for _ in range(2)]
+        yield from conv3(x, weight, relu=True, launcher=launcher)
+        yield conv3_map_gradient(dys, weight, mask=x, launcher=launcher)
+        yield conv3_weight_sums(dys, [x, x], relu=True, launcher=launcher)
+
+
 def concat_product_kernels(inputs: Inputs) -> Results:
     if inputs.dtype != torch.float32:
         return
@@ -262,6 +276,7 @@ FAMILIES: tuple[Callable[[Inputs], Results], ...] = (
     separable_kernels,
     depthwise_branches_kernels,
     conv3_kernels,
+    float_conv3_kernels,
     concat_product_kernels,
 )
 

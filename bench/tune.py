@@ -162,7 +162,7 @@ def choose_backends(size: Size | None, tuning: Tuning, rows: Rows) -> None:
     """The backend with the least geometric mean of times over the cases that all can serve."""
     logarithms: dict[str, dict[str, list[float]]] = {}
     for dtype in (torch.bfloat16, torch.float32):
-        for case in cases(size, dtype):
+        for case in (one for one in cases(size, dtype) if one.tuned):
             seconds = _seconds_by_backend(case)
             rows.add({"operation": f"backends of {case.operation}", "key": str(case), **seconds})
             print(f"{case.operation} {case}: {_told(seconds)}", flush=True)

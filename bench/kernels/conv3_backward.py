@@ -90,7 +90,7 @@ def cases(size: Size | None) -> Iterator[Case]:
 
 
 def ours(i: Inputs) -> Tensor:
-    return conv3_weight_gradients(i.gs, i.xs, i.weights)
+    return conv3_weight_gradients(i.gs, i.xs, i.weights, "triton")
 
 
 def by_triton(i: Inputs, config: WeightGradConfig | None = None) -> Tensor:

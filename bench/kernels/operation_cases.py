@@ -39,7 +39,6 @@ OPERATIONS = {"upsample_cross_entropy": 11, "upsample_ohem": 18, "upsample_argma
 @dataclass(frozen=True)
 class OperationCase:
     operation: str
-    """As in tuning tables."""
     shape: Shape
     dtype: torch.dtype
     bytes: int
@@ -53,6 +52,8 @@ class OperationCase:
     detail: str = ""
     roundings: float = 4
     """Several lie between inputs and results: limit of the error, in errors of a single one."""
+    tuned: bool = True
+    """Whether tuning tables have a backend for this operation; else it is that of another one."""
 
     def __str__(self) -> str:
         shape, dtype = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
@@ -115,6 +116,28 @@ def _cell_cases(shape: Shape, dtype: torch.dtype) -> Iterator[OperationCase]:
         ours=separable,
         plain=plain_separable,
         flops=6 * branches * (9 + channels) * elements,
+    )
+
+    edges = 2
+    yield OperationCase(
+        "rectified_convolutions",
+        shape,
+        dtype,
+        bytes=(3 + 2 * edges) * one,
+        make=lambda: [
+            random_map(shape, dtype),
+            *(
+                (torch.randn(channels, channels, 3, 3, device=DEVICE) / (9 * channels) ** 0.5)
+                .to(dtype)
+                .contiguous(memory_format=torch.channels_last)
+                for _ in range(edges)
+            ),
+        ],
+        differentiable=1 + edges,
+        ours=lambda i: ops.rectified_convolutions(i[0], i[1:]),
+        plain=lambda i: [F.conv2d(F.relu(i[0]), weight, padding=1) for weight in i[1:]],
+        flops=54 * edges * channels * elements,
+        tuned=False,
     )
 
     for count, skips in ((18, 3),):

@@ -58,6 +58,16 @@ def conv3_weight_gradient(storage: str, out_block: int) -> Instance:
     return _instance("conv3_weight_gradient.cuh", "conv3_weight_gradient", storage, out_block)
 
 
+def conv3(outputs: int, across: int) -> Instance:
+    """`outputs` channels a thread; `across`: warps of a block beside each other."""
+    return _instance("conv3.cuh", "conv3", outputs, across)
+
+
+def conv3_weight_sums(tile: int) -> Instance:
+    """`tile` channels of x and of dy for a block."""
+    return _instance("conv3_weight_sums.cuh", "conv3_weight_sums", tile)
+
+
 def gradient_sum(storage: str, vector: int) -> Instance:
     """`vector` numbers that a thread reads at once."""
     return _instance("gradient_sum.cuh", "gradient_sum", storage, vector)
@@ -160,6 +170,12 @@ BRANCH_TILES = (1, 2, 4)
 OUT_BLOCKS = (64, 48, 32)
 """Channels of dy that a block of `conv3_weight_gradient` has."""
 
+SUMS_TILES = (64, 32, 48)
+"""Channels of both maps that a block of `conv3_weight_sums` has, the best first."""
+
+CONV3_TILES = ((8, 2), (8, 1), (12, 1))
+"""Channels a thread of `conv3`, and warps beside each other, that have four times as many each."""
+
 SUM_LANES = 16
 """Threads that share one sum of `sum_partials`."""
 
@@ -190,6 +206,8 @@ def all_instances() -> dict[Instance, None]:
     """Everything that a launcher can ask for, as an ordered set."""
     found = [sum_partials(), merge_statistics()]
     found += [upsample_loss_mean(), count_digits(), select_digit()]
+    found += [conv3(*tile) for tile in CONV3_TILES]
+    found += [conv3_weight_sums(tile) for tile in SUMS_TILES]
     for vector, width in CONCAT_TILES:
         found += [concat_product(vector, width), concat_product_gradients(vector, width)]
         found.append(concat_product_weight_gradients(vector, width))

@@ -31,7 +31,13 @@ from lgcnet_fast.ops.image_convolution import suits as suits_image
 from lgcnet_fast.ops.lanes import settle, side_by_side
 from lgcnet_fast.ops.maps import computed_dtype, dtype_refusal, laid_like, nhwc
 from lgcnet_fast.ops.operands import check_beside, check_map
-from lgcnet_fast.ops.pointwise_kernels import convolution_gradient, pointwise_convolution_backward
+from lgcnet_fast.ops.pointwise_kernels import (
+    convolution_gradient,
+    map_gradient_by_library,
+    pointwise_convolution_backward,
+    product_by_library,
+    weight_gradient_by_library,
+)
 
 
 class Geometry(NamedTuple):
@@ -164,8 +170,10 @@ def _result(
 ) -> Callable[[], Sequence[Tensor]]:
     if backend == "triton" and suits_stride2(x, weight, geometry):
         return partial(strided_convolutions_forward, x, [weight])
-    if backend == "triton" and suits_all(x, weight, geometry):
-        return partial(conv3_results, x, [weight])
+    if suits_all(backend, x, weight, geometry):
+        return partial(conv3_results, x, [weight], backend)
+    if _is_product(backend, x, weight, geometry):
+        return lambda: [product_by_library(x, weight.flatten(1))]
     return lambda: [torch.ops.aten.convolution(x, weight, None, *arguments)]
 
 
@@ -187,10 +195,10 @@ def _gradient_jobs(
     count = len(every)
     jobs: list[Job] = []
     later: list[Job] = []
-    together = _weights_together(geometries, every) if backend == "triton" else []
+    together = _weights_together(backend, geometries, every)
     for group in together:
         operands = [(gradients[index], *every[index][:2]) for index in group]
-        job = partial(conv3_weight_gradients, *map(list, zip(*operands, strict=True)))
+        job = partial(conv3_weight_gradients, *map(list, zip(*operands, strict=True)), backend)
         later.append(([count + index for index in group], job))
     served = {index for group in together for index in group}
     for index, (g, geometry, one) in enumerate(zip(gradients, geometries, every, strict=True)):
@@ -208,17 +216,17 @@ def _gradient_jobs(
         if wanted[index]:
             jobs.append(((index,), partial(_of_map, backend, geometry, g, *one)))
         if index not in served:
-            later.append(((count + index,), partial(_alone, 1, g, *one)))
+            later.append(((count + index,), partial(_of_weight, backend, geometry, g, *one)))
     return jobs, later
 
 
 def _weights_together(
-    geometries: Sequence[Geometry], every: Sequence[Convolution]
+    backend: str, geometries: Sequence[Geometry], every: Sequence[Convolution]
 ) -> list[list[int]]:
     """Convolutions of equal shapes whose weights' gradients one kernel takes."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, (geometry, (x, weight, _)) in enumerate(zip(geometries, every, strict=True)):
-        if suits(x, weight, geometry):
+        if suits(backend, x, weight, geometry):
             groups.setdefault((x.shape, weight.shape, x.dtype), []).append(index)
     return list(groups.values())
 
@@ -231,9 +239,30 @@ def _of_map(
     weight: Tensor,
     arguments: tuple[Any, ...],
 ) -> tuple[Tensor]:
-    if backend == "triton" and suits_all(x, weight, geometry):
-        return (conv3_input_gradient([g], x, [weight]),)
+    if suits_all(backend, x, weight, geometry):
+        return (conv3_input_gradient([g], x, [weight], backend),)
+    if _is_product(backend, x, weight, geometry):
+        return (map_gradient_by_library(g, weight.flatten(1)),)
     return _alone(0, g, x, weight, arguments)
+
+
+def _of_weight(
+    backend: str,
+    geometry: Geometry,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    arguments: tuple[Any, ...],
+) -> tuple[Tensor]:
+    if _is_product(backend, x, weight, geometry):
+        return (weight_gradient_by_library(g, x).view(weight.shape),)
+    return _alone(1, g, x, weight, arguments)
+
+
+def _is_product(backend: str, x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a library's product of matrices is faster than its convolution: of 32 bits."""
+    pointwise = weight.shape[2:] == (1, 1) and geometry[:2] == (1, 0)
+    return backend == "cuda" and x.dtype == torch.float32 and pointwise
 
 
 def _alone(

@@ -37,7 +37,9 @@ def rectified_aliases(x: Tensor, keeps_relu: bool, backend: str) -> list[Tensor]
 
 def handed_out(x: Tensor) -> bool:
     """Whether x is one of `aliases`, so that its gradient should be a `DeferredGradient`."""
-    return isinstance(x.grad_fn, _FanOut._backward_cls) and not x.grad_fn.relu
+    node = x.grad_fn
+    of_triton = isinstance(node, _FanOut._backward_cls) and node.backend == "triton"
+    return of_triton and not node.relu
 
 
 def added_to(dx: Tensor, x: Tensor) -> DeferredGradient:

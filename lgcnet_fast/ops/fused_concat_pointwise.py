@@ -22,7 +22,11 @@ from torch.library import custom_op
 from lgcnet_fast.ops.backend import Implementation
 from lgcnet_fast.ops.fused_resize import refuse_resize
 from lgcnet_fast.ops.maps import accumulator, computed_dtype, dtype_refusal, empty_nhwc, nhwc
-from lgcnet_fast.ops.pointwise_kernels import product_by_library, product_gradients_by_library
+from lgcnet_fast.ops.pointwise_kernels import (
+    map_gradient_by_library,
+    product_by_library,
+    weight_gradient_by_library,
+)
 from lgcnet_fast.ops.tuning import shape_key, tuned
 
 Shape = Sequence[int]
@@ -134,7 +138,8 @@ def _gradients_by_library(
     grad: Tensor, maps: Sequence[Tensor], size: Shape, weight: Tensor, relu: bool, backend: str
 ) -> list[Tensor]:
     x = _concatenation(maps, size, relu, backend)
-    dx, dw = product_gradients_by_library(grad, x, _matrix(weight.to(x.dtype)))
+    dx = map_gradient_by_library(grad, _matrix(weight.to(x.dtype)))
+    dw = weight_gradient_by_library(grad, x)
     if relu:
         torch.ops.aten.threshold_backward.grad_input(dx, x, 0, grad_input=dx)
     channels = [part.shape[1] for part in maps]

@@ -155,13 +155,18 @@ def product_by_library(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def product_gradients_by_library(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of `product_by_library`: of x, and of the weight in the accumulator's dtype."""
-    dx = empty_nhwc(x, x.shape)
+def map_gradient_by_library(g: Tensor, weight: Tensor) -> Tensor:
+    """Of `product_by_library`, NHWC; g: the gradient of its result, NHWC."""
+    dx = empty_nhwc(g, (len(g), weight.shape[1], *g.shape[2:]))
     torch.mm(matrices(g)[0], weight, out=matrices(dx)[0])
-    products = weight.new_empty(1, _parts(x), *weight.shape)
+    return dx
+
+
+def weight_gradient_by_library(g: Tensor, x: Tensor) -> Tensor:
+    """Of `product_by_library`, (C_out, C), in the accumulator's dtype."""
+    products = g.new_empty(1, _parts(x), g.shape[1], x.shape[1])
     _weight_products(g, x, products)
-    return dx, products[0].sum(0, dtype=accumulator(x.dtype))
+    return products[0].sum(0, dtype=accumulator(x.dtype))
 
 
 def matrices(stack: Tensor) -> Tensor:

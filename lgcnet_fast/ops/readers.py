@@ -89,7 +89,7 @@ class SummedReaders(Readers):
         return value, [] if self._only_rectified else [(value, self._again)]
 
     def fuses(self, out_channels: int) -> bool:
-        return self.reads_itself and fuses(self.x, out_channels)
+        return not self._only_rectified and fuses(self._backend, self.x, out_channels)
 
     def strides(self, weight: Tensor) -> bool:
         return self._backend == "triton" and fuses_strided(self.x, weight)

@@ -43,10 +43,13 @@ def rectified_convolutions(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]
     return result
 
 
-def fuses(x: Tensor, out_channels: int) -> bool:
-    """Whether the backend `triton` has a fused form for maps like x, before autocast."""
+def fuses(backend: str, x: Tensor, out_channels: int) -> bool:
+    """Whether the backend has a fused form for maps like x, before autocast."""
     from lgcnet_fast.kernels import conv3 as kernel
+    from lgcnet_fast.native import conv3 as native
 
+    if backend == "cuda":
+        return native.refusal(computed_dtype(x), x.shape, out_channels) is None
     like = x.new_empty(0, x.shape[1], 1, 1, dtype=computed_dtype(x))
     if supposing():  # The device need not exist: one with matrix units.
         return kernel.fits(like, out_channels)
@@ -62,22 +65,30 @@ def _apart(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return convolutions([F.relu(x)] * len(weights), weights, [GEOMETRY] * len(weights))
 
 
-def _run(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    if not fuses(x, len(weights[0])):
+def _run(backend: str, x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    if not fuses(backend, x, len(weights[0])):
         return _apart(x, weights)
-    return convolutions_of_a_map(_LAUNCHES, x, weights)
+    return convolutions_of_a_map(_LAUNCHES[backend], x, weights)
 
 
-_LAUNCHES = Launches(
-    partial(conv3_results, relu=True),
-    partial(conv3_input_gradient, relu=True),
-    partial(conv3_weight_gradients, relu=True),
-)
+def _refuse(x: Tensor, weights: Sequence[Tensor]) -> str | None:
+    return dtype_refusal("x", x)
+
+
+_BACKENDS = ("triton", "cuda")
+_LAUNCHES = {
+    backend: Launches(
+        *(
+            partial(one, backend=backend, relu=True)
+            for one in (conv3_results, conv3_input_gradient, conv3_weight_gradients)
+        )
+    )
+    for backend in _BACKENDS
+}
 
 _operation = Operation(
     "rectified_convolutions",
     _reference,
-    triton=Implementation(_run, lambda x, weights: dtype_refusal("x", x)),
-    cuda=Implementation(_apart, lambda x, weights: dtype_refusal("x", x)),
+    **{backend: Implementation(partial(_run, backend), _refuse) for backend in _BACKENDS},
     tuned_as="separable_branches",
 )

@@ -92,13 +92,13 @@ def test_weight_gradients_of_3x3_convolutions(
         [torch.randn(shape, device=device, dtype=torch.bfloat16).movedim(-1, 1) for _ in range(2)]
         for shape in ((2, 5, 3, 32), (2, 5, 3, 32), (32, 3, 3, 32))
     )
-    dw = conv3_weight_gradients(gs, xs, weights)
+    dw = conv3_weight_gradients(gs, xs, weights, "triton")
     assert dw.dtype == weights[0].dtype
     for found, g, x in zip(dw, gs, xs, strict=True):
         assert found.is_contiguous(memory_format=torch.channels_last)
         wanted = torch.nn.grad.conv2d_weight(x.double(), found.shape, g.double(), padding=1)
         torch.testing.assert_close(found.double(), wanted, rtol=2**-7, atol=2**-5)
-    torch.library.opcheck(conv3_weight_gradients, (gs, xs, weights))
+    torch.library.opcheck(conv3_weight_gradients, (gs, xs, weights, "triton"))
 
 
 def test_3x3_convolutions_of_equal_and_of_other_shapes(device: torch.device) -> None:

@@ -49,7 +49,7 @@ def outcome(
 def test_results_and_gradients(shape: tuple[int, ...], edges: int, device: torch.device) -> None:
     """Against float64, of the same values."""
     leaves = operands(shape, edges, device)
-    assert fuses(leaves[0], 32)
+    assert fuses("triton", leaves[0], 32)
     found = outcome(leaves, "triton")
     torch.manual_seed(1)
     gs = [torch.randn(y.shape, dtype=torch.float64).to(y) for y in found[:edges]]
@@ -101,7 +101,7 @@ def test_autocast_as_the_reference(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_kernels_do_not_take(dtype: torch.dtype, device: torch.device) -> None:
     leaves = operands((1, 3, 4, 5), 2, device, dtype)
-    assert not fuses(leaves[0], 32)
+    assert not fuses("triton", leaves[0], 32)
     found, wanted = (outcome(leaves, name) for name in ("triton", "reference"))
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -152,9 +152,9 @@ def test_gradients_lie_in_memory_as_their_weights(device: torch.device) -> None:
 
 def test_registration(device: torch.device) -> None:
     x, *weights = (t.detach() for t in operands((1, 32, 3, 5), 2, device))
-    torch.library.opcheck(conv3_results, (x, weights, True))
-    gs = conv3_results(x, weights, True)
-    torch.library.opcheck(conv3_input_gradient, (gs, x, weights, True))
+    torch.library.opcheck(conv3_results, (x, weights, "triton", True))
+    gs = conv3_results(x, weights, "triton", True)
+    torch.library.opcheck(conv3_input_gradient, (gs, x, weights, "triton", True))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

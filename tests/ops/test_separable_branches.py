@@ -18,7 +18,12 @@ from lgcnet_fast.ops.fused_separable_branches import (
     stacked_matrices,
     stacked_windows,
 )
-from lgcnet_fast.ops.pointwise_kernels import cut, pointwise_gradients, product_gradients_by_library
+from lgcnet_fast.ops.pointwise_kernels import (
+    cut,
+    map_gradient_by_library,
+    pointwise_gradients,
+    weight_gradient_by_library,
+)
 from tests.combinations import some_cases
 
 CPU = not torch.cuda.is_available()
@@ -283,7 +288,7 @@ def test_the_weight_gradient_of_one_product_counts_what_is_left_over() -> None:
     torch.manual_seed(0)
     g, x = (torch.randn(3, 1, 5003, c, dtype=torch.float64).movedim(-1, 1) for c in (4, 5))
     weight = torch.randn(4, 5, dtype=torch.float64)
-    dx, dw = product_gradients_by_library(g, x, weight)
+    dx, dw = map_gradient_by_library(g, weight), weight_gradient_by_library(g, x)
     torch.testing.assert_close(dw, torch.einsum("nohw,nchw->oc", g, x))
     torch.testing.assert_close(dx, torch.einsum("nohw,oc->nchw", g, weight))
 

@@ -4,7 +4,9 @@
 
 #include "batch_statistics.cuh"
 #include "concat_product.cuh"
+#include "conv3.cuh"
 #include "conv3_weight_gradient.cuh"
+#include "conv3_weight_sums.cuh"
 #include "depthwise.cuh"
 #include "depthwise_branches.cuh"
 #include "gradient_sum.cuh"
