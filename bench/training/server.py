@@ -103,7 +103,8 @@ class TrainingServer:
         truth = results["truth"]
         stock, ours = (results[name].errors(truth) for name in ("eager-nchw", subject))
         release_memory()
-        return {"errors": ours, "stock_errors": stock, "faults": judge(ours, stock)}
+        faults = judge(ours, stock, small.precision)
+        return {"errors": ours, "stock_errors": stock, "faults": faults}
 
     def _settle(self) -> tuple[list[float], list[float]]:
         """Wall-clock ends and durations of single steps, until four of them agree."""

@@ -105,7 +105,15 @@ def test_gate_finds_a_wrong_gradient() -> None:
     off = Gradients.of(loss, weights=[parameter]).errors(truth)
     assert off["weights"] == pytest.approx(1e-3, rel=1e-3) and off["loss"] == 0
     exact = dict.fromkeys(off, 0.0)
-    assert judge(exact, exact) == []
-    assert [fault.split(":")[0] for fault in judge(off, exact)] == ["weights"]
-    assert judge(off, dict.fromkeys(off, 0.9e-3)) == []
-    assert judge({"weights": float("nan")}, {"weights": 1.0})
+    assert judge(exact, exact, "fp32") == []
+    assert [fault.split(":")[0] for fault in judge(off, exact, "fp32")] == ["weights"]
+    assert judge(off, dict.fromkeys(off, 0.9e-3), "fp32") == []
+    assert judge({"weights": float("nan")}, {"weights": 1.0}, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("precision", "right"), [("fp32", 1e-4), ("fp16", 2**-11), ("bf16", 2**-8)]
+)
+def test_the_loss_may_be_off_by_a_rounding(precision: str, right: float) -> None:
+    assert judge({"loss": 0.99 * right}, {"loss": 0.0}, precision) == []
+    assert judge({"loss": 1.01 * right}, {"loss": 0.0}, precision)
